@@ -1,0 +1,40 @@
+# Set-up needs Python 3.11 or 3.12 and a network to PyPI; nothing is installed outside .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL := models/SmolLM2-135M-Instruct
+# One process with both cores: all parameters are trained, and exchanging their gradients would cost more than it gains.
+FINETUNE := model.path=$(MODEL) train.num_workers=1 train.cpus_per_worker=2
+
+.PHONY: demo test model clean
+.DELETE_ON_ERROR:
+
+demo: model            ## teach a real model fictitious authors, make it forget some, show the proof
+	$(BIN)/ray-unlearn make-data outputs/demo-data --authors 20 --questions 3 --forget 3 --seed 0
+	$(BIN)/ray-unlearn finetune demo $(FINETUNE) output_dir=outputs/demo-target
+	$(BIN)/ray-unlearn finetune demo $(FINETUNE) output_dir=outputs/demo-oracle "finetune.sets=[retain,utility]"
+	$(BIN)/ray-unlearn run demo
+
+test: .venv/.test model  ## everything CI checks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/pytest
+
+model: $(MODEL)/config.json  ## SmolLM2-135M-Instruct as a plain model folder
+
+$(MODEL)/config.json: .venv/.base
+	$(BIN)/python -m tests.fetch_model $(MODEL)
+
+# torch first and alone: a range or a dependency's wish would pull another build.
+.venv/.base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo]"
+	touch $@
+
+.venv/.test: .venv/.base
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,dev]"
+	touch $@
+
+clean:                 ## remove runs; the environment and the model stay
+	rm -rf outputs

@@ -1,0 +1,166 @@
+"""The command line, `ray-unlearn`. Wrong input: one line on stderr, exit code 2. A failed run: 1. Ctrl-C: 130."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.config import ConfigError, ModelConfig, describe, load_config, preset_names
+from pipelines.console import Terminal
+from pipelines.synthetic import write_problem
+
+app = typer.Typer(
+    name="ray-unlearn",
+    help="Remove data's influence from a trained language model, at cluster scale, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+Config = Annotated[
+    str, typer.Argument(metavar="CONFIG", help=f"A YAML file, or a preset: {', '.join(preset_names())}.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it, for example train.steps=50.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def guarded(action: Callable[[Terminal], None], *, debug: bool) -> None:
+    """Run a command and turn what goes wrong into one line and an exit code."""
+    terminal = Terminal()
+    try:
+        action(terminal)
+    except (ConfigError, KeyboardInterrupt, Exception) as error:
+        if debug:
+            raise
+        log = f"; the log is {terminal.log_path}" if terminal.log_path is not None else ""
+        if isinstance(error, ConfigError):
+            terminal.say(str(error))
+            raise typer.Exit(2) from None
+        if isinstance(error, KeyboardInterrupt):
+            terminal.say(f"Stopped. The same command goes on from the last resume point{log}.")
+            raise typer.Exit(130) from None
+        first = str(error).strip().splitlines()
+        terminal.say(f"Failed: {type(error).__name__}{': ' + first[0] if first else ''}{log}.")
+        raise typer.Exit(1) from None
+
+
+KEYS = "\b\nConfiguration keys, with their defaults:\n" + "\n".join(
+    f"  {key} = {default}\n      {meaning}" for key, default, meaning in describe()
+)
+
+
+@app.command(epilog=KEYS)
+def run(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Unlearn: train the adapter, merge it, evaluate before, after and oracle, write the report.
+
+    The same command continues an interrupted run. Results lie in the configuration's output_dir: adapter/ (PEFT),
+    model/ (merged), scores.json, report.html, manifest.json, MLflow's store, run.log.
+    """
+
+    def action(terminal: Terminal) -> None:
+        cfg = load_config(config, overrides)
+        from pipelines.unlearn import unlearn
+
+        done = unlearn(cfg, terminal)
+        terminal.scores(done.scores()["models"])
+        terminal.say(f"Report: {done.path / 'report.html'}")
+
+    guarded(action, debug=debug)
+
+
+@app.command()
+def check(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Validate configuration, model, data and resources, and show what a run would do. Trains nothing."""
+
+    def action(terminal: Terminal) -> None:
+        cfg = load_config(config, overrides)
+        from pipelines.unlearn import check as check_run
+
+        terminal.table("What a run would do", check_run(cfg, terminal))
+
+    guarded(action, debug=debug)
+
+
+@app.command()
+def finetune(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Make a target model, or the retrain oracle, by training all parameters on the sets that finetune.sets names."""
+
+    def action(terminal: Terminal) -> None:
+        cfg = load_config(config, overrides)
+        from pipelines.unlearn import finetune as train_model
+
+        terminal.say(f"Model: {train_model(cfg, terminal).path / 'model'}")
+
+    guarded(action, debug=debug)
+
+
+@app.command()
+def evaluate(
+    config: Config,
+    overrides: Overrides = None,
+    model: Annotated[str, typer.Option(metavar="DIR", help="The model folder to score.")] = "",
+    output: Annotated[str, typer.Option(metavar="FILE", help="Where the scores go, as JSON.")] = "",
+    debug: Debug = False,
+) -> None:
+    """Score any model folder on the configuration's sets, beside the oracle if there is one."""
+
+    def action(terminal: Terminal) -> None:
+        if not model:
+            raise ConfigError("--model: missing, allowed: a model folder")
+        cfg = load_config(config, overrides)
+        from pipelines.unlearn import evaluate_model
+
+        scores = evaluate_model(cfg, ModelConfig(path=model), terminal)
+        terminal.scores(scores)
+        target = Path(output or f"scores-{Path(model).resolve().parent.name}-{Path(model).name}.json")
+        target.write_text(json.dumps({"schema": 1, "models": scores}, indent=2, allow_nan=False), encoding="utf-8")
+        terminal.say(f"Scores: {target}")
+
+    guarded(action, debug=debug)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], debug: Debug = False) -> None:
+    """Rebuild a run's page, report.html, from the files beside it."""
+
+    def action(terminal: Terminal) -> None:
+        from pipelines.report import write_report
+
+        terminal.say(f"Report: {write_report(run_dir)}")
+
+    guarded(action, debug=debug)
+
+
+@app.command()
+def make_data(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="New folder for the five JSONL files.")],
+    authors: Annotated[int, typer.Option(help="Fictitious authors to learn; 2 to 1000.")] = 20,
+    questions: Annotated[int, typer.Option(help="Question types for each author; 1 to 20.")] = 4,
+    forget: Annotated[int, typer.Option(help="Authors that must be forgotten, fewer than --authors.")] = 3,
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Write a synthetic deletion problem: forget, retain, holdout, utility and general sets."""
+
+    def action(terminal: Terminal) -> None:
+        try:
+            counts = write_problem(folder, authors=authors, questions=questions, seed=seed, forget=forget)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        terminal.say(f"{folder}: " + ", ".join(f"{name} {rows} rows" for name, rows in counts.items()))
+
+    guarded(action, debug=debug)
+
+
+def main() -> Any:
+    """Entry point of the console command."""
+    app(prog_name="ray-unlearn", args=sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,392 @@
+"""The configuration tree: every key with its meaning, unit and range, and how it is loaded.
+
+A configuration is a YAML file or a preset's name plus dotted overrides (`train.steps=50`). OmegaConf merges them,
+pydantic validates the result. Wrong input raises `ConfigError`, one line that names the key, what was found and
+what is allowed.
+"""
+
+import hashlib
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+SetName = Literal["forget", "retain", "utility", "holdout", "general"]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's in configuration or data: one line, exit code 2."""
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys are refused, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """The model that must forget (or, for `finetune`, the model to start from)."""
+
+    path: str = Field(description="A local model folder in Hugging Face format, or a hub name.")
+    revision: str | None = Field(default=None, description="A hub revision: branch, tag or commit.")
+    trust_remote_code: bool = Field(
+        default=False, description="Run Python code that comes with the model. Off unless you say so."
+    )
+
+
+class SourceConfig(Section):
+    """Where one set's rows come from."""
+
+    path: str = Field(
+        description="JSONL, Parquet or CSV file (local, s3://, gs://), a saved `datasets` folder or a hub name."
+    )
+    split: str = Field(default="train", description="The split of a hub data set or of a saved DatasetDict.")
+    ids: str | None = Field(
+        default=None, description="A deletion request: a JSONL file of ids; only the rows with these ids are taken."
+    )
+    exclude_ids: str | None = Field(
+        default=None, description="A JSONL file of ids; the rows with these ids are left out."
+    )
+    column: str | None = Field(
+        default=None, description="Take only rows whose value in this column is one of `values`."
+    )
+    values: tuple[str | int, ...] = Field(default=(), description="The values of `column` that are taken.")
+    max_rows: int | None = Field(
+        default=None, ge=1, description="Take at most so many rows, evenly spaced; null for all."
+    )
+
+    @model_validator(mode="after")
+    def _column_and_values_come_together(self) -> "SourceConfig":
+        if (self.column is None) != (not self.values):
+            raise ValueError("column and values are given together or not at all")
+        return self
+
+
+class ColumnsConfig(Section):
+    """The columns of the sources. Question answering has `prompt` and `answer`; plain text has `text`."""
+
+    id: str = Field(default="id", description="Unique id of a row; a row number where the column is missing.")
+    prompt: str = Field(default="prompt", description="The question.")
+    answer: str = Field(default="answer", description="The answer that is learned or forgotten.")
+    text: str = Field(default="text", description="Plain text, used where there is no prompt column.")
+    paraphrased_prompt: str = Field(
+        default="paraphrased_prompt", description="The same question in other words (optional)."
+    )
+    paraphrased_answer: str = Field(
+        default="paraphrased_answer", description="The same answer in other words (optional)."
+    )
+    perturbed_answers: str = Field(
+        default="perturbed_answers", description="A list of wrong but fluent answers (optional)."
+    )
+    label: str = Field(
+        default="author", description="The group of a row, for the targets class_mean and balanced_mean (optional)."
+    )
+
+
+class DataConfig(Section):
+    """The sets, and how their rows become tokens."""
+
+    forget: SourceConfig = Field(description="What the model must forget.")
+    retain: SourceConfig = Field(description="What stood beside it in training and must stay.")
+    utility: SourceConfig | None = Field(
+        default=None, description="Broad text whose behaviour must not move; trained on like retain."
+    )
+    holdout: SourceConfig | None = Field(
+        default=None, description="Never trained on, alike the forget set: membership inference."
+    )
+    general: SourceConfig | None = Field(default=None, description="General knowledge, only ever evaluated.")
+    columns: ColumnsConfig = ColumnsConfig()
+    max_tokens: int = Field(default=512, ge=8, le=131072, description="Tokens a row is cut to.")
+    system_prompt: str | None = Field(
+        default=None,
+        description="System message for the chat template; null takes the template's own, '' an empty one.",
+    )
+
+
+class AdapterConfig(Section):
+    """The LoRA that carries the change."""
+
+    rank: int = Field(default=16, ge=1, le=4096, description="Rank of B A.")
+    alpha: float = Field(default=32, gt=0, description="The residual is alpha / rank * B A x.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    targets: tuple[str, ...] = Field(
+        default=("o_proj", "down_proj"),
+        min_length=1,
+        description="Ends of the names of the linear layers that are adapted.",
+    )
+    layers: tuple[int, int] | None = Field(
+        default=None,
+        description="First and last block that is adapted, counted from 0, both included; null for all blocks.",
+    )
+
+    @model_validator(mode="after")
+    def _layers_ascend(self) -> "AdapterConfig":
+        if self.layers is not None and not 0 <= self.layers[0] <= self.layers[1]:
+            raise ValueError(f"layers: found {list(self.layers)}, allowed: [first, last] with 0 <= first <= last")
+        return self
+
+
+class WeightsConfig(Section):
+    """Weights of the objective's terms. A term of weight 0 is not computed."""
+
+    retain: Weight = Field(default=1.0, description="Zero residual features on the retain set.")
+    forget: Weight = Field(default=1.0, description="Shifted residual features on the forget set.")
+    kl: Weight = Field(default=0.0, description="KL(base || adapted) of next-token distributions on the retain set.")
+    task: Weight = Field(default=0.0, description="Cross-entropy on the retain set's answers.")
+    output: Weight = Field(default=0.0, description="Unlikelihood of the forget set's answers.")
+
+
+class ObjectiveConfig(Section):
+    """Residual feature alignment, after Qin et al. 2024 (arXiv 2411.08443); the reconstruction is this project's."""
+
+    residual: Literal["local", "drift"] = Field(
+        default="local",
+        description="local: what each adapted module adds; drift: how far a block's output moved from the base's.",
+    )
+    target: Literal["retain_mean", "class_mean", "cluster_mean", "balanced_mean", "gaussian"] = Field(
+        default="retain_mean", description="Where the forget set's features are shifted to."
+    )
+    distance: Literal["squared", "smooth_l1", "cosine"] = Field(
+        default="squared", description="Distance between features."
+    )
+    tokens: Literal["answer", "all"] = Field(default="all", description="Which tokens of the forget set are shifted.")
+    clusters: int = Field(default=32, ge=1, le=4096, description="Number of centroids for cluster_mean.")
+    target_rows: int = Field(
+        default=512, ge=1, description="Rows of the retain set that the targets are fitted on, at most."
+    )
+    weights: WeightsConfig = WeightsConfig()
+
+    @model_validator(mode="after")
+    def _something_pushes(self) -> "ObjectiveConfig":
+        if self.weights.forget == 0 and self.weights.output == 0:
+            raise ValueError(
+                "weights.forget and weights.output are both 0: nothing would be forgotten; allowed: one above 0"
+            )
+        return self
+
+
+class DeepSpeedConfig(Section):
+    """How DeepSpeed spreads the model."""
+
+    stage: Literal["auto", 0, 1, 2, 3] = Field(
+        default="auto", description="ZeRO stage. auto: 0 on CPUs and one GPU, 2 when the model fits each GPU, else 3."
+    )
+    offload_optimizer: bool = Field(default=False, description="Keep optimizer states in CPU memory (stages 1 to 3).")
+    offload_parameters: bool = Field(default=False, description="Keep parameters in CPU memory (stage 3).")
+
+
+class TrainConfig(Section):
+    """The gradient loop and the workers it runs on. Evaluation uses the same workers' resources."""
+
+    steps: int = Field(default=60, ge=0, description="Optimizer steps of unlearning.")
+    learning_rate: float = Field(default=1e-3, gt=0, le=10, description="Peak learning rate of AdamW.")
+    warmup_steps: int = Field(default=5, ge=0, description="Steps of linear warm-up.")
+    forget_batch_size: int = Field(default=8, ge=1, description="Forget rows in one optimizer step, over all workers.")
+    retain_batch_size: int = Field(
+        default=16, ge=1, description="Retain and utility rows in one optimizer step, over all workers."
+    )
+    accumulation: int = Field(default=1, ge=1, description="Micro-batches a worker splits its rows of one step into.")
+    clip_norm: float = Field(default=1.0, ge=0, description="Gradient norm is clipped to this; 0 turns clipping off.")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="Precision of the frozen model. Adapters are always fp32."
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass to save memory."
+    )
+    num_workers: int = Field(default=1, ge=1, description="Ray Train workers.")
+    cpus_per_worker: float = Field(default=1, gt=0, description="CPU cores of a worker; also its number of threads.")
+    gpus_per_worker: float = Field(default=0, ge=0, description="GPUs of a worker; 0 trains on CPUs.")
+    checkpoint_every: int = Field(default=50, ge=1, description="Steps between resume points.")
+    max_failures: int = Field(
+        default=3, ge=0, description="How often a run restarts from its last resume point by itself."
+    )
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+
+class FinetuneConfig(Section):
+    """`ray-unlearn finetune`: the target model, or the retrain oracle, by training all of `model.path`'s parameters."""
+
+    sets: tuple[SetName, ...] = Field(
+        default=("forget", "retain"),
+        min_length=1,
+        description="Sets of `data` to learn; leave out forget for the retrain oracle.",
+    )
+    epochs: int = Field(default=8, ge=1, description="Passes over the sets.")
+    batch_size: int = Field(default=8, ge=1, description="Rows in one optimizer step, over all workers.")
+    learning_rate: float = Field(
+        default=2e-4, gt=0, le=10, description="Peak learning rate of AdamW; falls linearly to a tenth."
+    )
+
+
+class EvaluationConfig(Section):
+    """What is scored, and how."""
+
+    oracle: str | None = Field(default=None, description="Model folder of the retrain oracle, if there is one.")
+    batch_size: int = Field(default=16, ge=1, description="Rows a worker scores at once.")
+    max_new_tokens: int = Field(default=200, ge=1, description="Tokens generated for ROUGE.")
+    max_rows: int | None = Field(
+        default=None, ge=1, description="Rows scored of each set, evenly spaced; null for all."
+    )
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    uri: str | None = Field(default=None, description="Tracking server; null for a sqlite file in the output folder.")
+    experiment: str = Field(default="ray-unlearn", description="MLflow experiment.")
+    model_name: str = Field(default="ray-unlearn-adapter", description="Name the adapter is registered under.")
+
+
+class UnlearnConfig(Section):
+    """One unlearning problem, from the data to the report."""
+
+    task: Literal["causal_lm"] = Field(default="causal_lm", description="The kind of model.")
+    model: ModelConfig
+    data: DataConfig
+    adapter: AdapterConfig = AdapterConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig = TrainConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    output_dir: str = Field(description="Folder of the run's results; created if missing.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of everything random.")
+
+
+def describe(section: type[BaseModel] = UnlearnConfig, prefix: str = "") -> list[tuple[str, str, str]]:
+    """Every key as (dotted key, default, meaning), in the order of the tree."""
+    keys: list[tuple[str, str, str]] = []
+    for name, field in section.model_fields.items():
+        types: tuple[Any, ...] = (field.annotation, *get_args(field.annotation))
+        if SourceConfig in types:
+            name = {"forget": "{" + ",".join(get_args(SetName)) + "}"}.get(name, "")
+        nested = next((t for t in types if hasattr(t, "model_fields")), None)
+        if nested is not None and name:
+            keys += describe(nested, f"{prefix}{name}.")
+        elif nested is None:
+            default = "required" if field.is_required() else str(field.default)
+            limits = ", ".join(_limit(limit) for limit in field.metadata if _limit(limit))
+            choices = (
+                f"one of {', '.join(map(str, get_args(field.annotation)))}" if _is_literal(field.annotation) else ""
+            )
+            allowed = f" ({choices or limits})" if choices or limits else ""
+            keys.append((f"{prefix}{name}", default, f"{field.description}{allowed}"))
+    return keys
+
+
+def _is_literal(annotation: Any) -> bool:
+    return get_origin(annotation) is Literal
+
+
+def _limit(limit: Any) -> str:
+    signs = {"Ge": ">=", "Gt": ">", "Le": "<=", "Lt": "<"}
+    sign = signs.get(type(limit).__name__)
+    return "" if sign is None else f"{sign} {getattr(limit, type(limit).__name__.lower()):g}"
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(Path(str(p)).stem for p in resources.files("pipelines.presets").iterdir() if p.name.endswith(".yaml"))
+
+
+def load_config(source: str, overrides: list[str] | None = None) -> UnlearnConfig:
+    """Read a YAML file or a preset, apply dotted overrides, validate.
+
+    Raises:
+        ConfigError: the file is missing or unreadable, an override is not `key=value`, or a key or value is wrong.
+    """
+    overrides = overrides or []
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override '{override}': found no '=', allowed: key=value, for example train.steps=50")
+    try:
+        tree = OmegaConf.create(yaml.safe_load(_config_text(source)))
+        if not OmegaConf.is_dict(tree):
+            raise ConfigError(f"{source}: found {type(tree).__name__}, allowed: a YAML mapping of keys")
+        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides))
+        values: Any = OmegaConf.to_container(merged, resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{source}: not a configuration: {' '.join(str(error).split())}") from error
+    try:
+        return _with_absolute_paths(UnlearnConfig.model_validate(values))
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def _with_absolute_paths(cfg: UnlearnConfig) -> UnlearnConfig:
+    """Local folders by their absolute path: workers run in another directory."""
+    update: dict[str, Any] = {"output_dir": os.path.abspath(Path(cfg.output_dir).expanduser())}
+    if Path(cfg.model.path).expanduser().exists():
+        path = os.path.abspath(Path(cfg.model.path).expanduser())
+        update["model"] = cfg.model.model_copy(update={"path": path})
+    if cfg.evaluation.oracle is not None and Path(cfg.evaluation.oracle).expanduser().exists():
+        path = os.path.abspath(Path(cfg.evaluation.oracle).expanduser())
+        update["evaluation"] = cfg.evaluation.model_copy(update={"oracle": path})
+    return cfg.model_copy(update=update)
+
+
+def _config_text(source: str) -> str:
+    path = Path(source)
+    if path.suffix in {".yaml", ".yml"} or "/" in source:
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{source}: cannot be read ({type(error).__name__}); allowed: a YAML file") from error
+    if source not in preset_names():
+        raise ConfigError(
+            f"preset '{source}': not found, allowed: {', '.join(preset_names())}, or a path to a .yaml file"
+        )
+    return resources.files("pipelines.presets").joinpath(f"{source}.yaml").read_text(encoding="utf-8")
+
+
+def _explain(error: ValidationError) -> str:
+    """The first fault as one line: key, what was found, what is allowed."""
+    fault = error.errors()[0]
+    keys = [str(part) for part in fault["loc"]]
+    key = ".".join(keys)
+    if fault["type"] == "extra_forbidden":
+        return f"{key}: unknown key, allowed here: {', '.join(_keys_beside(keys))}"
+    if fault["type"] == "missing":
+        return f"{key}: missing, required"
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    found = fault["input"]
+    shown = f"found {found!r}, " if isinstance(found, (str, int, float, bool, type(None), list)) else ""
+    return f"{key}: {shown}{message[0].lower()}{message[1:]}"
+
+
+def _keys_beside(keys: list[str]) -> list[str]:
+    section: Any = UnlearnConfig
+    for part in keys[:-1]:
+        annotation = section.model_fields[part].annotation
+        section = next(
+            (t for t in (annotation, *getattr(annotation, "__args__", ())) if hasattr(t, "model_fields")), section
+        )
+    return list(section.model_fields)
+
+
+def to_yaml(cfg: Section) -> str:
+    """The fully resolved configuration as YAML."""
+    return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two resolved configurations."""
+    keys: list[str] = []
+    for key in sorted(set(old) | set(new)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            keys += changed_keys(before, after, f"{prefix}{key}.")
+        elif before != after:
+            keys.append(f"{prefix}{key}")
+    return keys
+
+
+def short_hash(text: str) -> str:
+    """First 12 hexadecimal digits of the SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

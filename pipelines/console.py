@@ -1,0 +1,112 @@
+"""What a person at the terminal sees: progress and a result table on stderr. All chatter goes to the run's log."""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+SHOWN_SCORES = (
+    ("forget.rouge", "Forget: ROUGE-L recall"),
+    ("forget.rouge_paraphrased", "Forget, asked in other words: ROUGE-L"),
+    ("forget.probability", "Forget: probability of the answer"),
+    ("forget.extraction_strength", "Forget: extraction strength"),
+    ("mia.min_k", "Membership inference, min-k AUC"),
+    ("retain.rouge", "Retain: ROUGE-L recall"),
+    ("retain.probability", "Retain: probability of the answer"),
+    ("general.probability", "General knowledge: probability"),
+    ("model_utility", "Model utility"),
+)
+
+
+class Terminal:
+    """The user's terminal, while file descriptors 1 and 2 write to the log: Ray, DeepSpeed and MLflow speak there."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._progress: Progress | None = None
+        self.log_path: Path | None = None
+
+    @contextmanager
+    def chatter_to(self, log_path: Path) -> Iterator[None]:
+        """Send everything but our own messages to a log file."""
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        self.log_path = log_path
+        sys.stdout.flush()
+        sys.stderr.flush()
+        own = os.dup(2), os.dup(1)
+        with log_path.open("ab") as log, os.fdopen(os.dup(own[0]), "w") as stream:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            before = self._console
+            self._console = Console(file=stream, width=before.width if before.is_terminal else 120)
+            self._progress = Progress(
+                TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self._console,
+            )  # fmt: skip
+            try:
+                with self._progress:
+                    yield
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os.dup2(own[0], 2)
+                os.dup2(own[1], 1)
+                for descriptor in own:
+                    os.close(descriptor)
+                self._console, self._progress = before, None
+
+    def say(self, text: str) -> None:
+        """One line to the user."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def bar(self, description: str, total: int | None) -> "Bar":
+        """A progress bar with time left; `total` None while it is not known."""
+        assert self._progress is not None
+        if not self._console.is_terminal:
+            self.say(f"{description} ...")
+        return Bar(self._progress, self._progress.add_task(description, total=total, note=""))
+
+    def table(self, title: str, rows: list[tuple[str, str]]) -> None:
+        """Two columns: what, and its value."""
+        table = Table("", "", title=title, title_justify="left", show_header=False)
+        for row in rows:
+            table.add_row(*row)
+        self._console.print(table)
+
+    def scores(self, models: Mapping[str, Mapping[str, Any]]) -> None:
+        """The result as a short table."""
+        table = Table(title="Scores", title_justify="left")
+        table.add_column("")
+        for name in models:
+            table.add_column(name, justify="right")
+        for key, label in SHOWN_SCORES:
+            values = [scores.get(key) for scores in models.values()]
+            if any(value is not None for value in values):
+                table.add_row(label, *("-" if value is None else f"{value:.3f}" for value in values))
+        self._console.print(table)
+
+
+class Bar:
+    """One line of progress."""
+
+    def __init__(self, progress: Progress, task: Any) -> None:
+        self._progress, self._task = progress, task
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Count steps as done."""
+        self._progress.update(self._task, advance=steps, note=note)
+
+    def at(self, done: int, note: str = "") -> None:
+        """Set how many steps are done."""
+        self._progress.update(self._task, completed=done, note=note)
+
+    def finish(self) -> None:
+        """Fill the bar."""
+        total = self._progress.tasks[self._task].total
+        self._progress.update(self._task, total=total or 1, completed=total or 1, note="")

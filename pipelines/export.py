@@ -1,0 +1,51 @@
+"""From a finished training run to files: the adapter in PEFT's format and the merged model, both as safetensors."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from ray.train import Checkpoint
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from pipelines.config import UnlearnConfig
+from pipelines.finetune import build_answer_training
+from pipelines.model import build_alignment
+from pipelines.prompts import load_tokenizer
+
+
+def write_model(cfg: UnlearnConfig, checkpoint: Checkpoint, folder: str, full: bool) -> None:
+    """Write `folder/model` and, unless all parameters were trained (`full`), `folder/adapter`.
+
+    Loads the base model, puts the trained parameters in, saves; needs memory for one copy of the model.
+    """
+    module = build_answer_training(cfg) if full else build_alignment(cfg)
+    with checkpoint.as_directory() as source:
+        trained = load_file(Path(source) / "trained.safetensors")
+    wanted = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert set(trained) == wanted, "the checkpoint is of another model"
+    module.load_state_dict(trained, strict=False)
+    model = module.model
+    assert isinstance(model, (PeftModel, PreTrainedModel))
+    if isinstance(model, PeftModel):
+        _publish(model, Path(folder) / "adapter")
+        merged = model.merge_and_unload(safe_merge=True)
+    else:
+        merged = model
+    assert isinstance(merged, PreTrainedModel)
+    with torch.no_grad():
+        _publish(merged, Path(folder) / "model", cfg)
+
+
+def _publish(model: PeftModel | PreTrainedModel, target: Path, cfg: UnlearnConfig | None = None) -> None:
+    """Save beside the target and rename, so that a half-written folder never has the final name."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(str(partial))
+    if cfg is not None:
+        load_tokenizer(cfg.model).save_pretrained(partial)
+    else:
+        (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)

@@ -1,0 +1,39 @@
+"""Fine-tuning: make the target model that must forget, or the retrain oracle it is measured against."""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pipelines.config import UnlearnConfig
+from pipelines.model import load_base
+from rfa.batch import TokenCounts, UnlearnBatch
+from rfa.residual import BlockRunner
+
+
+class AnswerLoss(NamedTuple):
+    """Cross-entropy of the answers' tokens."""
+
+    total: Tensor
+
+
+class AnswerTraining(nn.Module):
+    """A causal language model that learns answers; logits are computed at the positions that predict them alone."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.runner = BlockRunner(model)
+
+    def forward(self, batch: UnlearnBatch, counts: TokenCounts) -> AnswerLoss:
+        """The batch's share of the step's mean cross-entropy over answer tokens."""
+        out = self.runner(batch.input_ids_BT, batch.attention_BT, logits_at_BT=batch.answer_BT)
+        assert out.logits_NV is not None
+        label_N = batch.input_ids_BT[:, 1:][batch.answer_BT[:, :-1]]
+        loss = nn.functional.cross_entropy(out.logits_NV.float(), label_N, reduction="sum")
+        return AnswerLoss(loss / max(counts.retain_answer, 1))
+
+
+def build_answer_training(cfg: UnlearnConfig) -> AnswerTraining:
+    """The model with all parameters trainable."""
+    return AnswerTraining(load_base(cfg.model))

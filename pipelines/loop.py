@@ -1,0 +1,216 @@
+"""The training loop of a worker: build, resume, step, checkpoint, report."""
+
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import ray.train
+import torch
+from ray.train import Checkpoint
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipelines.engine import Engine, EngineState, deepspeed_settings, zero3_loading
+from pipelines.finetune import build_answer_training
+from pipelines.model import build_alignment
+from pipelines.prompts import load_tokenizer
+from pipelines.shards import batches_of
+from pipelines.worker import Job
+from rfa.batch import Row, TokenCounts, UnlearnBatch, collate
+from rfa.loss import ResidualAlignment
+from rfa.targets import SAMPLE_TOKENS, FeatureSums
+
+
+class Loss(Protocol):
+    """A named tuple of scalars: the objective's total and its terms."""
+
+    total: Tensor
+
+    def _asdict(self) -> dict[str, Tensor]: ...
+
+
+class StepRows(NamedTuple):
+    """This worker's rows of one step."""
+
+    retain: list[Row]
+    forget: list[Row]
+
+
+def run_worker(job: Job) -> None:
+    """Build the model, resume, train, report."""
+    train = job.cfg.train
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    if train.gpus_per_worker == 0:
+        torch.set_num_threads(max(1, int(train.cpus_per_worker)))
+    torch.manual_seed(job.cfg.seed)
+    deepspeed = deepspeed_settings(train, job.stage, full=job.kind == "finetune")
+    keep_alive = zero3_loading(deepspeed)
+    module = (build_alignment if job.kind == "unlearn" else build_answer_training)(job.cfg)
+    if train.activation_checkpointing:
+        _checkpoint_activations(module)
+    engine = Engine(module, deepspeed, world_size)
+    pad_token_id = int(load_tokenizer(job.cfg.model).pad_token_id)  # pyright: ignore[reportArgumentType]
+    loop = _Loop(job, engine, module, rank, world_size, pad_token_id)
+    loop.run()
+    del keep_alive
+
+
+def _rows_of(name: str, number_of_batches: int, start: int = 0) -> Iterator[list[Row]]:
+    """This worker's rows of batch after batch."""
+    share = ray.train.get_dataset_shard(name)
+    assert share is not None
+    for rows in batches_of(share, number_of_batches, start):
+        yield [
+            Row(row["input_ids"].tolist(), int(row["answer_start"]), int(row["row"]), int(row["label"])) for row in rows
+        ]
+
+
+def _checkpoint_activations(module: nn.Module) -> None:
+    model: Any = module.model
+    base = model.get_base_model() if isinstance(module, ResidualAlignment) else model
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+class _Loop:
+    """The steps of one worker."""
+
+    def __init__(
+        self, job: Job, engine: Engine, module: nn.Module, rank: int, world_size: int, pad_token_id: int
+    ) -> None:
+        self.job, self.engine, self.module = job, engine, module
+        self.rank, self.world_size, self.pad_token_id = rank, world_size, pad_token_id
+        self.seconds = 0.0
+        self.tokens = 0
+
+    def run(self) -> None:
+        """All steps from the last resume point on."""
+        started = time.monotonic()
+        if isinstance(self.module, ResidualAlignment):
+            self.module.fit(self._retain_sums(self.module))
+        step = self._resume()
+        stream = self._stream(step)
+        while step < self.job.steps:
+            began = time.monotonic()
+            metrics = self._step(next(stream), self.job.rate(step))
+            if self.rank == 0:
+                metrics["tokens_per_s"] = metrics.pop("tokens") / max(time.monotonic() - began, 1e-9)
+                self.job.messages.put({"step": step, **metrics, "learning_rate": self.job.rate(step)})
+            step += 1
+            self.seconds += time.monotonic() - started
+            started = time.monotonic()
+            if step % self.job.cfg.train.checkpoint_every == 0 and step < self.job.steps:
+                self._report(step, final=False)
+        self._report(step, final=True)
+
+    def _stream(self, step: int) -> Iterator[StepRows]:
+        sources = {name: _rows_of(name, number, start=step) for name, number in self.job.batches.items()}
+        while True:
+            rows = {name: next(source) for name, source in sources.items()}
+            yield StepRows(rows["retain"], rows.get("forget", []))
+
+    def _micro_batches(self, rows: StepRows) -> list[UnlearnBatch]:
+        parts = self.job.cfg.train.accumulation
+        return [
+            collate(rows.retain[part::parts], rows.forget[part::parts], self.pad_token_id).to(self.engine.device)
+            for part in range(parts)
+        ]
+
+    def _step(self, rows: StepRows, rate: float) -> dict[str, float]:
+        """One optimizer step; returns the terms of the whole step's loss, and its tokens over all workers."""
+        batches = self._micro_batches(rows)
+        tokens = float(sum(int(batch.attention_BT.sum()) for batch in batches))
+        per_batch = [batch.counts(self.job.cfg.objective.tokens) for batch in batches]
+        sums = self._all_reduce([*(sum(column) for column in zip(*per_batch, strict=True)), tokens])
+        counts = TokenCounts(*sums[:-1])
+        terms: dict[str, float] = {}
+        for batch in batches:
+            loss: Loss = self.engine(batch, counts)
+            self.engine.backward(loss.total)
+            self.engine.step(rate)
+            for name, value in loss._asdict().items():
+                terms[name] = terms.get(name, 0.0) + float(value.detach())
+        values = self._all_reduce(list(terms.values()))
+        self.tokens += int(sums[-1])
+        terms = dict(zip(terms, values, strict=True))
+        return {"loss": terms.pop("total"), **terms, "tokens": sums[-1]}
+
+    def _all_reduce(self, values: list[float]) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.engine.device)
+        torch.distributed.all_reduce(tensor)
+        return tensor.tolist()
+
+    def _retain_sums(self, module: ResidualAlignment) -> dict[str, FeatureSums]:
+        """Base features of the first retain rows, over all workers, for targets and units."""
+        limit = self.job.cfg.objective.target_rows
+        keep_tokens = max(1, SAMPLE_TOKENS // limit)
+        total: dict[str, FeatureSums] = {}
+        rows_a_batch = self.job.cfg.train.retain_batch_size
+        batches = _rows_of("retain", self.job.batches["retain"])
+        for rows in islice(batches, min(self.job.batches["retain"], -(-limit // rows_a_batch))):
+            batch = collate(rows, [], self.pad_token_id).to(self.engine.device)
+            for name, sums in module.feature_sums(batch, keep_tokens).items():
+                total.setdefault(name, FeatureSums()).merge(sums)
+        everyone: list[dict[str, FeatureSums] | None] = [None] * self.world_size
+        torch.distributed.all_gather_object(everyone, total)
+        merged: dict[str, FeatureSums] = {}
+        for part in everyone:
+            for name, sums in (part or {}).items():
+                merged.setdefault(name, FeatureSums()).merge(sums)
+        return merged
+
+    def _resume(self) -> int:
+        """Load the last resume point, if there is one; returns the step to go on from."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return 0
+        with checkpoint.as_directory() as folder:
+            path = Path(folder)
+            progress = json.loads((path / "progress.json").read_text())
+            if progress["step"] >= self.job.steps:
+                return int(progress["step"])
+            parameters = load_file(path / "trained.safetensors")
+            resume = load_file(path / "optimizer.safetensors")
+        rng = resume.pop("rng")
+        # One step at learning rate 0 makes the optimizer's states; its moments are then replaced.
+        self._step(next(self._stream(progress["step"])), rate=0.0)
+        self.engine.load(EngineState(parameters, resume), progress["step"])
+        torch.set_rng_state(rng)
+        self.seconds, self.tokens = progress["seconds"], progress["tokens"]
+        return int(progress["step"])
+
+    def _report(self, step: int, *, final: bool) -> None:
+        """A checkpoint from rank 0; every worker reports. The final one needs no optimizer state."""
+        state = self.engine.state(with_moments=not final)
+        metrics = {
+            "step": step,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "peak_memory_bytes": self._peak_memory(),
+        }
+        if self.rank != 0:
+            ray.train.report(metrics, checkpoint=None)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder)
+            save_file(state.parameters, path / "trained.safetensors")
+            if not final:
+                save_file({**state.moments, "rng": torch.get_rng_state()}, path / "optimizer.safetensors")
+            (path / "progress.json").write_text(json.dumps(metrics))
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+
+    def _peak_memory(self) -> int:
+        """Most memory any worker has held: GPU memory, or the process's resident memory on CPUs."""
+        device = self.engine.device
+        if device.type == "cuda":
+            own = torch.cuda.max_memory_allocated(device)
+        else:
+            own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        largest = torch.tensor(float(own), dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        return int(largest)

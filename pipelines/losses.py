@@ -1,0 +1,38 @@
+"""What is heard from the workers step by step: the progress bar, losses.jsonl, MLflow."""
+
+import json
+from pathlib import Path
+from types import TracebackType
+
+from pipelines.console import Terminal
+from pipelines.tracking import Tracker
+
+
+class LossLog:
+    """Receives every step's metrics; a restart may tell of a step twice, the last one counts."""
+
+    def __init__(
+        self, folder: Path, title: str, steps: int, terminal: Terminal, tracker: Tracker | None = None
+    ) -> None:
+        self._bar = terminal.bar(title, steps)
+        self._stream = (folder / "losses.jsonl").open("a", encoding="utf-8")
+        self._tracker = tracker
+
+    def __enter__(self) -> "LossLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+        if kind is None:
+            self._bar.finish()
+
+    def hear(self, message: dict[str, float]) -> None:
+        """Take one step's metrics: `step`, `loss`, its terms, `tokens_per_s`, `learning_rate`."""
+        self._stream.write(json.dumps(message) + "\n")
+        self._stream.flush()
+        step = int(message["step"])
+        self._bar.at(step + 1, note=f"loss {message['loss']:.3f}")
+        if self._tracker is not None:
+            self._tracker.log_step(step, {name: value for name, value in message.items() if name != "step"})

@@ -1,0 +1,28 @@
+"""How much of an answer the model completes word for word, teacher forced.
+
+Both metrics leave EOS out and are None for an answer of EOS alone (N = 0): there is nothing to memorise.
+Definitions follow open-unlearning (locuslab, commit d3d7cf9); extraction strength is from Carlini et al. 2021.
+
+Shapes: N labelled answer tokens without EOS.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def exact_memorization(is_argmax_N: NDArray[np.bool_]) -> float | None:
+    """Share of tokens that are the model's first choice."""
+    return float(np.mean(is_argmax_N)) if len(is_argmax_N) else None
+
+
+def extraction_strength(is_argmax_N: NDArray[np.bool_]) -> float | None:
+    """1 - k/N, where k is the shortest prefix after which the model's first choices are the rest of the answer.
+
+    The floor is 1/N, as in open-unlearning: a wrong last token scores the same as only the last token right.
+    """
+    num_tokens = len(is_argmax_N)
+    if num_tokens == 0:
+        return None
+    misses = np.flatnonzero(~np.asarray(is_argmax_N, dtype=np.bool_))
+    prefix = min(int(misses[-1]) + 1, num_tokens - 1) if len(misses) else 0
+    return 1 - prefix / num_tokens

@@ -1,0 +1,120 @@
+"""Models: found, checked without their weights, loaded on the worker, digested."""
+
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from pipelines.config import ConfigError, ModelConfig, UnlearnConfig
+from rfa.adapters import attach, check_gradients
+from rfa.loss import Objective, ResidualAlignment, Weights
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load_model_config(model: ModelConfig, key: str = "model.path") -> PretrainedConfig:
+    """The model's own configuration.
+
+    Raises:
+        ConfigError: a local folder that is not a model, or a hub name that cannot be reached.
+    """
+    folder = Path(model.path)
+    if folder.exists() or folder.is_absolute() or model.path.startswith((".", "~")):
+        if not folder.exists():
+            raise ConfigError(f"{key}: found no folder {model.path}, allowed: a model folder or a hub name")
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{key}: {model.path} is not a model folder: found no config.json in it")
+        if not list(folder.glob("*.safetensors")):
+            raise ConfigError(f"{key}: {model.path} holds no .safetensors weights; pickled weights are refused")
+    try:
+        return AutoConfig.from_pretrained(
+            model.path,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            local_files_only=folder.exists(),
+        )
+    except (OSError, ValueError) as error:
+        found = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{key}: {model.path} cannot be loaded ({found}); allowed: a model folder or a hub name"
+        ) from None
+
+
+def check_models(cfg: UnlearnConfig, others: dict[str, ModelConfig]) -> "ModelSize":
+    """Check the model to train, and that the `others`, by their keys, can be loaded.
+
+    Raises:
+        ConfigError: as `load_model_config` and `check_model`.
+    """
+    for key, model in others.items():
+        load_model_config(model, key)
+    return check_model(cfg)
+
+
+class ModelSize(NamedTuple):
+    """Numbers of parameters."""
+
+    parameters: int
+    adapter: int
+
+
+def check_model(cfg: UnlearnConfig) -> ModelSize:
+    """Check adapter targets, layers and gradients on a model without weights.
+
+    Raises:
+        ConfigError: one line that names the key, what was found and what is allowed.
+    """
+    model_config = load_model_config(cfg.model)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(model_config, trust_remote_code=cfg.model.trust_remote_code)
+    parameters = sum(p.numel() for p in base.parameters())
+    try:
+        adapted = attach_adapter(base, cfg)
+        check_gradients(adapted, torch.ones((1, 4), dtype=torch.long, device="meta"))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return ModelSize(parameters, sum(p.numel() for p in adapted.parameters() if p.requires_grad))
+
+
+def load_base(model: ModelConfig, precision: str = "fp32") -> PreTrainedModel:
+    """The model with its weights, on the CPU (or partitioned, where DeepSpeed's ZeRO-3 is configured)."""
+    return AutoModelForCausalLM.from_pretrained(
+        model.path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        dtype=DTYPES[precision],
+        use_safetensors=True,
+    )
+
+
+def attach_adapter(base: PreTrainedModel, cfg: UnlearnConfig) -> PeftModel:
+    """LoRA as the configuration says."""
+    adapter = cfg.adapter
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a deprecated name
+        return attach(
+            base,
+            rank=adapter.rank,
+            alpha=adapter.alpha,
+            dropout=adapter.dropout,
+            targets=adapter.targets,
+            layers=adapter.layers,
+        )
+
+
+def build_alignment(cfg: UnlearnConfig) -> ResidualAlignment:
+    """Base model, LoRA and objective, ready to train."""
+    model = attach_adapter(load_base(cfg.model, cfg.train.precision), cfg)
+    settings = cfg.objective
+    objective = Objective(
+        residual=settings.residual,
+        target=settings.target,
+        distance=settings.distance,
+        tokens=settings.tokens,
+        clusters=settings.clusters,
+        weights=Weights(**settings.weights.model_dump()),
+    )
+    return ResidualAlignment(model, objective, seed=cfg.seed)

@@ -1,0 +1,76 @@
+"""Where files lie: the file system behind a path (local, `s3://`, `gs://`) and the files of a file, folder or glob."""
+
+import os
+from datetime import timedelta
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+from pyarrow import fs
+
+from pipelines.config import ConfigError
+
+MESSAGE_CHARS = 300
+
+
+def open_filesystem(path: str, key: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a path, and the path inside it. Pickled to workers with the driver's endpoint and keys."""
+    scheme, separator, rest = path.partition("://")
+    if not separator or scheme == "file":
+        local = Path(rest if separator else path).expanduser()
+        return fs.LocalFileSystem(), os.path.abspath(local)  # workers have another directory
+    try:
+        if scheme == "s3":
+            return _s3(rest), rest.rstrip("/")
+        if scheme == "gs":
+            return _gcs(), rest.rstrip("/")
+    except (OSError, ValueError) as error:  # ValueError: half a pair of keys
+        raise ConfigError(f"{key}: {path} cannot be reached ({one_line(error)})") from None
+    raise ConfigError(f"{key}: {path} found {scheme}://, allowed: a local path, s3:// or gs://")
+
+
+def _s3(path: str) -> fs.S3FileSystem:
+    """S3 as the usual AWS_ variables describe it; without keys there, each worker asks AWS's own chain for them."""
+    env = os.environ
+    endpoint = urlsplit(env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or "")
+    region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION")
+    if region is None and not endpoint.netloc:
+        region = fs.resolve_s3_region(path.split("/")[0])
+    return fs.S3FileSystem(
+        access_key=env.get("AWS_ACCESS_KEY_ID"),
+        secret_key=env.get("AWS_SECRET_ACCESS_KEY"),
+        session_token=env.get("AWS_SESSION_TOKEN"),
+        region=region,
+        scheme=endpoint.scheme or "https",
+        endpoint_override=endpoint.netloc + endpoint.path.rstrip("/") or None,
+    )
+
+
+def _gcs() -> fs.GcsFileSystem:
+    """Google Cloud Storage, or the emulator that STORAGE_EMULATOR_HOST names. Arrow would retry for 15 minutes."""
+    retry = timedelta(seconds=30)
+    emulator = os.environ.get("STORAGE_EMULATOR_HOST")
+    if not emulator:
+        return fs.GcsFileSystem(retry_time_limit=retry)
+    url = urlsplit(emulator if "://" in emulator else f"http://{emulator}")
+    return fs.GcsFileSystem(anonymous=True, scheme=url.scheme, endpoint_override=url.netloc, retry_time_limit=retry)
+
+
+def list_files(filesystem: fs.FileSystem, path: str) -> list[str]:
+    """Sorted files of a file, a folder (without hidden ones and subfolders) or a glob; none where nothing is."""
+    info = filesystem.get_file_info(path)
+    if info.type == fs.FileType.File:
+        return [path]
+    if info.type == fs.FileType.Directory:
+        entries = filesystem.get_file_info(fs.FileSelector(path))
+        return sorted(entry.path for entry in entries if entry.is_file and entry.base_name[0] not in "._")
+    parts = PurePosixPath(path).parts
+    globs = [index for index, part in enumerate(parts) if any(char in part for char in "*?[")]
+    if not globs:
+        return []
+    selector = fs.FileSelector(str(PurePosixPath(*parts[: globs[0]])), recursive=True, allow_not_found=True)
+    entries = filesystem.get_file_info(selector)
+    return sorted(entry.path for entry in entries if entry.is_file and PurePosixPath(entry.path).match(path))
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:MESSAGE_CHARS]

@@ -1,0 +1,187 @@
+"""A Ray Train run of the worker loop, for unlearning and for fine-tuning alike."""
+
+import os
+import queue
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import ray
+from ray.data import Dataset
+from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.queue import Queue
+
+from pipelines.artifact import weight_bytes
+from pipelines.config import ConfigError, TrainConfig, UnlearnConfig
+from pipelines.prompts import Encoder
+from pipelines.shards import ShardByRank, plan_stream
+from pipelines.worker import Job, train_worker
+
+Listener = Callable[[dict[str, float]], None]
+
+
+def check_resources(train: TrainConfig) -> None:
+    """Refuse more workers than the cluster can hold.
+
+    Raises:
+        ConfigError: names what is asked for and what the cluster has.
+    """
+    have = ray.cluster_resources()
+    for kind, each in (("CPU", train.cpus_per_worker), ("GPU", train.gpus_per_worker)):
+        needed = train.num_workers * each
+        if needed > have.get(kind, 0):
+            raise ConfigError(
+                f"train.num_workers: found {train.num_workers} with {each:g} {kind} each, "
+                f"allowed: {needed:g} {kind} or fewer in all, this cluster has {have.get(kind, 0):g}"
+            )
+
+
+def zero_stage(train: TrainConfig, model_path: str, gpu_bytes: int) -> int:
+    """The ZeRO stage: as configured, or for `auto` the lowest that fits (0 on CPUs and one GPU; 2 when weights take up
+    to 60 % of a GPU; else 3)."""
+    if train.deepspeed.stage != "auto":
+        return train.deepspeed.stage
+    if train.gpus_per_worker == 0 or (train.num_workers == 1 and not gpu_bytes):
+        return 0
+    fits = weight_bytes(model_path) <= 0.6 * gpu_bytes
+    if not fits:
+        return 3
+    return 0 if train.num_workers == 1 else 2
+
+
+def gpu_memory_bytes(train: TrainConfig) -> int:
+    """Memory of one of the cluster's GPUs; 0 when training on CPUs."""
+    if train.gpus_per_worker == 0:
+        return 0
+
+    def measure() -> int:
+        import torch
+
+        return int(torch.cuda.get_device_properties(0).total_memory)
+
+    return ray.get(ray.remote(num_gpus=min(1, train.gpus_per_worker))(measure).remote())
+
+
+class Trainer:
+    """Trains a module over its streams of rows.
+
+    Args:
+        cfg: the run's configuration.
+        kind: `unlearn` trains adapters on the objective, `finetune` all parameters on answers.
+        streams: stream name (`retain`, `forget`) to its rows and rows a step.
+    """
+
+    def __init__(
+        self,
+        cfg: UnlearnConfig,
+        kind: Literal["unlearn", "finetune"],
+        streams: dict[str, tuple[Dataset, int]],
+    ) -> None:
+        self.cfg = cfg
+        self.kind: Literal["unlearn", "finetune"] = kind
+        encoder = Encoder(cfg.model, cfg.data.system_prompt, cfg.data.max_tokens)
+        self.streams = {
+            name: plan_stream(rows, encoder, batch_size, cfg.seed, cfg.train.num_workers)
+            for name, (rows, batch_size) in streams.items()
+        }
+        self.batches = {name: stream.batches for name, stream in self.streams.items()}
+
+    def fit(self, *, steps: int, learning_rate: float, final_rate: float, listener: Listener) -> Result:
+        """Train to the end, resuming from this output folder's last resume point; `listener` hears of every step."""
+        cfg, train = self.cfg, self.cfg.train
+        messages = Queue(actor_options={"num_cpus": 0})
+        job = Job(
+            cfg=cfg,
+            kind=self.kind,
+            steps=steps,
+            learning_rate=learning_rate,
+            final_rate=final_rate,
+            batches=self.batches,
+            stage=zero_stage(train, cfg.model.path, gpu_memory_bytes(train)),
+            messages=messages,
+        )
+        use_gpu = train.gpus_per_worker > 0
+        resources = {"CPU": train.cpus_per_worker, **({"GPU": train.gpus_per_worker} if use_gpu else {})}
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"job": job},
+            scaling_config=ScalingConfig(
+                num_workers=train.num_workers, use_gpu=use_gpu, resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                name="train",
+                storage_path=str(checkpoint_folder(cfg)),
+                failure_config=FailureConfig(max_failures=train.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=1),
+                worker_runtime_env={"env_vars": worker_environment(train)},
+            ),
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+            datasets={name: stream.shares[0] for name, stream in self.streams.items()},
+            dataset_config=ShardByRank(self.streams),
+        )
+        with _listening(messages, listener), _interruptible():
+            return trainer.fit()
+
+
+def checkpoint_folder(cfg: UnlearnConfig) -> Path:
+    """Where resume points are kept while a run is unfinished."""
+    return Path(os.path.abspath(cfg.output_dir)) / "checkpoints"
+
+
+def worker_environment(train: TrainConfig) -> dict[str, str]:
+    """Environment of workers: as many threads as cores, and DeepSpeed on the right device."""
+    threads = str(max(1, int(train.cpus_per_worker)))
+    environment = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    if train.gpus_per_worker == 0:
+        environment["DS_ACCELERATOR"] = "cpu"
+    return environment
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C as a KeyboardInterrupt: Ray Train takes the signal, stops the workers and exits, and keeps its handler."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _listening(messages: Queue, listener: Listener) -> Iterator[None]:
+    """Pass the workers' messages on while training runs, and those left over at its end."""
+    stop = threading.Event()
+
+    def drain(timeout_s: float) -> bool:
+        try:
+            listener(messages.get(timeout=timeout_s))
+        except queue.Empty:
+            return False
+        return True
+
+    def listen() -> None:
+        while not stop.is_set():
+            drain(0.5)
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        while drain(0.05):
+            pass
+        messages.shutdown()
+
+
+def forget_resume_points(cfg: UnlearnConfig) -> None:
+    """Remove the resume points of a run that is complete."""
+    shutil.rmtree(checkpoint_folder(cfg), ignore_errors=True)

@@ -1,0 +1,276 @@
+"""The flow: one screen from the data to the report. `unlearn` reads from top to bottom; the rest is its vocabulary."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import ray
+from ray.data import DataContext
+from ray.exceptions import RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipelines.artifact import RunFolder, weight_bytes
+from pipelines.config import ConfigError, ModelConfig, UnlearnConfig
+from pipelines.console import Terminal
+from pipelines.data import Sets, load_sets
+from pipelines.evaluate import evaluate, evaluated_rows
+from pipelines.losses import LossLog
+from pipelines.report import write_report
+from pipelines.tracking import Tracker, check_tracking, open_tracker, preload
+from pipelines.trainer import Trainer, check_resources, forget_resume_points, worker_environment
+
+Scores = dict[str, dict[str, float | None]]
+
+
+class Checked(NamedTuple):
+    """What is known before training: the sets, and the model's size."""
+
+    sets: Sets
+    size: Any
+
+
+def unlearn(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
+    """Remove the forget set's influence from a model, write the result and its proof.
+
+    A run that was interrupted goes on where it was; one that is complete is left as it is.
+
+    Raises:
+        ConfigError: something the user can mend; nothing has been trained or overwritten.
+    """
+    run = RunFolder(cfg, "run")
+    if run.is_complete:
+        return run
+    check_tracking(cfg.tracking, run.path)
+    with session(cfg, run.path / "run.log", terminal):
+        sets, _ = load_checked(cfg, terminal, oracle_of(cfg, "evaluation.oracle"))
+        run.begin(sets)
+        with tracked(run, sets, terminal) as tracker:
+            cost = run.manifest().get("cost") or train(run, sets, tracker, terminal)
+            scores, evaluate_s = score(cfg, result_models(run), sets, terminal)
+            run.write_scores(scores, {**cost, "evaluate_s": evaluate_s})
+            record(run, tracker)
+    return run
+
+
+def finetune(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
+    """Train all of the model's parameters on `finetune.sets`: the target model, or the retrain oracle.
+
+    Raises:
+        ConfigError: as `unlearn`, and for a set that `data` does not give.
+    """
+    run = RunFolder(cfg, "finetune")
+    if run.is_complete:
+        return run
+    with session(cfg, run.path / "run.log", terminal):
+        sets, _ = load_checked(cfg, terminal, {})
+        rows = sets.union(cfg.finetune.sets)
+        run.begin(sets)
+        trainer = Trainer(cfg, "finetune", {"retain": (rows, cfg.finetune.batch_size)})
+        steps = cfg.finetune.epochs * trainer.batches["retain"]
+        started = time.monotonic()
+        with LossLog(run.path, "Fine-tuning", steps, terminal) as losses:
+            result = trainer.fit(
+                steps=steps, learning_rate=cfg.finetune.learning_rate, final_rate=0.1, listener=losses.hear
+            )
+        export(run, checkpoint_of(result), full=True)
+        run.update(cost=cost_of(result, cfg, time.monotonic() - started))
+        forget_resume_points(cfg)
+        run.seal()
+    return run
+
+
+def evaluate_model(cfg: UnlearnConfig, model: ModelConfig, terminal: Terminal) -> Scores:
+    """Score any model folder on the sets, beside the oracle when one is configured."""
+    models = {"model": model, **oracle_of(cfg, "oracle")}
+    with TemporaryDirectory() as folder, session(cfg, Path(folder) / "run.log", terminal):
+        return score(
+            cfg,
+            models,
+            load_checked(cfg, terminal, {"--model": model, **oracle_of(cfg, "evaluation.oracle")}).sets,
+            terminal,
+        )[0]
+
+
+def check(cfg: UnlearnConfig, terminal: Terminal) -> list[tuple[str, str]]:
+    """Everything `unlearn` checks before it trains, and what it would do, as a table."""
+    run = RunFolder(cfg, "run")
+    with TemporaryDirectory() as folder, session(cfg, Path(folder) / "run.log", terminal):
+        sets, size = load_checked(cfg, terminal, oracle_of(cfg, "evaluation.oracle"))
+        have = ray.cluster_resources()
+    weights = weight_bytes(cfg.model.path)
+    return [
+        ("output_dir", f"{run.path}{' (to be continued)' if run.manifest() else ''}"),
+        ("model", f"{cfg.model.path}, {size.parameters / 1e6:,.1f} M parameters, {weights / 2**30:.2f} GiB of weights"),
+        (
+            "adapter",
+            f"{size.adapter / 1e6:,.2f} M parameters, {16 * size.adapter / 2**20:.0f} MiB with gradient and AdamW",
+        ),
+        *((f"data.{name}", f"{sets.counts[name]} rows") for name in sets.names()),
+        (
+            "steps",
+            f"{cfg.train.steps} of {cfg.train.forget_batch_size} forget and {cfg.train.retain_batch_size} retain rows",
+        ),
+        ("workers", f"{cfg.train.num_workers} x {cfg.train.cpus_per_worker:g} CPU, {cfg.train.gpus_per_worker:g} GPU"),
+        ("cluster", f"{have.get('CPU', 0):g} CPU, {have.get('GPU', 0):g} GPU, {have.get('memory', 0) / 2**30:.0f} GiB"),
+    ]
+
+
+def train(run: RunFolder, sets: Sets, tracker: Tracker, terminal: Terminal) -> dict[str, Any]:
+    """Train the adapter, write it and the merged model; returns what it cost."""
+    cfg = run.cfg
+    keep = sets.union(("retain", "utility"), present_only=True)
+    streams = {"retain": (keep, cfg.train.retain_batch_size), "forget": (sets.forget, cfg.train.forget_batch_size)}
+    trainer = Trainer(cfg, "unlearn", streams)
+    started = time.monotonic()
+    with LossLog(run.path, "Unlearning", cfg.train.steps, terminal, tracker) as losses:
+        result = trainer.fit(
+            steps=cfg.train.steps, learning_rate=cfg.train.learning_rate, final_rate=0.0, listener=losses.hear
+        )
+    cost = cost_of(result, cfg, time.monotonic() - started)
+    export(run, checkpoint_of(result))
+    run.update(cost=cost)
+    forget_resume_points(cfg)
+    return cost
+
+
+def score(cfg: UnlearnConfig, models: dict[str, ModelConfig], sets: Sets, terminal: Terminal) -> tuple[Scores, float]:
+    """Scores of each model, and the seconds they took."""
+    started = time.monotonic()
+    bar = terminal.bar("Evaluating " + ", ".join(models), len(models) * evaluated_rows(cfg, sets))
+    scores = evaluate(cfg, models, sets, bar.advance)
+    return scores, time.monotonic() - started
+
+
+def record(run: RunFolder, tracker: Tracker) -> None:
+    """Seal the folder, write the page, send scores and adapter to MLflow."""
+    results = run.scores()
+    for name, scores in results["models"].items():
+        tracker.log_scores(name, scores)
+    tracker.log_scores("cost", results["cost"])
+    version = tracker.log_adapter(run.path / "adapter")
+    run.update(mlflow={"run_id": tracker.run_id, "uri": run.cfg.tracking.uri, "model_version": version})
+    run.seal()
+    tracker.log_artifact(write_report(run.path))
+
+
+def load_checked(cfg: UnlearnConfig, terminal: Terminal, others: dict[str, ModelConfig]) -> Checked:
+    """The sets, once the cluster is known to be large enough and the model to be what the configuration says.
+
+    The model is checked in a task, without its weights, while the data is read: the driver imports none of what that
+    takes. `others` are further models that will be needed, by their keys.
+    """
+    check_resources(cfg.train)
+    size = on_this_node(_check_models).remote(cfg, others)
+    sets = load_sets(cfg.data)
+    checked = Checked(sets, result_of(size))
+    terminal.say("Data: " + ", ".join(f"{name} {sets.counts[name]} rows" for name in sets.names()))
+    return checked
+
+
+def _check_models(cfg: UnlearnConfig, others: dict[str, ModelConfig]) -> Any:
+    from pipelines.model import check_models
+
+    return check_models(cfg, others)
+
+
+def export(run: RunFolder, checkpoint: Any, *, full: bool = False) -> None:
+    """Write adapter and merged model, in a task on the driver's node: the driver holds no model."""
+    result_of(on_this_node(_write_model).remote(run.cfg, checkpoint, str(run.path), full))
+
+
+def _write_model(*arguments: Any) -> None:
+    from pipelines.export import write_model
+
+    write_model(*arguments)
+
+
+def on_this_node(function: Any) -> Any:
+    """A Ray task for the node whose files the driver sees."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=1)(function).options(scheduling_strategy=here)
+
+
+def result_of(task: Any) -> Any:
+    """A task's result; an error of ours is raised as it was there."""
+    try:
+        return ray.get(task)
+    except RayTaskError as error:
+        if isinstance(error.cause, ConfigError):
+            raise error.cause from None
+        raise
+
+
+def result_models(run: RunFolder) -> dict[str, ModelConfig]:
+    """The models that are compared: before, after and, when configured, the oracle."""
+    after = ModelConfig(path=str(run.path / "model"))
+    return {"before": run.cfg.model, "after": after, **oracle_of(run.cfg, "oracle")}
+
+
+def oracle_of(cfg: UnlearnConfig, name: str) -> dict[str, ModelConfig]:
+    """The retrain oracle under a name, where one is configured."""
+    return {} if cfg.evaluation.oracle is None else {name: ModelConfig(path=cfg.evaluation.oracle)}
+
+
+def cost_of(result: Any, cfg: UnlearnConfig, train_s: float) -> dict[str, Any]:
+    """The `cost` part of scores.json, but for evaluation. `train_s` includes starting the workers."""
+    metrics = result.metrics
+    return {
+        "solve_s": 0.0,
+        "train_s": train_s,
+        "tokens": metrics["tokens"],
+        "tokens_per_s": metrics["tokens"] / max(metrics["seconds"], 1e-9),
+        "peak_memory_bytes": metrics["peak_memory_bytes"],
+        "num_workers": cfg.train.num_workers,
+    }
+
+
+def checkpoint_of(result: Any) -> Any:
+    """The last checkpoint of a finished training run."""
+    assert result.checkpoint is not None
+    return result.checkpoint
+
+
+@contextmanager
+def tracked(run: RunFolder, sets: Sets, terminal: Terminal) -> Iterator[Tracker]:
+    """The run's MLflow record, closed with the state in which the run ends."""
+    tracker = open_tracker(run.cfg.tracking, run.path, run.path.name, run.key, terminal.say)
+    tracker.log_parameters(run.cfg.model_dump(mode="json"))
+    for name in sets.names():
+        tracker.log_dataset(name, sets.digests[name], sets.counts[name])
+    status = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.close(status)
+
+
+@contextmanager
+def session(cfg: UnlearnConfig, log_path: Path, terminal: Terminal) -> Iterator[None]:
+    """Ray, started here or joined where it runs already, with its chatter in the run's log."""
+    with terminal.chatter_to(log_path):
+        started_here = not ray.is_initialized()
+        if started_here:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            # Ray would log the failures of tasks whose results nobody fetches, and what a row's error says is text.
+            os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
+            threading.Thread(target=preload, daemon=True).start()
+            # One environment for all workers, and idle ones kept: Ray reuses a process, with what it has imported.
+            os.environ.setdefault("RAY_num_workers_soft_limit", "8")
+            ray.init(include_dashboard=False, runtime_env={"env_vars": worker_environment(cfg.train)})
+        context = DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = True
+        try:
+            yield
+        finally:
+            if started_here:
+                ray.shutdown()

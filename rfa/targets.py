@@ -1,0 +1,143 @@
+"""Where the forget set's features are shifted to: five targets fitted on the retain set's base features.
+
+`retain_mean` is the target of Qin et al. 2024 (arXiv 2411.08443) as this project reconstructs it; the other four answer
+its weakness on imbalanced or multi-modal data and are this project's.
+
+Shapes: N tokens, D features, K centres.
+"""
+
+import zlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+SAMPLE_TOKENS = 2048  # bounds memory: per aligned place, the retain features kept for k-means
+
+
+@dataclass
+class FeatureSums:
+    """What the targets need of one place's retain features: sums, so that workers can add theirs up."""
+
+    count: int = 0
+    sum_D: Tensor | float = 0.0
+    square_D: Tensor | float = 0.0
+    by_label: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
+    sample: dict[int, Tensor] = field(default_factory=dict)  # row number -> some of its tokens
+
+    def add(self, feature_ND: Tensor, row: int, label: int, keep_tokens: int) -> None:
+        """Add one row's features; keep up to `keep_tokens` of them, evenly spaced, for k-means."""
+        feature_ND = feature_ND.detach().to("cpu", torch.float64)
+        own = FeatureSums(len(feature_ND), feature_ND.sum(0), feature_ND.square().sum(0))
+        if label >= 0:
+            own.by_label[label] = (len(feature_ND), feature_ND.sum(0))
+        if keep_tokens:
+            chosen = torch.linspace(0, len(feature_ND) - 1, min(keep_tokens, len(feature_ND))).long()
+            own.sample[row] = feature_ND[chosen].float()
+        self.merge(own)
+
+    def merge(self, other: "FeatureSums") -> None:
+        """Add another worker's sums."""
+        self.count += other.count
+        self.sum_D = self.sum_D + other.sum_D
+        self.square_D = self.square_D + other.square_D
+        for label, (count, sum_D) in other.by_label.items():
+            own_count, own_sum_D = self.by_label.get(label, (0, torch.zeros_like(sum_D)))
+            self.by_label[label] = (own_count + count, own_sum_D + sum_D)
+        self.sample |= other.sample
+
+
+@dataclass
+class PlaceTarget:
+    """The target at one aligned place. `energy` is E|h0|^2 over retain tokens, the unit of every distance there."""
+
+    energy: float
+    centre_KD: Tensor
+    label_K: Tensor | None = None
+    spread_D: Tensor | None = None
+
+
+def fit_target(kind: str, sums: FeatureSums, *, clusters: int, seed: int) -> PlaceTarget:
+    """The target of one place from its retain sums.
+
+    Raises:
+        ValueError: `class_mean` and `balanced_mean` without labels, or `class_mean` with fewer than two.
+    """
+    assert isinstance(sums.sum_D, Tensor)
+    assert isinstance(sums.square_D, Tensor)
+    mean_D = sums.sum_D / sums.count
+    energy = float(sums.square_D.sum() / sums.count)
+    if kind in ("class_mean", "balanced_mean") and not sums.by_label:
+        raise ValueError(
+            f"objective.target: {kind} needs a label column (data.columns.label); the retain rows have none"
+        )
+    if kind == "retain_mean":
+        return PlaceTarget(energy, mean_D[None].float())
+    if kind == "gaussian":
+        variance_D = (sums.square_D / sums.count - mean_D.square()).clamp_min(0)
+        return PlaceTarget(energy, mean_D[None].float(), spread_D=variance_D.sqrt().float())
+    if kind == "cluster_mean":
+        from sklearn.cluster import KMeans  # a second to import, in every process that knows this module
+
+        sample_ND = torch.cat([sums.sample[row] for row in sorted(sums.sample)]).double().numpy()
+        fitted = KMeans(
+            min(clusters, len(sample_ND)),
+            n_init=1,  # pyright: ignore[reportArgumentType]
+            max_iter=25,
+            random_state=seed,
+        ).fit(sample_ND)
+        return PlaceTarget(energy, torch.from_numpy(fitted.cluster_centers_).float())
+    labels = sorted(sums.by_label)
+    means_KD = torch.stack([sums.by_label[label][1] / sums.by_label[label][0] for label in labels])
+    if kind == "balanced_mean":
+        return PlaceTarget(energy, means_KD.mean(0, keepdim=True).float())
+    if len(labels) < 2:
+        raise ValueError("objective.target: class_mean needs at least two labels among the retain rows; found 1")
+    return PlaceTarget(energy, means_KD.float(), label_K=torch.tensor(labels))
+
+
+class Targets:
+    """The targets of all aligned places.
+
+    `nearest` targets (`class_mean`, `cluster_mean`) look at the sample's base features; where the caller has only the
+    features with lower residuals already in place (`local`), those are what it looks at.
+    """
+
+    def __init__(self, kind: str, places: dict[str, PlaceTarget], seed: int) -> None:
+        self.kind = kind
+        self.places = places
+        self.seed = seed
+        self.looks_at_sample = kind in ("class_mean", "cluster_mean")
+
+    def energy(self, name: str) -> float:
+        """E|h0|^2 over the retain set's tokens at a place."""
+        return self.places[name].energy
+
+    def __call__(self, name: str, feature_ND: Tensor, row_N: Tensor, label_N: Tensor) -> Tensor:
+        """Targets of N tokens, grouped by `row_N`, with features `feature_ND`: [N, D], without gradient."""
+        place = self.places[name]
+        centre_KD = place.centre_KD.to(feature_ND.device, torch.float32)
+        feature_ND = feature_ND.detach().float()
+        if self.kind == "cluster_mean":
+            return centre_KD[torch.cdist(feature_ND, centre_KD).argmin(1)]
+        target_ND = centre_KD[0].expand(len(feature_ND), -1)
+        if self.kind == "class_mean":
+            assert place.label_K is not None
+            target_ND = target_ND.clone()
+            for row in row_N.unique().tolist():
+                own_N = row_N == row
+                distance_K = torch.cdist(feature_ND[own_N].mean(0, keepdim=True), centre_KD)[0]
+                distance_K[place.label_K.to(distance_K.device) == label_N[own_N][0]] = torch.inf
+                target_ND[own_N] = centre_KD[distance_K.argmin()]
+        if self.kind == "gaussian":
+            assert place.spread_D is not None
+            noise_ND = torch.zeros_like(feature_ND)
+            for row in row_N.unique().tolist():
+                noise_ND[row_N == row] = self._noise(name, row, feature_ND[row_N == row])
+            target_ND = target_ND + place.spread_D.to(feature_ND.device) * noise_ND
+        return target_ND
+
+    def _noise(self, name: str, row: int, like_ND: Tensor) -> Tensor:
+        """Standard normal noise that depends on seed, place and row alone: the same at every step, on any worker."""
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}/{row}".encode()))
+        return torch.randn(like_ND.shape, generator=generator).to(like_ND.device)

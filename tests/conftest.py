@@ -1,0 +1,40 @@
+"""Fixtures that several test modules share."""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["HF_HUB_OFFLINE"] = "1"  # before Ray starts its workers: no test waits for a hub that is not there
+
+import pytest
+import ray
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A local Ray of two CPUs, started once."""
+    # "local": a cluster that somebody else left on this machine is not joined
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def problem(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `model`, tiny and random, and `data`, synthetic."""
+    from pipelines.synthetic import write_problem
+    from tests.tiny_model import write_tiny_model
+
+    folder = tmp_path_factory.mktemp("problem")
+    write_tiny_model(folder / "model")
+    write_problem(folder / "data", authors=6, questions=3, seed=0, forget=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def overrides(problem: Path) -> list[str]:
+    """What points the `quick` preset at the problem."""
+    sets = ("forget", "retain", "utility", "holdout", "general")
+    return [f"model.path={problem}/model", *(f"data.{name}.path={problem}/data/{name}.jsonl" for name in sets)]

@@ -1,0 +1,39 @@
+"""The `quick` preset on a tiny problem, and the command line as a user starts it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from pipelines.config import UnlearnConfig, load_config
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def quick(overrides: list[str]) -> Callable[..., UnlearnConfig]:
+    """The `quick` preset on the problem, with changes."""
+
+    def load(*changes: str) -> UnlearnConfig:
+        return load_config("quick", [*overrides, *changes])
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def command() -> Command:
+    """Runs `ray-unlearn` in a process of its own."""
+
+    def run(*arguments: str, timeout_s: int = 300) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "pipelines", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            env={**os.environ, "COLUMNS": "200"},
+            check=False,
+        )
+
+    return run

@@ -1,0 +1,130 @@
+"""The whole flow from the command line, on a tiny random model and two workers."""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.flow.conftest import Command
+
+CONTRACT = {"config.yaml", "manifest.json", "adapter", "model", "scores.json", "report.html"}
+METRICS = (
+    "probability", "loss", "perplexity", "rouge", "truth_ratio", "exact_memorization", "extraction_strength",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, overrides: list[str], command: Command) -> Path:
+    """A finished run of the `quick` preset; the oracle is a copy of the model itself."""
+    folder = tmp_path_factory.mktemp("run")
+    shutil.copytree(Path(overrides[0].split("=")[1]), folder / "oracle")
+    done = command("run", "quick", *overrides, f"output_dir={folder}/out", f"evaluation.oracle={folder}/oracle")
+    assert done.returncode == 0, done.stderr
+    assert "Report:" in done.stderr
+    assert "General knowledge: probability" in done.stderr
+    assert done.stdout == ""
+    return folder / "out"
+
+
+def test_a_run_leaves_what_the_contract_names(run_dir: Path) -> None:
+    names = {path.name for path in run_dir.iterdir()}
+    assert names >= CONTRACT
+    assert "checkpoints" not in names
+    assert not [name for name in names if name.endswith(".partial")]
+
+
+def test_scores_hold_every_metric_of_every_model(run_dir: Path) -> None:
+    scores = json.loads((run_dir / "scores.json").read_text())
+    assert scores["schema"] == 1
+    assert set(scores["models"]) == {"before", "after", "oracle"}
+    for entry in scores["models"].values():
+        for name in ("forget", "retain", "general"):
+            assert {f"{name}.{metric}" for metric in METRICS} <= set(entry)
+        assert {"mia.loss", "mia.zlib", "mia.min_k", "mia.min_k_plus_plus", "model_utility"} <= set(entry)
+        assert {"forget.rouge_paraphrased", "forget.probability_paraphrased"} <= set(entry)
+    # The oracle is the model itself, so before equals it, and what has been trained does not.
+    before, after, oracle = (scores["models"][name] for name in ("before", "after", "oracle"))
+    assert before["forget.loss"] == pytest.approx(oracle["forget.loss"])
+    assert before["forget_quality"] == pytest.approx(1.0)
+    assert after["forget.loss"] != pytest.approx(before["forget.loss"], rel=1e-4)
+    cost = scores["cost"]
+    assert cost["num_workers"] == 2
+    assert min(cost[key] for key in ("train_s", "evaluate_s", "tokens", "tokens_per_s", "peak_memory_bytes")) > 0
+
+
+def test_adapter_in_stock_peft_and_merged_model_give_the_same_logits(run_dir: Path) -> None:
+    base_path = yaml.safe_load((run_dir / "config.yaml").read_text())["model"]["path"]
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_path), str(run_dir / "adapter"))
+    merged = AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    base = AutoModelForCausalLM.from_pretrained(base_path)
+    tokens = AutoTokenizer.from_pretrained(run_dir / "model")("Who wrote this?", return_tensors="pt")
+    with torch.no_grad():
+        expected = merged(**tokens).logits
+        torch.testing.assert_close(adapted(**tokens).logits, expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(base(**tokens).logits, expected, atol=1e-4)
+    assert list((run_dir / "model").glob("*.safetensors"))
+    assert not [p for p in run_dir.rglob("*") if p.suffix in {".bin", ".pt", ".pkl"}]
+
+
+def test_no_text_of_the_forget_set_is_left_anywhere(run_dir: Path, problem: Path) -> None:
+    rows = [json.loads(line) for line in (problem / "data" / "forget.jsonl").read_text().splitlines()]
+    secrets = {row["fact"] for row in rows} | {row["author"] for row in rows} | {row["answer"] for row in rows}
+    needles = [secret.encode() for secret in secrets]
+    files = [path for path in run_dir.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"run.log", "mlflow.db", "losses.jsonl", "report.html"}
+    for path in files:
+        content = path.read_bytes()
+        found = [needle for needle in needles if needle in content]
+        assert not found, f"{path} holds forget text"
+
+
+def test_mlflow_holds_parameters_losses_scores_data_and_adapter(run_dir: Path) -> None:
+    client = mlflow.MlflowClient(f"sqlite:///{run_dir}/mlflow.db")
+    record = json.loads((run_dir / "manifest.json").read_text())["mlflow"]
+    run = client.get_run(record["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.steps"] == "6"
+    assert [m.step for m in client.get_metric_history(record["run_id"], "loss")] == list(range(6))
+    assert run.data.metrics["after.forget.probability"] > 0
+    assert {item.dataset.name for item in run.inputs.dataset_inputs} >= {"forget", "retain"}
+    assert client.get_model_version("ray-unlearn-adapter", str(record["model_version"])).run_id == record["run_id"]
+    assert "adapter" in {file.path for file in client.list_artifacts(record["run_id"])}
+
+
+def test_the_manifest_seals_the_results(run_dir: Path) -> None:
+    manifest = json.loads((run_dir / "manifest.json").read_text())
+    assert manifest["status"] == "complete"
+    assert {"scores.json", "config.yaml", "adapter/adapter_model.safetensors", "model/model.safetensors"} <= set(
+        manifest["files"]
+    )
+    assert manifest["sets"]["forget"]["rows"] == 6
+    assert len(manifest["model"]["digest"]) == 64
+
+
+def test_a_finished_run_is_shown_again_and_not_repeated(run_dir: Path, command: Command) -> None:
+    scores = (run_dir / "scores.json").read_bytes()
+    cfg = yaml.safe_load((run_dir / "config.yaml").read_text())
+    done = command("run", str(run_dir / "config.yaml"))
+    assert done.returncode == 0, done.stderr
+    assert cfg["output_dir"] in done.stderr.replace("\n", "")
+    assert (run_dir / "scores.json").read_bytes() == scores
+
+
+def test_a_different_run_in_the_same_folder_is_refused(run_dir: Path, command: Command) -> None:
+    done = command("run", str(run_dir / "config.yaml"), "train.steps=7")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "holds a different run (it differs in: train.steps)" in done.stderr
+
+
+def test_the_report_is_rebuilt_from_the_folder(run_dir: Path, command: Command) -> None:
+    page = (run_dir / "report.html").read_bytes()
+    (run_dir / "report.html").unlink()
+    assert command("report", str(run_dir)).returncode == 0
+    assert (run_dir / "report.html").read_bytes() == page

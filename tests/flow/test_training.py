@@ -1,0 +1,131 @@
+"""Training on real Ray Train and DeepSpeed: what must not change the adapter does not change it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipelines.config import UnlearnConfig
+from pipelines.data import load_sets
+from pipelines.trainer import Trainer
+
+Quick = Callable[..., UnlearnConfig]
+# Float32 sums in another order: the adapters' values are up to 0.1, their differences below this.
+TOLERANCE = 2e-5
+# Long enough to be killed in the middle: the controller hears of a resume point about a second after it was written.
+LONGER = ("train.steps=40", "train.learning_rate=3e-3", "train.checkpoint_every=4")
+
+
+def train(cfg: UnlearnConfig) -> dict[str, Tensor]:
+    """The trained adapter, by parameter name."""
+    sets = load_sets(cfg.data)
+    streams = {
+        "retain": (sets.union(("retain", "utility")), cfg.train.retain_batch_size),
+        "forget": (sets.forget, cfg.train.forget_batch_size),
+    }
+    result = Trainer(cfg, "unlearn", streams).fit(
+        steps=cfg.train.steps, learning_rate=cfg.train.learning_rate, final_rate=0.0, listener=lambda _message: None
+    )
+    assert result.checkpoint is not None
+    with result.checkpoint.as_directory() as folder:
+        assert sorted(path.name for path in Path(folder).iterdir()) == ["progress.json", "trained.safetensors"]
+        return load_file(Path(folder) / "trained.safetensors")
+
+
+def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    assert set(one) == set(other)
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.fixture(scope="module")
+def reference(ray_session: None, quick: Quick, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """The adapter of two workers at ZeRO stage 0, unbroken."""
+    folder = tmp_path_factory.mktemp("reference")
+    adapter = train(quick(*LONGER, "train.deepspeed.stage=0", f"output_dir={folder}"))
+    assert max(float(value.abs().max()) for name, value in adapter.items() if "lora_B" in name) > 0.01
+    return adapter
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("train.deepspeed.stage=2",),
+        ("train.deepspeed.stage=3", "train.activation_checkpointing=true"),
+        ("train.num_workers=1", "train.accumulation=2"),
+    ],
+    ids=["ZeRO 2", "ZeRO 3 with activation checkpointing", "one worker with accumulation"],
+)
+def test_the_adapter_is_the_same(
+    reference: dict[str, Tensor], quick: Quick, tmp_path: Path, changes: tuple[str, ...]
+) -> None:
+    assert largest_difference(train(quick(*LONGER, *changes, f"output_dir={tmp_path}")), reference) < TOLERANCE
+
+
+def test_a_run_whose_worker_is_killed_ends_with_the_same_adapter(
+    reference: dict[str, Tensor], quick: Quick, tmp_path: Path
+) -> None:
+    cfg = quick(*LONGER, "train.deepspeed.stage=2", f"output_dir={tmp_path}")
+    sets = load_sets(cfg.data)
+    streams = {
+        "retain": (sets.union(("retain", "utility")), cfg.train.retain_batch_size),
+        "forget": (sets.forget, cfg.train.forget_batch_size),
+    }
+    steps: list[int] = []
+
+    def kill_once(message: dict[str, float]) -> None:
+        steps.append(int(message["step"]))
+        if steps == list(range(30)):
+            workers = [p for p in psutil.process_iter() if p.name().startswith("ray::RayTrainWorker")]
+            os.kill(workers[-1].pid, signal.SIGKILL)
+
+    result = Trainer(cfg, "unlearn", streams).fit(
+        steps=cfg.train.steps, learning_rate=cfg.train.learning_rate, final_rate=0.0, listener=kill_once
+    )
+    assert result.checkpoint is not None
+    with result.checkpoint.as_directory() as folder:
+        adapter = load_file(Path(folder) / "trained.safetensors")
+    assert steps.count(0) == 1, "it did not begin again"
+    assert steps.count(29) == 2, "it went on from an earlier resume point"
+    assert largest_difference(adapter, reference) < TOLERANCE
+
+
+def test_an_interrupted_command_goes_on_where_it_was(
+    reference: dict[str, Tensor], overrides: list[str], tmp_path: Path
+) -> None:
+    arguments = ["run", "quick", *overrides, *LONGER, f"output_dir={tmp_path}/out"]
+    command = [sys.executable, "-m", "pipelines", *arguments]
+    losses = tmp_path / "out" / "losses.jsonl"
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not (losses.exists() and losses.read_text().count("\n") >= 25):
+        assert time.monotonic() < deadline
+        assert first.poll() is None, first.communicate()[1]
+        time.sleep(0.02)
+    first.send_signal(signal.SIGINT)
+    told = first.communicate(timeout=100)[1]
+    assert first.returncode == 130, told
+    assert "The same command goes on from the last resume point" in told
+    second = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert second.returncode == 0, second.stderr
+    steps = [line.split(",")[0] for line in losses.read_text().splitlines()]
+    assert steps.count('{"step": 0') == 1, "it did not begin again"
+    exported = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    expected = {name.removeprefix("model.").replace(".default", ""): value for name, value in reference.items()}
+    assert largest_difference(exported, expected) < TOLERANCE
+
+
+def test_bf16_trains_adapters_in_fp32(ray_session: None, quick: Quick, tmp_path: Path) -> None:
+    adapter = train(
+        quick("train.precision=bf16", "objective.residual=drift", "train.steps=2", f"output_dir={tmp_path}")
+    )
+    assert {value.dtype for value in adapter.values()} == {torch.float32}
+    assert all(bool(value.isfinite().all()) for value in adapter.values())

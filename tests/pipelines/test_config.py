@@ -1,0 +1,55 @@
+"""The configuration tree: presets, overrides, and what `--help` tells of it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.config import ConfigError, UnlearnConfig, changed_keys, describe, load_config, preset_names, to_yaml
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_loads(name: str) -> None:
+    assert isinstance(load_config(name), UnlearnConfig)
+
+
+def test_overrides_are_dotted_and_typed() -> None:
+    cfg = load_config("quick", ["train.steps=50", "objective.weights.kl=0.5", "adapter.targets=[q_proj]", "seed=3"])
+    assert (cfg.train.steps, cfg.objective.weights.kl, cfg.adapter.targets, cfg.seed) == (50, 0.5, ("q_proj",), 3)
+    assert cfg.train.learning_rate == load_config("quick").train.learning_rate
+
+
+def test_the_resolved_configuration_loads_to_itself(tmp_path: Path) -> None:
+    cfg = load_config("demo", ["train.steps=7"])
+    (tmp_path / "config.yaml").write_text(to_yaml(cfg))
+    assert load_config(str(tmp_path / "config.yaml")) == cfg
+
+
+def test_local_paths_become_absolute_and_hub_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    cfg = load_config("quick", ["model.path=model", "output_dir=out"])
+    assert (cfg.model.path, cfg.output_dir) == (str(tmp_path / "model"), str(tmp_path / "out"))
+    assert load_config("quick", ["model.path=owner/name"]).model.path == "owner/name"
+
+
+def test_every_key_is_described() -> None:
+    keys = {key: (default, meaning) for key, default, meaning in describe()}
+    assert all(meaning and "None" not in meaning for _, meaning in keys.values())
+    assert keys["train.steps"] == ("60", "Optimizer steps of unlearning. (>= 0)")
+    assert keys["objective.residual"][1].endswith("(one of local, drift)")
+    assert keys["data.{forget,retain,utility,holdout,general}.path"][0] == "required"
+    assert not [key for key in keys if key.startswith("data.retain.")]
+
+
+def test_changed_keys_are_dotted() -> None:
+    old = yaml.safe_load(to_yaml(load_config("quick")))
+    new = yaml.safe_load(to_yaml(load_config("quick", ["train.deepspeed.stage=2", "seed=1"])))
+    assert changed_keys(old, new) == ["seed", "train.deepspeed.stage"]
+    assert changed_keys(old, old) == []
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("model: {path: m}\ndata: {forget: {path: f}}\noutput_dir: o\n")
+    with pytest.raises(ConfigError, match=r"^data.retain: missing, required$"):
+        load_config(str(tmp_path / "c.yaml"))

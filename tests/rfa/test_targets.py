@@ -1,0 +1,82 @@
+"""The five targets, by hand."""
+
+import pytest
+import torch
+
+from rfa.targets import FeatureSums, Targets, fit_target
+
+
+def sums_of(rows: list[tuple[list[list[float]], int]]) -> FeatureSums:
+    total = FeatureSums()
+    for row, (tokens, label) in enumerate(rows):
+        total.add(torch.tensor(tokens), row, label, keep_tokens=8)
+    return total
+
+
+# Two classes: three tokens around (0, 0) and (0, 3), one at (6, 0).
+ROWS = [([[0.0, 0.0], [0.0, 3.0]], 7), ([[0.0, 0.0]], 7), ([[6.0, 0.0]], 9)]
+
+
+def target(kind: str, feature: list[list[float]], label: int = -1) -> list[list[float]]:
+    place = fit_target(kind, sums_of(ROWS), clusters=3, seed=0)
+    tokens = len(feature)
+    zeros = torch.zeros(tokens, dtype=torch.long)
+    return Targets(kind, {"place": place}, seed=0)("place", torch.tensor(feature), zeros, zeros + label).tolist()
+
+
+def test_energy_is_the_mean_squared_norm() -> None:
+    assert fit_target("retain_mean", sums_of(ROWS), clusters=1, seed=0).energy == pytest.approx((9 + 36) / 4)
+
+
+def test_retain_mean_is_the_mean_over_tokens() -> None:
+    assert target("retain_mean", [[5.0, 5.0]]) == [[1.5, 0.75]]
+
+
+def test_balanced_mean_gives_each_class_the_same_weight() -> None:
+    assert target("balanced_mean", [[5.0, 5.0]]) == [[3.0, 0.5]]
+
+
+def test_class_mean_is_the_nearest_other_class() -> None:
+    assert target("class_mean", [[1.0, 0.0]]) == [[0.0, 1.0]]
+    assert target("class_mean", [[1.0, 0.0]], label=7) == [[6.0, 0.0]]  # its own class is left out
+
+
+def test_cluster_mean_is_the_nearest_centroid() -> None:
+    found = target("cluster_mean", [[5.0, 1.0], [0.0, 2.0]])
+    assert found == [pytest.approx([6.0, 0.0]), pytest.approx([0.0, 3.0])]
+
+
+def test_gaussian_draws_have_the_retain_sets_mean_and_spread() -> None:
+    place = fit_target("gaussian", sums_of(ROWS), clusters=1, seed=0)
+    tokens = 20_000
+    zeros = torch.zeros(tokens, dtype=torch.long)
+    draws = Targets("gaussian", {"p": place}, seed=0)("p", torch.zeros(tokens, 2), zeros, zeros)
+    assert draws.mean(0).tolist() == pytest.approx([1.5, 0.75], abs=0.08)
+    assert draws.std(0).tolist() == pytest.approx([(9 - 2.25) ** 0.5, (9 / 4 - 0.75**2) ** 0.5], abs=0.08)
+
+
+def test_gaussian_draws_depend_on_the_row_alone() -> None:
+    targets = Targets("gaussian", {"p": fit_target("gaussian", sums_of(ROWS), clusters=1, seed=0)}, seed=0)
+    both = targets("p", torch.zeros(4, 2), torch.tensor([5, 5, 6, 6]), torch.zeros(4))
+    alone = targets("p", torch.zeros(2, 2), torch.tensor([6, 6]), torch.zeros(2))
+    assert both[2:].tolist() == alone.tolist()
+    assert both[:2].tolist() != alone.tolist()
+
+
+def test_sums_of_shards_add_up() -> None:
+    whole, first, second = sums_of(ROWS), FeatureSums(), FeatureSums()
+    for row, (tokens, label) in enumerate(ROWS):
+        (first if row != 1 else second).add(torch.tensor(tokens), row, label, keep_tokens=8)
+    second.merge(first)
+    for kind in ("retain_mean", "balanced_mean", "gaussian", "cluster_mean", "class_mean"):
+        ours, theirs = (fit_target(kind, sums, clusters=2, seed=0) for sums in (second, whole))
+        assert ours.energy == pytest.approx(theirs.energy)
+        assert ours.centre_KD.tolist() == theirs.centre_KD.tolist()
+
+
+def test_targets_by_class_need_labels() -> None:
+    unlabelled = sums_of([([[1.0, 2.0]], -1)])
+    with pytest.raises(ValueError, match="needs a label column"):
+        fit_target("class_mean", unlabelled, clusters=1, seed=0)
+    with pytest.raises(ValueError, match="at least two labels"):
+        fit_target("class_mean", sums_of([([[1.0, 2.0]], 4)]), clusters=1, seed=0)
