@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 # One process with both cores: all parameters are trained, and exchanging their gradients would cost more than it gains.
-FINETUNE := model.path=$(MODEL) train.num_workers=1 train.cpus_per_worker=2
+FINETUNE := model.path=$(MODEL) train.num_workers=1 train.cpus_per_worker=2 data.utility.max_rows=40
 
 .PHONY: demo test model clean
 .DELETE_ON_ERROR:

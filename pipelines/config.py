@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 SetName = Literal["forget", "retain", "utility", "holdout", "general"]
+RobustnessCheck = Literal["quantised_8bit", "quantised_4bit", "relearn"]
 Weight = Annotated[float, Field(ge=0)]
 
 
@@ -84,6 +85,7 @@ class ColumnsConfig(Section):
     perturbed_answers: str = Field(
         default="perturbed_answers", description="A list of wrong but fluent answers (optional)."
     )
+    fact: str = Field(default="fact", description="The words of the answer that carry its fact (optional).")
     label: str = Field(
         default="author", description="The group of a row, for the targets class_mean and balanced_mean (optional)."
     )
@@ -171,6 +173,31 @@ class ObjectiveConfig(Section):
         return self
 
 
+class SolveConfig(Section):
+    """The one-pass solver: adapters in closed form, from one forward over the data."""
+
+    mode: Literal["off", "one_pass", "blockwise"] = Field(
+        default="blockwise",
+        description="one_pass: all modules from the base model's features; blockwise: from the lowest block up, each "
+        "from what it sees with the residuals below in place; off: train.steps of gradient do all the work.",
+    )
+    strength: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        default="auto",
+        description="Weight of the forget set's shift against the retain set's stillness (> 0); auto: the one at which "
+        "the forget set's losses are like the holdout set's.",
+    )
+    utility_weight: Weight = Field(
+        default=1.0, description="Weight of the utility set's stillness beside the retain set's."
+    )
+    ridge: float = Field(
+        default=1e-3, gt=0, le=10, description="Added to the inputs' second moments, in units of their mean diagonal."
+    )
+    exact_width: int = Field(
+        default=16384, ge=1, description="Modules with more inputs than this are solved in the low-memory form."
+    )
+    sketch_columns: int = Field(default=1024, ge=1, description="Columns of the low-memory form.")
+
+
 class DeepSpeedConfig(Section):
     """How DeepSpeed spreads the model."""
 
@@ -184,7 +211,11 @@ class DeepSpeedConfig(Section):
 class TrainConfig(Section):
     """The gradient loop and the workers it runs on. Evaluation uses the same workers' resources."""
 
-    steps: int = Field(default=60, ge=0, description="Optimizer steps of unlearning.")
+    steps: int = Field(
+        default=0,
+        ge=0,
+        description="Optimizer steps of unlearning: after the solver, or (solve.mode=off) instead of it.",
+    )
     learning_rate: float = Field(default=1e-3, gt=0, le=10, description="Peak learning rate of AdamW.")
     warmup_steps: int = Field(default=5, ge=0, description="Steps of linear warm-up.")
     forget_batch_size: int = Field(default=8, ge=1, description="Forget rows in one optimizer step, over all workers.")
@@ -233,6 +264,13 @@ class EvaluationConfig(Section):
     max_rows: int | None = Field(
         default=None, ge=1, description="Rows scored of each set, evenly spaced; null for all."
     )
+    robustness: tuple[RobustnessCheck, ...] = Field(
+        default=(),
+        description="Attempts to bring the forget set back, on the models after and oracle; any of quantised_8bit, "
+        "quantised_4bit (the forget and retain sets scored once more, with rounded weights) and relearn (50 steps of "
+        "fine-tuning on half of the forget set; a worker holds all parameters in fp32 with gradients and AdamW's "
+        "moments).",
+    )
 
 
 class TrackingConfig(Section):
@@ -251,12 +289,35 @@ class UnlearnConfig(Section):
     data: DataConfig
     adapter: AdapterConfig = AdapterConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    solve: SolveConfig = SolveConfig()
     train: TrainConfig = TrainConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
     output_dir: str = Field(description="Folder of the run's results; created if missing.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of everything random.")
+
+    @model_validator(mode="after")
+    def _something_unlearns(self) -> "UnlearnConfig":
+        if self.solve.mode == "off":
+            if self.train.steps == 0:
+                raise ValueError("train.steps: found 0 with solve.mode=off, allowed: steps above 0, or a solve.mode")
+            return self
+        if self.objective.residual != "local":
+            raise ValueError(
+                f"objective.residual: found {self.objective.residual}, allowed with solve.mode={self.solve.mode}: local"
+            )
+        return self
+
+
+def check_strength(cfg: UnlearnConfig) -> None:
+    """What unlearning needs, and making a target model does not.
+
+    Raises:
+        ConfigError: the solver's strength is to be found without a holdout set.
+    """
+    if cfg.solve.mode != "off" and cfg.solve.strength == "auto" and cfg.data.holdout is None:
+        raise ConfigError("data.holdout: missing, required by solve.strength=auto; allowed: a set, or a number there")
 
 
 def describe(section: type[BaseModel] = UnlearnConfig, prefix: str = "") -> list[tuple[str, str, str]]:

@@ -14,10 +14,13 @@ from rich.table import Table
 SHOWN_SCORES = (
     ("forget.rouge", "Forget: ROUGE-L recall"),
     ("forget.rouge_paraphrased", "Forget, asked in other words: ROUGE-L"),
+    ("forget.fact_recall", "Forget: fact recall"),
+    ("forget.fact_recall_paraphrased", "Forget, asked in other words: fact recall"),
     ("forget.probability", "Forget: probability of the answer"),
     ("forget.extraction_strength", "Forget: extraction strength"),
     ("mia.min_k", "Membership inference, min-k AUC"),
     ("retain.rouge", "Retain: ROUGE-L recall"),
+    ("retain.fact_recall", "Retain: fact recall"),
     ("retain.probability", "Retain: probability of the answer"),
     ("general.probability", "General knowledge: probability"),
     ("model_utility", "Model utility"),
@@ -102,9 +105,9 @@ class Bar:
         """Count steps as done."""
         self._progress.update(self._task, advance=steps, note=note)
 
-    def at(self, done: int, note: str = "") -> None:
-        """Set how many steps are done."""
-        self._progress.update(self._task, completed=done, note=note)
+    def at(self, done: int, *, total: int, note: str = "") -> None:
+        """Set how many steps of how many are done."""
+        self._progress.update(self._task, completed=done, total=total, note=note)
 
     def finish(self) -> None:
         """Fill the bar."""

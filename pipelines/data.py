@@ -36,9 +36,10 @@ class Sets:
     """The sets of a run. Every Dataset is materialised and has the columns of `pipelines.rows.SET_SCHEMA`:
 
     `set`, `row` (position after selection, 0 to n-1), `id`, `prompt` ('' for plain text), `answer` (the text, for plain
-    text), `paraphrased_prompt`, `paraphrased_answer`, `perturbed_answers`, `label`. What a source lacks is '' or [].
-    Blocks are in row order, and what is mapped from a Dataset here keeps that order and shows no progress bar: these
-    two settings lie in the Dataset's own context, the process-wide DataContext is left alone.
+    text), `paraphrased_prompt`, `paraphrased_answer`, `fact` (a part of the answer), `perturbed_answers`, `label`.
+    What a source lacks is '' or []. Blocks are in row order, and what is mapped from a Dataset here keeps that order
+    and shows no progress bar: these two settings lie in the Dataset's own context, the process-wide DataContext is left
+    alone.
     """
 
     forget: Dataset
@@ -173,7 +174,7 @@ _number_rows = ray.remote(scheduling_strategy="DEFAULT")(number_rows)
 
 
 def _all_results(tasks: list[Any]) -> list[Any]:
-    """Every task's result. All are fetched even when one failed: Ray logs the failures nobody fetched, with their text."""
+    """Every task's result. All are fetched even when one failed: Ray logs failures nobody fetched, with their text."""
     results, failures = [], []
     for task in tasks:
         try:

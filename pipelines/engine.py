@@ -92,6 +92,12 @@ class Engine:
                     moments[f"{name}.{moment}"] = value.detach().float().cpu().clone()
         return EngineState(parameters, moments)
 
+    def place(self, values: dict[str, Tensor]) -> None:
+        """Set trainable parameters, by name, to whole tensors that every worker passes."""
+        for name, parameter in self._trainable():
+            if name in values:
+                self._set_full(parameter, None, values[name])
+
     def load(self, state: EngineState, step: int) -> None:
         """Take over parameters and moments after one backward and step at learning rate 0 has made the optimizer's
         states; every worker passes the whole state."""

@@ -1,11 +1,13 @@
 """Scores of models on all sets, on Ray workers.
 
 One pool of workers scores all models in turn, so that a process starts once and holds one model at a time. Rows leave
-the workers as numbers; no text comes back.
+the workers as numbers; no text comes back. What is done to a model to bring the forget set back
+(`evaluation.robustness`) is one more model of the pool: `after:quantised_4bit`, `after:relearn`.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import ray
@@ -13,32 +15,70 @@ from ray.util import ActorPool
 
 from pipelines.config import ModelConfig, UnlearnConfig
 from pipelines.data import Sets
-from pipelines.metrics import Sample, summarise
+from pipelines.metrics import Sample, relearn_scores, summarise
+from pipelines.metrics.relearning import STEPS
 from pipelines.trainer import worker_environment
 
 ROWS_A_PIECE = 16
+TRIED = ("after", "model", "oracle")  # models whose robustness is measured, by name; the original has forgotten nothing
+ROUNDED_SETS = ("forget", "retain")  # sets that models of rounded weights are scored on
+
+Found = list[tuple[str, int, dict[str, Any]]]  # set, row number and numbers of each row
+Samples = dict[tuple[str, int], Sample]  # by set and row number
+
+
+class Piece(NamedTuple):
+    """A reference to a small table of rows of one set."""
+
+    set_name: str
+    rows: Any
+
+
+class Task(NamedTuple):
+    """What a worker does at a stretch: a method of it, the model's name, and rows."""
+
+    method: str
+    name: str
+    rows: list[Any]
+
+
+class Done(NamedTuple):
+    """What a task gives: numbers by the name of a model, and how much of `evaluation_work` it was."""
+
+    found: dict[str, Found]
+    work: int
 
 
 def evaluate(
     cfg: UnlearnConfig, models: dict[str, ModelConfig], sets: Sets, advance: Callable[[int], None]
 ) -> dict[str, dict[str, float | None]]:
-    """Scores of each model, `set.metric` to number or None; `advance` is told of rows as they are done.
+    """Scores of each model, `set.metric` to number or None; `advance` is told of work as it is done.
 
     With a model named `oracle`, the metrics that compare with it are there for the others.
     """
     resources = {"num_cpus": cfg.train.cpus_per_worker, "num_gpus": cfg.train.gpus_per_worker}
     environment = {"env_vars": worker_environment(cfg.train)}
     remote = ray.remote(_Worker).options(**resources, runtime_env=environment)
-    pieces = _pieces(cfg, sets)
-    pool = ActorPool([remote.remote(cfg, models) for _ in range(cfg.train.num_workers)])
-    samples: dict[str, list[tuple[str, int, Sample]]] = {name: [] for name in models}
-    # Model after model, so that a worker loads each once.
-    todo = [(name, piece) for name in models for piece in pieces]
-    for (name, _), found in zip(todo, pool.map(_score_piece, todo), strict=True):
-        samples[name] += [(set_name, row, _sample(fields)) for set_name, row, fields in found]
-        advance(len(found))
-    ordered = {name: [found[2] for found in sorted(own, key=lambda item: item[:2])] for name, own in samples.items()}
-    return {name: summarise(own, None if name == "oracle" else ordered.get("oracle")) for name, own in ordered.items()}
+    tasks = _tasks(cfg, models, _pieces(cfg, sets))
+    pool: Any = ActorPool([remote.remote(cfg, models) for _ in range(cfg.train.num_workers)])
+    samples: dict[str, Samples] = defaultdict(dict)
+    for done in pool.map_unordered(_start, tasks):
+        for name, found in done.found.items():
+            samples[name] |= {(set_name, row): _sample(fields) for set_name, row, fields in found}
+        advance(done.work)
+    ordered = {name: _in_order(samples[name]) for name in models}
+    scores = {name: summarise(ordered[name], None if name == "oracle" else ordered.get("oracle")) for name in models}
+    for name in _tried(models):
+        scores[name] |= _robustness_scores(name, cfg.evaluation.robustness, samples)
+    return scores
+
+
+def evaluation_work(cfg: UnlearnConfig, models: Iterable[str], sets: Sets) -> int:
+    """What `advance` will have been told in all: rows scored under each model, and steps of relearning."""
+    names, counts = list(models), {name: _rows_scored(cfg, sets, name) for name in sets.names()}
+    rounded = sum(counts[name] for name in ROUNDED_SETS)
+    each = sum(STEPS[-1] if change == "relearn" else rounded for change in cfg.evaluation.robustness)
+    return len(names) * sum(counts.values()) + len(_tried(names)) * each
 
 
 class _Worker:
@@ -49,12 +89,54 @@ class _Worker:
 
         self._scorer = Scorer(cfg, models)
 
-    def score(self, name: str, rows: pa.Table) -> list[tuple[str, int, dict[str, Any]]]:
-        return self._scorer.score(name, rows)
+    def score(self, name: str, rows: pa.Table) -> Done:
+        return Done({name: self._scorer.score(name, rows)}, work=rows.num_rows)
+
+    def relearn(self, name: str, *pieces: pa.Table) -> Done:
+        curve = self._scorer.relearn(name, pa.concat_tables(pieces))
+        return Done({f"{name}:{step}": found for step, found in curve.items()}, work=STEPS[-1])
 
 
-def _score_piece(actor: Any, task: tuple[str, Any]) -> Any:
-    return actor.score.remote(*task)
+def _start(actor: Any, task: Task) -> Any:
+    return getattr(actor, task.method).remote(task.name, *task.rows)
+
+
+def _tasks(cfg: UnlearnConfig, models: Iterable[str], pieces: list[Piece]) -> list[Task]:
+    """The longest first; then model after model, so that a worker loads each once."""
+    tried, changes = _tried(models), cfg.evaluation.robustness
+    forget = [piece.rows for piece in pieces if piece.set_name == "forget"]
+    tasks = [Task("relearn", f"{name}:relearn", forget) for name in tried if "relearn" in changes]
+    for name in models:
+        tasks += [Task("score", name, [piece.rows]) for piece in pieces]
+        for change in changes if name in tried else ():
+            if change != "relearn":
+                chosen = [piece.rows for piece in pieces if piece.set_name in ROUNDED_SETS]
+                tasks += [Task("score", f"{name}:{change}", [rows]) for rows in chosen]
+    return tasks
+
+
+def _tried(models: Iterable[str]) -> list[str]:
+    return [name for name in models if name in TRIED]
+
+
+def _robustness_scores(name: str, changes: Iterable[str], samples: dict[str, Samples]) -> dict[str, float | None]:
+    """What a model's entry holds of the changes that were made to it."""
+    scores: dict[str, float | None] = {}
+    for change in changes:
+        if change == "relearn":
+            curve = {step: samples[f"{name}:relearn:{step}"] for step in STEPS}
+            original = {row: sample for row, sample in samples["before"].items() if row in curve[0]}
+            by_step = {step: _in_order(own) for step, own in curve.items()}
+            scores |= relearn_scores(by_step, _in_order(original) if samples["before"] else None)
+        else:
+            rounded = summarise(_in_order(samples[f"{name}:{change}"]))
+            known = {key: value for key, value in rounded.items() if key.split(".")[0] in ROUNDED_SETS}
+            scores |= {f"{change}.{key}": value for key, value in known.items()}
+    return scores
+
+
+def _in_order(samples: Samples) -> list[Sample]:
+    return [samples[row] for row in sorted(samples)]
 
 
 def _sample(fields: dict[str, Any]) -> Sample:
@@ -62,22 +144,16 @@ def _sample(fields: dict[str, Any]) -> Sample:
     return Sample(**fields)
 
 
-def evaluated_rows(cfg: UnlearnConfig, sets: Sets) -> int:
-    """Rows that each model is scored on."""
-    limit = cfg.evaluation.max_rows
-    return sum(count if limit is None else min(count, limit) for count in sets.counts.values())
+def _rows_scored(cfg: UnlearnConfig, sets: Sets, name: str) -> int:
+    return min(sets.counts[name], cfg.evaluation.max_rows or sets.counts[name])
 
 
-def _pieces(cfg: UnlearnConfig, sets: Sets) -> list[Any]:
-    """References to small tables of rows: all sets, thinned evenly to `evaluation.max_rows` a set."""
+def _pieces(cfg: UnlearnConfig, sets: Sets) -> list[Piece]:
+    """All sets, thinned evenly to `evaluation.max_rows` a set."""
     cut = ray.remote(_cut)
-    limit = cfg.evaluation.max_rows
-    found = [
-        cut.remote(block, sets.counts[name], min(limit or sets.counts[name], sets.counts[name]))
-        for name, rows in sets.items()
-        for block in rows.to_arrow_refs()
-    ]
-    return [piece for pieces in ray.get(found) for piece in pieces]
+    blocks = [(name, block) for name, rows in sets.items() for block in rows.to_arrow_refs()]
+    found = ray.get([cut.remote(block, sets.counts[name], _rows_scored(cfg, sets, name)) for name, block in blocks])
+    return [Piece(name, piece) for (name, _), pieces in zip(blocks, found, strict=True) for piece in pieces]
 
 
 def _cut(block: pa.Table, count: int, limit: int) -> list[Any]:

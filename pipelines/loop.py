@@ -20,9 +20,12 @@ from pipelines.finetune import build_answer_training
 from pipelines.model import build_alignment
 from pipelines.prompts import load_tokenizer
 from pipelines.shards import batches_of
+from pipelines.solver import WorkerSolver
 from pipelines.worker import Job
+from rfa.adapters import ADAPTER
 from rfa.batch import Row, TokenCounts, UnlearnBatch, collate
 from rfa.loss import ResidualAlignment
+from rfa.one_pass import merged_features
 from rfa.targets import SAMPLE_TOKENS, FeatureSums
 
 
@@ -67,7 +70,14 @@ def _rows_of(name: str, number_of_batches: int, start: int = 0) -> Iterator[list
     assert share is not None
     for rows in batches_of(share, number_of_batches, start):
         yield [
-            Row(row["input_ids"].tolist(), int(row["answer_start"]), int(row["row"]), int(row["label"])) for row in rows
+            Row(
+                row["input_ids"].tolist(),
+                int(row["answer_start"]),
+                int(row["row"]),
+                int(row["label"]),
+                utility=row["set"] == "utility",
+            )
+            for row in rows
         ]
 
 
@@ -87,13 +97,19 @@ class _Loop:
         self.rank, self.world_size, self.pad_token_id = rank, world_size, pad_token_id
         self.seconds = 0.0
         self.tokens = 0
+        self.solve_s = 0.0
+        self.trials: list[dict[str, float]] = []  # of the solver's strength; the chosen one is the last
 
     def run(self) -> None:
         """All steps from the last resume point on."""
-        started = time.monotonic()
+        checkpoint = ray.train.get_checkpoint()
         if isinstance(self.module, ResidualAlignment):
-            self.module.fit(self._retain_sums(self.module))
-        step = self._resume()
+            if self.job.cfg.solve.mode != "off" and checkpoint is None:
+                self._solve(self.module)
+            elif self.job.steps > 0:
+                self.module.fit(merged_features(self._retain_sums(self.module)))
+        step = 0 if checkpoint is None else self._resume(checkpoint)
+        started = time.monotonic()
         stream = self._stream(step)
         while step < self.job.steps:
             began = time.monotonic()
@@ -109,7 +125,8 @@ class _Loop:
         self._report(step, final=True)
 
     def _stream(self, step: int) -> Iterator[StepRows]:
-        sources = {name: _rows_of(name, number, start=step) for name, number in self.job.batches.items()}
+        trained = {name: number for name, number in self.job.batches.items() if name != "holdout"}
+        sources = {name: _rows_of(name, number, start=step) for name, number in trained.items()}
         while True:
             rows = {name: next(source) for name, source in sources.items()}
             yield StepRows(rows["retain"], rows.get("forget", []))
@@ -145,51 +162,82 @@ class _Loop:
         torch.distributed.all_reduce(tensor)
         return tensor.tolist()
 
-    def _retain_sums(self, module: ResidualAlignment) -> dict[str, FeatureSums]:
-        """Base features of the first retain rows, over all workers, for targets and units."""
+    def _kept_batches(self) -> Iterator[tuple[UnlearnBatch, int]]:
+        """This worker's retain and utility rows once, and how many features of a row may be kept for clustering."""
+        number, rows_a_batch = self.job.batches["retain"], self.job.cfg.train.retain_batch_size
         limit = self.job.cfg.objective.target_rows
-        keep_tokens = max(1, SAMPLE_TOKENS // limit)
-        total: dict[str, FeatureSums] = {}
-        rows_a_batch = self.job.cfg.train.retain_batch_size
-        batches = _rows_of("retain", self.job.batches["retain"])
-        for rows in islice(batches, min(self.job.batches["retain"], -(-limit // rows_a_batch))):
-            batch = collate(rows, [], self.pad_token_id).to(self.engine.device)
-            for name, sums in module.feature_sums(batch, keep_tokens).items():
-                total.setdefault(name, FeatureSums()).merge(sums)
-        everyone: list[dict[str, FeatureSums] | None] = [None] * self.world_size
-        torch.distributed.all_gather_object(everyone, total)
-        merged: dict[str, FeatureSums] = {}
-        for part in everyone:
-            for name, sums in (part or {}).items():
-                merged.setdefault(name, FeatureSums()).merge(sums)
-        return merged
+        for index, rows in enumerate(islice(_rows_of("retain", number), number)):
+            keep_tokens = max(1, SAMPLE_TOKENS // limit) if index * rows_a_batch < limit else 0
+            yield collate(rows, [], self.pad_token_id).to(self.engine.device), keep_tokens
 
-    def _resume(self) -> int:
-        """Load the last resume point, if there is one; returns the step to go on from."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return 0
+    def _retain_sums(self, module: ResidualAlignment) -> dict[str, FeatureSums]:
+        """Base features of this worker's first retain rows, for targets and units."""
+        total = {name: FeatureSums() for name in module.taps.names}
+        for batch, keep_tokens in self._kept_batches():
+            if not keep_tokens:
+                break
+            for name, sums in module.feature_sums(batch, keep_tokens).items():
+                total[name].merge(sums)
+        return total
+
+    def _small_set(self, name: str) -> list[UnlearnBatch]:
+        """All of this worker's rows of the forget or the holdout set; as many batches on every worker."""
+        number = self.job.batches.get(name, 0)
+        batches = (collate([], rows, self.pad_token_id) for rows in islice(_rows_of(name, number), number))
+        return [batch.to(self.engine.device) for batch in batches]
+
+    def _solve(self, module: ResidualAlignment) -> None:
+        """Find the adapter in closed form; with training to come, a resume point keeps it."""
+        started = time.monotonic()
+
+        def say(done: int, total: int, what: str) -> None:
+            if self.rank == 0:
+                self.job.messages.put({"done": done, "of": total, "what": what})
+
+        solver = WorkerSolver(self.job.cfg.solve, module, self._place, say)
+        solver.collect(self._kept_batches(), self.job.batches["retain"])
+        forget, holdout = self._small_set("forget"), self._small_set("holdout")
+        self.trials = [trial._asdict() for trial in solver.solve(forget, holdout)]
+        self.tokens = int(self._all_reduce([float(solver.tokens)])[0])
+        self.seconds = self.solve_s = time.monotonic() - started
+        if self.job.steps > 0:
+            self._report(0, final=False)
+
+    def _place(self, name: str, a_KD: Tensor, b_OK: Tensor) -> None:
+        self.engine.place(
+            {f"model.{name}.lora_A.{ADAPTER}.weight": a_KD, f"model.{name}.lora_B.{ADAPTER}.weight": b_OK}
+        )
+
+    def _resume(self, checkpoint: Checkpoint) -> int:
+        """Load a resume point, or the end of a run that was not exported; returns the step to go on from."""
         with checkpoint.as_directory() as folder:
             path = Path(folder)
             progress = json.loads((path / "progress.json").read_text())
-            if progress["step"] >= self.job.steps:
-                return int(progress["step"])
             parameters = load_file(path / "trained.safetensors")
-            resume = load_file(path / "optimizer.safetensors")
-        rng = resume.pop("rng")
-        # One step at learning rate 0 makes the optimizer's states; its moments are then replaced.
-        self._step(next(self._stream(progress["step"])), rate=0.0)
-        self.engine.load(EngineState(parameters, resume), progress["step"])
-        torch.set_rng_state(rng)
+            moments = path / "optimizer.safetensors"
+            resume = load_file(moments) if moments.exists() else None
+        if resume is None:  # nothing has been trained yet, or all has
+            self.engine.place(parameters)
+        else:
+            rng = resume.pop("rng")
+            # One step at learning rate 0 makes the optimizer's states; its moments are then replaced.
+            self._step(next(self._stream(progress["step"])), rate=0.0)
+            self.engine.load(EngineState(parameters, resume), progress["step"])
+            torch.set_rng_state(rng)
         self.seconds, self.tokens = progress["seconds"], progress["tokens"]
+        self.solve_s, self.trials = progress["solve_s"], progress["trials"]
         return int(progress["step"])
 
     def _report(self, step: int, *, final: bool) -> None:
-        """A checkpoint from rank 0; every worker reports. The final one needs no optimizer state."""
-        state = self.engine.state(with_moments=not final)
+        """A checkpoint from rank 0; every worker reports. Before the first step and after the last one there are no
+        moments to keep."""
+        with_moments = step > 0 and not final
+        state = self.engine.state(with_moments=with_moments)
         metrics = {
             "step": step,
             "seconds": self.seconds,
+            "solve_s": self.solve_s,
+            "trials": self.trials,
             "tokens": self.tokens,
             "peak_memory_bytes": self._peak_memory(),
         }
@@ -199,7 +247,7 @@ class _Loop:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder)
             save_file(state.parameters, path / "trained.safetensors")
-            if not final:
+            if with_moments:
                 save_file({**state.moments, "rng": torch.get_rng_state()}, path / "optimizer.safetensors")
             (path / "progress.json").write_text(json.dumps(metrics))
             ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))

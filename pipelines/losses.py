@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from pipelines.console import Terminal
 from pipelines.tracking import Tracker
@@ -14,7 +15,8 @@ class LossLog:
     def __init__(
         self, folder: Path, title: str, steps: int, terminal: Terminal, tracker: Tracker | None = None
     ) -> None:
-        self._bar = terminal.bar(title, steps)
+        self._bar = terminal.bar(title, steps or None)
+        self._steps = steps
         self._stream = (folder / "losses.jsonl").open("a", encoding="utf-8")
         self._tracker = tracker
 
@@ -28,11 +30,15 @@ class LossLog:
         if kind is None:
             self._bar.finish()
 
-    def hear(self, message: dict[str, float]) -> None:
-        """Take one step's metrics: `step`, `loss`, its terms, `tokens_per_s`, `learning_rate`."""
+    def hear(self, message: dict[str, Any]) -> None:
+        """Take one step's metrics (`step`, `loss`, its terms, `tokens_per_s`, `learning_rate`) or the solver's progress
+        (`done`, `of`, `what`)."""
+        if "of" in message:
+            self._bar.at(message["done"], note=message["what"], total=message["of"])
+            return
         self._stream.write(json.dumps(message) + "\n")
         self._stream.flush()
         step = int(message["step"])
-        self._bar.at(step + 1, note=f"loss {message['loss']:.3f}")
+        self._bar.at(step + 1, note=f"loss {message['loss']:.3f}", total=self._steps)
         if self._tracker is not None:
             self._tracker.log_step(step, {name: value for name, value in message.items() if name != "step"})

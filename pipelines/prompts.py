@@ -1,11 +1,12 @@
 """How a row becomes tokens: prompt and answer through the tokenizer's chat template, or plain text."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.config import ConfigError, ModelConfig
 
@@ -30,7 +31,7 @@ class Encoder:
         """Token ids, and where the answer's begin. The answer ends with the end token; '' as prompt is plain text."""
         tokenizer = self.tokenizer
         before, after = self._parts(prompt, answer)
-        prompt_ids: list[int] = tokenizer(before, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+        prompt_ids = self._prompt_ids(before)
         answer_ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
         if not answer_ids or answer_ids[-1] != tokenizer.eos_token_id:
             answer_ids.append(int(tokenizer.eos_token_id))  # pyright: ignore[reportArgumentType]
@@ -39,11 +40,42 @@ class Encoder:
 
     def prompt(self, prompt: str) -> list[int]:
         """Token ids up to where the model's answer begins."""
+        return self._prompt_ids(self._parts(prompt, "")[0])[-self.max_tokens :]
+
+    def fact_tokens(self, prompt: str, answer: str, fact: str) -> NDArray[np.bool_]:
+        """Which of the T answer tokens of `pair`, end token included, carry the fact (where it first stands).
+
+        None does where the fact is '' or cannot be measured whole: cut off by `max_tokens`, or begun by a row's first
+        token, which nothing predicts.
+        """
+        ids, answer_start = self.pair(prompt, answer)
+        is_fact_T = np.zeros(len(ids) - answer_start, dtype=np.bool_)
+        before, after = self._parts(prompt, answer)
+        shift = len(self._prompt_ids(before)) - answer_start
+        places = [place + shift for place in self._carriers(after, answer, fact)] if fact else []
+        if places and places[0] >= 0 and places[-1] < len(is_fact_T):
+            is_fact_T[places] = True
+        return is_fact_T
+
+    def _carriers(self, after: str, answer: str, fact: str) -> Sequence[int]:
+        """The tokens of the text `after` that overlap the fact; none where the template has rewritten it."""
         tokenizer = self.tokenizer
-        ids: list[int] = tokenizer(self._parts(prompt, "")[0], add_special_tokens=not tokenizer.chat_template)[
-            "input_ids"
-        ]
-        return ids[-self.max_tokens :]
+        if tokenizer.is_fast:
+            start = after.find(fact, max(after.find(answer), 0))
+            spans = tokenizer(after, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            overlap = [place for place, (left, right) in enumerate(spans) if left < start + len(fact) and start < right]
+            return overlap if start >= 0 else []
+        # Without offsets: of the shortest beginning that says the fact, the shortest end that still does.
+        ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
+        end = next((end for end in range(1, len(ids) + 1) if fact in self._said(ids[:end])), 0)
+        return range(max((first for first in range(end) if fact in self._said(ids[first:end])), default=0), end)
+
+    def _said(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def _prompt_ids(self, before: str) -> list[int]:
+        """Tokens of the text that the model is given; a chat template brings its own special tokens."""
+        return self.tokenizer(before, add_special_tokens=not self.tokenizer.chat_template)["input_ids"]
 
     def _parts(self, prompt: str, answer: str) -> tuple[str, str]:
         """The text the model is given, and the text it should say."""

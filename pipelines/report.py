@@ -6,8 +6,6 @@ other host for anything. The verdict is computed from the scores alone; as in op
 is closeness to the retrain oracle, not the lowest score. Python computes, the words are in `report.html.jinja`.
 """
 
-import base64
-import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 from jinja2 import Environment, StrictUndefined
 
 from pipelines.config import ConfigError, UnlearnConfig, load_config
+from pipelines.curves import loss_curves, relearn_curve
 
 MIN_GAP = 0.02  # The original must differ from the target by this much, or a score has nothing to say about forgetting.
 FORGOTTEN_SHARE = (
@@ -30,7 +29,8 @@ KEPT_SHARE = 0.95  # A score of what should stay that falls under this share of 
 STILL_THERE = 0.90  # With nothing to compare with: scores above this share of the original's mean nothing happened.
 CHANCE = 0.5  # AUC of a membership attack that cannot tell.
 
-# The scores the verdict counts. Loss and perplexity only repeat probability; mia.reference contains the oracle itself.
+# The scores the verdict counts. Loss and perplexity only repeat probability; mia.reference contains the oracle itself;
+# fact recall, 1 or 0 a row and absent where the data names no facts, is shown beside them.
 FORGET_SCORES = (
     *(f"mia.{attack}" for attack in ("min_k", "min_k_plus_plus", "loss", "zlib")),
     *(f"forget.{metric}" for metric in ("extraction_strength", "exact_memorization", "truth_ratio")),
@@ -57,8 +57,6 @@ RULE = {"min_gap": MIN_GAP, "forgotten": FORGOTTEN_SHARE, "partly": PARTLY_SHARE
 KEPT_SETS = ("retain", "general", "utility")
 COST_KEYS = ("solve_s", "train_s", "evaluate_s", "tokens", "tokens_per_s", "peak_memory_bytes", "num_workers")
 MANIFEST_KEYS = ("created", "versions", "python", "machine", "seed", "model", "mlflow", "git_commit", "files")
-NOT_TERMS = ("step", "learning_rate", "tokens_per_s")  # In losses.jsonl, beside the terms of the objective.
-LOG_SCALE_FROM = 30  # A curve whose largest value is this many times its smallest is drawn on a logarithmic axis.
 
 Entry = Mapping[str, float | None]
 Models = Mapping[str, Entry | None]
@@ -298,7 +296,8 @@ def _view(run: Run) -> dict[str, Any]:
         "verdict": verdict(run.scores),
         "rule": RULE,
         "cost": dict.fromkeys(COST_KEYS) | (run.scores.get("cost") or {}),
-        "curves": _curves(run.losses),
+        "curves": loss_curves(run.losses),
+        "relearning": relearn_curve({name: entry for name, entry in models.items() if name != "before"}),
         "steps": len(run.losses),
         "torn_lines": run.torn_lines,
         "margin": chance_margin(scored["forget"], scored["holdout"])
@@ -326,41 +325,3 @@ def _reached(group: str, metric: str, values: Entry) -> int | None:
     if (group in KEPT_SETS or metric == "model_utility") and metric not in ("loss", "perplexity") and before > 0:
         return math.floor(100 * after / before + 1e-9)
     return None
-
-
-def _curves(losses: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """A small plot for each term of the objective that is not zero throughout."""
-    terms = dict.fromkeys(key for entry in losses for key in entry if key not in NOT_TERMS)
-    curves: list[dict[str, str]] = []
-    for term in terms:
-        values = [_number(entry.get(term)) for entry in losses]
-        if any(value and not math.isnan(value) for value in values):
-            curves.append({"term": term, "image": _curve([entry["step"] for entry in losses], values)})
-    return curves
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, (int, float)) else math.nan
-
-
-def _curve(steps: Sequence[int], values: Sequence[float]) -> str:
-    """One curve as an SVG in a data address; gaps where the loss was not a number."""
-    known = [value for value in values if math.isfinite(value)]
-    import matplotlib  # late: a second to import, for every command
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.hashsalt": "ray-unlearn", "font.size": 9, "axes.edgecolor": "#9aa1ab"}):
-        figure = Figure(figsize=(4.2, 2.1), layout="constrained")
-        axes = figure.subplots()
-        axes.plot(steps, values, color="#0072b2", linewidth=1.6, marker="o" if len(steps) < 3 else None)
-        if known and min(known) > 0 and max(known) >= LOG_SCALE_FROM * min(known):
-            axes.set_yscale("log")
-        elif known and min(known) >= 0:
-            axes.set_ylim(bottom=0)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
-        axes.tick_params(colors="#555b65", which="both")
-        axes.set_xlabel("step", color="#555b65")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()

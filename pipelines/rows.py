@@ -22,7 +22,7 @@ from pipelines.config import ColumnsConfig
 from pipelines.sources import CHUNK_ROWS, Piece, SourceError, id_text, is_unicode, open_rows
 
 SHOWN = 5  # ids that a message names
-TEXTS = ("prompt", "answer", "paraphrased_prompt", "paraphrased_answer")
+TEXTS = ("prompt", "answer", "paraphrased_prompt", "paraphrased_answer", "fact")
 SET_SCHEMA = pa.schema(
     [("set", pa.string()), ("row", pa.int64()), ("id", pa.string())]
     + [(name, pa.string()) for name in TEXTS]
@@ -179,6 +179,7 @@ def _texts(row: dict[str, Any], row_id: str, columns: ColumnsConfig, is_question
         "answer": answer,
         "paraphrased_prompt": _text(row.get(columns.paraphrased_prompt), row_id, columns.paraphrased_prompt),
         "paraphrased_answer": _text(row.get(columns.paraphrased_answer), row_id, columns.paraphrased_answer),
+        "fact": _fact(row.get(columns.fact), answer, row_id, columns.fact, answer_column),
         "perturbed_answers": _list(row.get(columns.perturbed_answers), row_id, columns.perturbed_answers),
         "label": _label(row.get(columns.label), row_id, columns.label),
     }
@@ -195,6 +196,17 @@ def _text(value: Any, row_id: str, column: str) -> str:
     if not is_unicode(value):
         raise SourceError(f"row '{row_id}' has half a surrogate pair in column '{column}'; allowed: Unicode text")
     return value
+
+
+def _fact(value: Any, answer: str, row_id: str, column: str, answer_column: str) -> str:
+    """The words of the answer that carry its fact, without white space around them; '' where there are none."""
+    fact = _text(value, row_id, column).strip()
+    if fact not in answer:
+        raise SourceError(
+            f"row '{row_id}' has words in column '{column}' that are not in its '{answer_column}'; "
+            "allowed: a part of it, letter for letter"
+        )
+    return fact
 
 
 def _label(value: Any, row_id: str, column: str) -> str:

@@ -1,6 +1,8 @@
 """What a worker measures of a row under a model: teacher-forced likelihoods and greedy answers, batched.
 
-Shapes: B rows, T tokens, N answer tokens, V vocabulary.
+A model's name may carry what is done to it once it is loaded: `after:quantised_4bit`, `after:relearn`.
+
+Shapes: B rows, T tokens (of a batch, or of an answer with EOS), N answer tokens, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,25 +14,29 @@ from transformers import PreTrainedModel
 
 from pipelines.config import ModelConfig, UnlearnConfig
 from pipelines.metrics import TokenStatistics, sample_scores, token_statistics
+from pipelines.metrics.memorization import fact_recall
 from pipelines.metrics.text import rouge_f1, rouge_recall
 from pipelines.model import load_base
 from pipelines.prompts import Encoder
+from pipelines.robustness import BITS, halves, quantise_blocks_, relearn_
 from rfa.batch import Row, collate
 from rfa.residual import BlockRunner
 
 PARAPHRASED = ("forget",)  # sets also asked in other words
 TRUTH_RATIO = ("forget", "retain", "general")  # sets whose wrong answers are weighed against the right one
 GENERATED = ("forget", "retain", "general")  # sets whose greedy answers are compared with the right one
+FACT_RECALL = {"answer": "fact_recall", "loss_paraphrased": "fact_recall_paraphrased"}  # by kind of text
 VERBATIM_TOKENS = 128  # tokens generated for plain text (open-unlearning, commit d3d7cf9)
 
 
 class Text(NamedTuple):
-    """A prompt with an answer whose likelihood is wanted, and what of the row it is."""
+    """A prompt with an answer whose likelihood is wanted, what of the row it is, and the answer's fact ('': none)."""
 
     row: int
     kind: str
     prompt: str
     answer: str
+    fact: str = ""
 
 
 class Scorer:
@@ -52,15 +58,47 @@ class Scorer:
             fields = self._score(records)
         return [(row["set"], row["row"], own) for row, own in zip(records, fields, strict=True)]
 
-    def _load(self, name: str) -> None:
+    def relearn(self, name: str, rows: pa.Table) -> dict[int, list[tuple[str, int, dict[str, Any]]]]:
+        """Teacher-forced numbers of one half of the rows, as `score` gives them, by steps taken on the other half."""
+        learned, held_out = halves(rows.to_pylist())
+        if not held_out:
+            return {}
+        model = self._load(name)
+        encoded = [Row(*self._encoder.pair(str(row["prompt"]), str(row["answer"]))) for row in learned]
+        answers = [_answer(index, row) for index, row in enumerate(held_out)]
+        found: dict[int, list[tuple[str, int, dict[str, Any]]]] = {}
+        for step in relearn_(model, encoded, self._pad, self.cfg.seed):
+            with torch.no_grad():
+                fields = self._likelihoods(held_out, answers)
+            found[step] = [(row["set"], row["row"], own) for row, own in zip(held_out, fields, strict=True)]
+        self._loaded = None  # it is no longer the model of that name
+        return found
+
+    def _load(self, name: str) -> PreTrainedModel:
         if self._loaded is None or self._loaded[0] != name:
             self._loaded = None  # the old model goes before the new one comes
-            model = load_base(self.models[name], self.cfg.train.precision).eval()
+            own_name, _, change = name.partition(":")
+            # The small steps of relearning would be lost in bf16's 8 bits.
+            precision = "fp32" if change == "relearn" else self.cfg.train.precision
+            model = load_base(self.models[own_name], precision).eval()
             model.to(self.device)  # pyright: ignore[reportArgumentType]
+            if change in BITS:
+                quantise_blocks_(model, BITS[change])
             self._loaded = name, model, BlockRunner(model)
+        return self._loaded[1]
 
     def _score(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        texts = [text for index, row in enumerate(rows) for text in _texts(index, row)]
+        found = self._likelihoods(rows, [text for index, row in enumerate(rows) for text in _texts(index, row)])
+        asked = [index for index, row in enumerate(rows) if row["set"] in GENERATED]
+        for index, value in self._rouge(rows, asked, "prompt"):
+            found[index]["rouge"] = value
+        asked = [i for i, row in enumerate(rows) if row["set"] in PARAPHRASED and row["paraphrased_prompt"]]
+        for index, value in self._rouge(rows, asked, "paraphrased_prompt"):
+            found[index]["rouge_paraphrased"] = value
+        return found
+
+    def _likelihoods(self, rows: Sequence[dict[str, Any]], texts: list[Text]) -> list[dict[str, Any]]:
+        """The teacher-forced numbers of each row, from its texts."""
         found: list[dict[str, Any]] = [{"set_name": str(row["set"])} for row in rows]
         for text, statistics in self._statistics(texts):
             own = found[text.row]
@@ -71,12 +109,9 @@ class Scorer:
                 own.setdefault("perturbed_losses", []).append(scores["loss"])
             else:
                 own[text.kind] = scores["loss"]
-        asked = [index for index, row in enumerate(rows) if row["set"] in GENERATED]
-        for index, value in self._rouge(rows, asked, "prompt"):
-            found[index]["rouge"] = value
-        asked = [i for i, row in enumerate(rows) if row["set"] in PARAPHRASED and row["paraphrased_prompt"]]
-        for index, value in self._rouge(rows, asked, "paraphrased_prompt"):
-            found[index]["rouge_paraphrased"] = value
+            if text.fact:
+                is_fact_T = self._encoder.fact_tokens(text.prompt, text.answer, text.fact)
+                own[FACT_RECALL[text.kind]] = fact_recall(statistics.is_argmax, is_fact_T)
         return found
 
     def _statistics(self, texts: list[Text]) -> Iterator[tuple[Text, TokenStatistics]]:
@@ -144,12 +179,16 @@ class Scorer:
         return (order[start : start + size] for start in range(0, len(order), size))
 
 
+def _answer(index: int, row: dict[str, Any]) -> Text:
+    return Text(index, "answer", str(row["prompt"]), str(row["answer"]), str(row["fact"]))
+
+
 def _texts(index: int, row: dict[str, Any]) -> Iterator[Text]:
     """The texts of one row whose likelihoods are wanted."""
-    prompt, answer, name = str(row["prompt"]), str(row["answer"]), row["set"]
-    yield Text(index, "answer", prompt, answer)
+    prompt, answer, fact, name = str(row["prompt"]), str(row["answer"]), str(row["fact"]), row["set"]
+    yield _answer(index, row)
     if name in PARAPHRASED and row["paraphrased_prompt"]:
-        yield Text(index, "loss_paraphrased", str(row["paraphrased_prompt"]), answer)
+        yield Text(index, "loss_paraphrased", str(row["paraphrased_prompt"]), answer, fact)
     if name in TRUTH_RATIO and len(row["perturbed_answers"]):
         if row["paraphrased_answer"]:
             yield Text(index, "correct_loss", prompt, str(row["paraphrased_answer"]))

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import ray
 from ray.data import Dataset
@@ -22,7 +22,7 @@ from pipelines.prompts import Encoder
 from pipelines.shards import ShardByRank, plan_stream
 from pipelines.worker import Job, train_worker
 
-Listener = Callable[[dict[str, float]], None]
+Listener = Callable[[dict[str, Any]], None]
 
 
 def check_resources(train: TrainConfig) -> None:

@@ -15,10 +15,10 @@ from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.artifact import RunFolder, weight_bytes
-from pipelines.config import ConfigError, ModelConfig, UnlearnConfig
+from pipelines.config import ConfigError, ModelConfig, UnlearnConfig, check_strength
 from pipelines.console import Terminal
 from pipelines.data import Sets, load_sets
-from pipelines.evaluate import evaluate, evaluated_rows
+from pipelines.evaluate import evaluate, evaluation_work
 from pipelines.losses import LossLog
 from pipelines.report import write_report
 from pipelines.tracking import Tracker, check_tracking, open_tracker, preload
@@ -45,6 +45,7 @@ def unlearn(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
     run = RunFolder(cfg, "run")
     if run.is_complete:
         return run
+    check_strength(cfg)
     check_tracking(cfg.tracking, run.path)
     with session(cfg, run.path / "run.log", terminal):
         sets, _ = load_checked(cfg, terminal, oracle_of(cfg, "evaluation.oracle"))
@@ -99,6 +100,7 @@ def evaluate_model(cfg: UnlearnConfig, model: ModelConfig, terminal: Terminal) -
 def check(cfg: UnlearnConfig, terminal: Terminal) -> list[tuple[str, str]]:
     """Everything `unlearn` checks before it trains, and what it would do, as a table."""
     run = RunFolder(cfg, "run")
+    check_strength(cfg)
     with TemporaryDirectory() as folder, session(cfg, Path(folder) / "run.log", terminal):
         sets, size = load_checked(cfg, terminal, oracle_of(cfg, "evaluation.oracle"))
         have = ray.cluster_resources()
@@ -125,6 +127,9 @@ def train(run: RunFolder, sets: Sets, tracker: Tracker, terminal: Terminal) -> d
     cfg = run.cfg
     keep = sets.union(("retain", "utility"), present_only=True)
     streams = {"retain": (keep, cfg.train.retain_batch_size), "forget": (sets.forget, cfg.train.forget_batch_size)}
+    if cfg.solve.mode != "off" and cfg.solve.strength == "auto":
+        assert sets.holdout is not None
+        streams["holdout"] = (sets.holdout, cfg.train.forget_batch_size)
     trainer = Trainer(cfg, "unlearn", streams)
     started = time.monotonic()
     with LossLog(run.path, "Unlearning", cfg.train.steps, terminal, tracker) as losses:
@@ -133,7 +138,7 @@ def train(run: RunFolder, sets: Sets, tracker: Tracker, terminal: Terminal) -> d
         )
     cost = cost_of(result, cfg, time.monotonic() - started)
     export(run, checkpoint_of(result))
-    run.update(cost=cost)
+    run.update(cost=cost, strengths=trials_of(result))
     forget_resume_points(cfg)
     return cost
 
@@ -141,7 +146,7 @@ def train(run: RunFolder, sets: Sets, tracker: Tracker, terminal: Terminal) -> d
 def score(cfg: UnlearnConfig, models: dict[str, ModelConfig], sets: Sets, terminal: Terminal) -> tuple[Scores, float]:
     """Scores of each model, and the seconds they took."""
     started = time.monotonic()
-    bar = terminal.bar("Evaluating " + ", ".join(models), len(models) * evaluated_rows(cfg, sets))
+    bar = terminal.bar("Evaluating " + ", ".join(models), evaluation_work(cfg, models, sets))
     scores = evaluate(cfg, models, sets, bar.advance)
     return scores, time.monotonic() - started
 
@@ -217,16 +222,22 @@ def oracle_of(cfg: UnlearnConfig, name: str) -> dict[str, ModelConfig]:
 
 
 def cost_of(result: Any, cfg: UnlearnConfig, train_s: float) -> dict[str, Any]:
-    """The `cost` part of scores.json, but for evaluation. `train_s` includes starting the workers."""
+    """The `cost` part of scores.json, but for evaluation. `solve_s` is statistics, solves and the search for the
+    strength together; `train_s` is the rest, and includes starting the workers."""
     metrics = result.metrics
     return {
-        "solve_s": 0.0,
-        "train_s": train_s,
+        "solve_s": metrics["solve_s"],
+        "train_s": train_s - metrics["solve_s"],
         "tokens": metrics["tokens"],
         "tokens_per_s": metrics["tokens"] / max(metrics["seconds"], 1e-9),
         "peak_memory_bytes": metrics["peak_memory_bytes"],
         "num_workers": cfg.train.num_workers,
     }
+
+
+def trials_of(result: Any) -> list[dict[str, float]]:
+    """The strengths that the solver tried, the chosen one last; empty where the strength was given."""
+    return result.metrics["trials"]
 
 
 def checkpoint_of(result: Any) -> Any:

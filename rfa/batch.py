@@ -11,18 +11,21 @@ from torch import Tensor
 
 
 class Row(NamedTuple):
-    """One tokenised row. `answer_start` is the index of the first answer token; `label` -1 where there is none."""
+    """One tokenised row. `answer_start` is the index of the first answer token; `label` -1 where there is none;
+    `utility` marks a kept row that is no retain row."""
 
     input_ids: Sequence[int]
     answer_start: int
     row: int = 0
     label: int = -1
+    utility: bool = False
 
 
 class UnlearnBatch(NamedTuple):
     """Rows padded on the right. Position t of `answer_BT` is true when token t + 1 belongs to the answer.
 
-    `forget_B` tells forget rows from retain rows, `row_B` is a row's number in its set, `label_B` its group.
+    `forget_B` tells forget rows from those that are kept, `utility_B` which of these come from the utility set; `row_B`
+    is a row's number in its set, `label_B` its group.
     """
 
     input_ids_BT: Tensor
@@ -31,26 +34,26 @@ class UnlearnBatch(NamedTuple):
     forget_B: Tensor
     row_B: Tensor
     label_B: Tensor
+    utility_B: Tensor
 
     def to(self, device: torch.device | str) -> "UnlearnBatch":
         """The same batch on another device."""
         return UnlearnBatch(*(tensor.to(device) for tensor in self))
 
-    def retain_tokens_BT(self) -> Tensor:
-        """All real tokens of retain rows but the first."""
-        return self._feature_tokens_BT() & ~self.forget_B[:, None]
+    def retain_tokens_BT(self, tokens: str = "all") -> Tensor:
+        """Tokens of kept rows, retain and utility."""
+        return self._feature_tokens_BT(tokens) & ~self.forget_B[:, None]
 
     def forget_tokens_BT(self, tokens: str) -> Tensor:
-        """Forget tokens: `all` real ones but the first, or the positions that predict the `answer`."""
-        chosen_BT = self._feature_tokens_BT()
-        if tokens == "answer":
-            chosen_BT = chosen_BT & self.answer_BT
-        return chosen_BT & self.forget_B[:, None]
+        """Tokens of forget rows."""
+        return self._feature_tokens_BT(tokens) & self.forget_B[:, None]
 
-    def _feature_tokens_BT(self) -> Tensor:
-        """Real tokens whose features count. A row's first token is an attention sink: the same in every row, and its
-        features are so large (in SmolLM2's block 11, 1,000 times the others' norm) that E|h0|^2 would be its own."""
-        tokens_BT = self.attention_BT.clone()
+    def _feature_tokens_BT(self, tokens: str) -> Tensor:
+        """Tokens whose features count: `all` real ones but a row's first, or those that predict the `answer`.
+
+        The first token is an attention sink: the same in every row, and its features are so large (in SmolLM2's block
+        11, 1,000 times the others' norm) that E|h0|^2 would be its own."""
+        tokens_BT = (self.answer_BT if tokens == "answer" else self.attention_BT).clone()
         tokens_BT[:, 0] = False
         return tokens_BT
 
@@ -100,4 +103,5 @@ def collate(retain: Sequence[Row], forget: Sequence[Row], pad_token_id: int) -> 
         forget_B=torch.arange(len(rows)) >= len(retain),
         row_B=torch.tensor([row.row for row in rows]),
         label_B=torch.tensor([row.label for row in rows]),
+        utility_B=torch.tensor([row.utility for row in rows]),
     )

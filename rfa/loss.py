@@ -114,13 +114,17 @@ class ResidualAlignment(nn.Module):
         return self
 
     def feature_sums(self, batch: UnlearnBatch, keep_tokens: int = SAMPLE_TOKENS) -> dict[str, FeatureSums]:
-        """Base features of a batch's retain rows, summed by place. `keep_tokens` a row are kept for `cluster_mean`."""
+        """Base features of a batch's retain rows, summed by place, at tokens of the kind that is shifted.
+
+        `keep_tokens` a row are kept for `cluster_mean`. Rows of the utility set are passed over.
+        """
         keep_tokens = keep_tokens if self.objective.target == "cluster_mean" else 0
         with torch.no_grad(), adapters_off(self.model), self.taps.recording() as base:
             self.runner(batch.input_ids_BT, batch.attention_BT, stop=self.taps.last_block + 1)
-        tokens_BT = batch.retain_tokens_BT()
+        tokens_BT = batch.retain_tokens_BT(self.objective.tokens)
         sums = {name: FeatureSums() for name in self.taps.names}
-        for index in (~batch.forget_B & batch.attention_BT.any(1)).nonzero().flatten().tolist():
+        chosen_B = ~batch.forget_B & ~batch.utility_B & batch.attention_BT.any(1)
+        for index in chosen_B.nonzero().flatten().tolist():
             for name in self.taps.names:
                 feature_ND = base[name][index][tokens_BT[index]]
                 sums[name].add(feature_ND, int(batch.row_B[index]), int(batch.label_B[index]), keep_tokens)

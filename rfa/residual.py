@@ -63,11 +63,11 @@ class BlockRunner:
             for index, block in enumerate(self.blocks):
                 if not start <= index < stop:
                     stack.enter_context(_replaced_forward(block, self._bypass))
-            stack.enter_context(_removed(self.blocks[stop - 1].register_forward_hook(keep_output)))
+            stack.enter_context(removed(self.blocks[stop - 1].register_forward_hook(keep_output)))
             if hidden_BTD is not None:
                 inject = _hidden_injector(hidden_BTD)
                 stack.enter_context(
-                    _removed(self.blocks[start].register_forward_pre_hook(inject, prepend=True, with_kwargs=True))
+                    removed(self.blocks[start].register_forward_pre_hook(inject, prepend=True, with_kwargs=True))
                 )
             arguments = {"input_ids": input_ids_BT, "attention_mask": attention_BT.long(), "use_cache": False}
             if logits_at_BT is None:
@@ -75,7 +75,7 @@ class BlockRunner:
                 return BlocksOutput(last[0], None)
             head: Any = self.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
             stack.enter_context(
-                _removed(head.register_forward_pre_hook(lambda _m, args: (args[0][logits_at_BT][None],)))
+                removed(head.register_forward_pre_hook(lambda _m, args: (args[0][logits_at_BT][None],)))
             )
             logits_NV = self.model(**arguments).logits[0]
             return BlocksOutput(last[0], logits_NV)
@@ -109,7 +109,8 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 
 
 @contextmanager
-def _removed(handle: Any) -> Iterator[None]:
+def removed(handle: Any) -> Iterator[None]:
+    """A registered hook, within the block only."""
     try:
         yield
     finally:

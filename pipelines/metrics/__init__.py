@@ -6,6 +6,7 @@ the value of its metric can change. A metric reported per set, such as `forget.l
 """
 
 from pipelines.metrics.likelihood import TokenStatistics, token_statistics
+from pipelines.metrics.relearning import relearn_scores
 from pipelines.metrics.sample import SET_NAMES, Sample, SampleScores, sample_scores
 from pipelines.metrics.summary import summarise
 
@@ -15,6 +16,7 @@ __all__ = [
     "Sample",
     "SampleScores",
     "TokenStatistics",
+    "relearn_scores",
     "sample_scores",
     "summarise",
     "token_statistics",
@@ -28,6 +30,8 @@ VERSIONS: dict[str, int] = {
     "perplexity": 1,
     "rouge": 1,
     "rouge_paraphrased": 1,
+    "fact_recall": 1,
+    "fact_recall_paraphrased": 1,
     "truth_ratio": 1,
     "forget_quality": 1,
     "model_utility": 1,
@@ -39,4 +43,9 @@ VERSIONS: dict[str, int] = {
     "mia.min_k": 1,
     "mia.min_k_plus_plus": 1,
     "privleak": 1,
+    "quantised_8bit": 1,  # of the rounding; what is scored then has its own version
+    "quantised_4bit": 1,
+    "relearn.probability": 1,
+    "relearn.fact_recall": 1,
+    "relearn.steps": 1,
 }

@@ -1,7 +1,8 @@
 """How much of an answer the model completes word for word, teacher forced.
 
-Both metrics leave EOS out and are None for an answer of EOS alone (N = 0): there is nothing to memorise.
-Definitions follow open-unlearning (locuslab, commit d3d7cf9); extraction strength is from Carlini et al. 2021.
+Exact memorization and extraction strength leave EOS out and are None for an answer of EOS alone (N = 0): there is
+nothing to memorise. Their definitions follow open-unlearning (locuslab, commit d3d7cf9); extraction strength is from
+Carlini et al. 2021. Fact recall is this project's: the other scores also count the words around a fact.
 
 Shapes: N labelled answer tokens without EOS.
 """
@@ -26,3 +27,11 @@ def extraction_strength(is_argmax_N: NDArray[np.bool_]) -> float | None:
     misses = np.flatnonzero(~np.asarray(is_argmax_N, dtype=np.bool_))
     prefix = min(int(misses[-1]) + 1, num_tokens - 1) if len(misses) else 0
     return 1 - prefix / num_tokens
+
+
+def fact_recall(is_argmax_N: NDArray[np.bool_], is_fact_N: NDArray[np.bool_]) -> float | None:
+    """1.0 when every token of the answer's fact is the model's first choice, else 0.0; None without such tokens.
+
+    Tokens outside the fact do not count, so the arrays may hold EOS.
+    """
+    return float(np.all(is_argmax_N[is_fact_N])) if np.any(is_fact_N) else None

@@ -22,6 +22,8 @@ class Sample:
     perturbed_losses: tuple[float, ...] = ()  # one per perturbed answer
     rouge: float | None = None
     rouge_paraphrased: float | None = None  # the answer generated to the paraphrased question
+    fact_recall: float | None = None  # 1.0 or 0.0
+    fact_recall_paraphrased: float | None = None  # the same of the original answer, given the paraphrased question
     exact_memorization: float | None = None
     extraction_strength: float | None = None
     zlib_score: float | None = None

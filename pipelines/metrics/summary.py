@@ -64,6 +64,8 @@ def _set_scores(name: str, rows: Sequence[Sample]) -> dict[str, float]:
         "rouge": (_mean, [row.rouge for row in rows]),
         "probability_paraphrased": (probability, [row.loss_paraphrased for row in rows]),
         "rouge_paraphrased": (_mean, [row.rouge_paraphrased for row in rows]),
+        "fact_recall": (_mean, [row.fact_recall for row in rows]),
+        "fact_recall_paraphrased": (_mean, [row.fact_recall_paraphrased for row in rows]),
         "truth_ratio": (forget_truth_ratio if name == "forget" else retain_truth_ratio, _truth_ratios(rows)),
         "exact_memorization": (_mean, [row.exact_memorization for row in rows]),
         "extraction_strength": (_mean, [row.extraction_strength for row in rows]),

@@ -11,11 +11,13 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipelines.metrics.relearning import STEPS
 from tests.flow.conftest import Command
 
 CONTRACT = {"config.yaml", "manifest.json", "adapter", "model", "scores.json", "report.html"}
 METRICS = (
-    "probability", "loss", "perplexity", "rouge", "truth_ratio", "exact_memorization", "extraction_strength",
+    "probability", "loss", "perplexity", "rouge", "fact_recall", "truth_ratio",
+    "exact_memorization", "extraction_strength",
 )  # fmt: skip
 
 
@@ -24,7 +26,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, overrides: list[str], comm
     """A finished run of the `quick` preset; the oracle is a copy of the model itself."""
     folder = tmp_path_factory.mktemp("run")
     shutil.copytree(Path(overrides[0].split("=")[1]), folder / "oracle")
-    done = command("run", "quick", *overrides, f"output_dir={folder}/out", f"evaluation.oracle={folder}/oracle")
+    settings = [f"evaluation.oracle={folder}/oracle", "evaluation.robustness=[quantised_4bit,relearn]"]
+    done = command("run", "quick", *overrides, f"output_dir={folder}/out", *settings)
     assert done.returncode == 0, done.stderr
     assert "Report:" in done.stderr
     assert "General knowledge: probability" in done.stderr
@@ -47,7 +50,8 @@ def test_scores_hold_every_metric_of_every_model(run_dir: Path) -> None:
         for name in ("forget", "retain", "general"):
             assert {f"{name}.{metric}" for metric in METRICS} <= set(entry)
         assert {"mia.loss", "mia.zlib", "mia.min_k", "mia.min_k_plus_plus", "model_utility"} <= set(entry)
-        assert {"forget.rouge_paraphrased", "forget.probability_paraphrased"} <= set(entry)
+        paraphrased = {f"forget.{metric}_paraphrased" for metric in ("rouge", "fact_recall", "probability")}
+        assert paraphrased <= set(entry)
     # The oracle is the model itself, so before equals it, and what has been trained does not.
     before, after, oracle = (scores["models"][name] for name in ("before", "after", "oracle"))
     assert before["forget.loss"] == pytest.approx(oracle["forget.loss"])
@@ -56,6 +60,22 @@ def test_scores_hold_every_metric_of_every_model(run_dir: Path) -> None:
     cost = scores["cost"]
     assert cost["num_workers"] == 2
     assert min(cost[key] for key in ("train_s", "evaluate_s", "tokens", "tokens_per_s", "peak_memory_bytes")) > 0
+
+
+def test_robustness_is_that_of_after_and_oracle(run_dir: Path) -> None:
+    models = json.loads((run_dir / "scores.json").read_text())["models"]
+    rounded = {f"quantised_4bit.{name}.{metric}" for name in ("forget", "retain") for metric in METRICS}
+    relearned = {f"relearn.{metric}.{step}" for metric in ("probability", "fact_recall") for step in STEPS}
+    for name in ("after", "oracle"):
+        assert {key for key in models[name] if key.startswith("quantised_")} >= rounded
+        assert {key for key in models[name] if key.startswith("relearn.")} == relearned | {"relearn.steps"}
+        assert models[name]["quantised_4bit.forget.loss"] != models[name]["forget.loss"]
+        assert models[name]["relearn.probability.50"] != models[name]["relearn.probability.0"]
+    assert models["oracle"]["relearn.steps"] == 0  # it is the original itself: nothing had been lost
+    assert not [key for key in models["before"] if key.startswith(("quantised_", "relearn."))]
+    page = (run_dir / "report.html").read_text(encoding="utf-8")
+    assert "<h2>Robustness</h2>" in page
+    assert "was not measured at both 8 and 4 bits" in page
 
 
 def test_adapter_in_stock_peft_and_merged_model_give_the_same_logits(run_dir: Path) -> None:

@@ -36,7 +36,7 @@ def test_local_paths_become_absolute_and_hub_names_stay(tmp_path: Path, monkeypa
 def test_every_key_is_described() -> None:
     keys = {key: (default, meaning) for key, default, meaning in describe()}
     assert all(meaning and "None" not in meaning for _, meaning in keys.values())
-    assert keys["train.steps"] == ("60", "Optimizer steps of unlearning. (>= 0)")
+    assert keys["seed"] == ("0", "Seed of everything random. (>= 0, < 4.29497e+09)")
     assert keys["objective.residual"][1].endswith("(one of local, drift)")
     assert keys["data.{forget,retain,utility,holdout,general}.path"][0] == "required"
     assert not [key for key in keys if key.startswith("data.retain.")]

@@ -49,7 +49,8 @@ def ids_of(sets: Sets, name: str = "forget") -> list[str]:
 
 
 def test_every_set_has_the_same_columns_and_absence_is_empty(tmp_path: Path) -> None:
-    full = question("f0", paraphrased_prompt="p", paraphrased_answer="a", perturbed_answers=["x", "y"], author="Ann")
+    paraphrased = {"paraphrased_prompt": "p", "paraphrased_answer": "a"}
+    full = question("f0", **paraphrased, fact="author f0", perturbed_answers=["x", "y"], author="Ann")
     sets = load(tmp_path, [full, question("f1", author=None)], utility=[{"text": "Broad text."}])
     assert sets.names() == ["forget", "retain", "utility"]
     assert sets.counts == {"forget": 2, "retain": 2, "utility": 1}
@@ -62,6 +63,7 @@ def test_every_set_has_the_same_columns_and_absence_is_empty(tmp_path: Path) -> 
         "label": "",
         "paraphrased_prompt": "",
         "paraphrased_answer": "",
+        "fact": "",
         "perturbed_answers": [],
     }
     [text] = rows_of(sets, "utility")
@@ -70,12 +72,24 @@ def test_every_set_has_the_same_columns_and_absence_is_empty(tmp_path: Path) -> 
 
 
 def test_columns_may_have_other_names(tmp_path: Path) -> None:
-    names = {"id": "key", "prompt": "question", "answer": "reply", "label": "writer"}
-    rows = [{"key": 7, "question": "Who?", "reply": "Me.", "writer": 3}]
+    names = {"id": "key", "prompt": "question", "answer": "reply", "fact": "core", "label": "writer"}
+    rows = [{"key": 7, "question": "Who?", "reply": "Me.", "core": "Me", "fact": "ignored", "writer": 3}]
     retain = [{"key": 7, "question": "Where?", "reply": "Here."}]
     sets = load(tmp_path, rows, retain, columns=names)
     [row] = rows_of(sets)
-    assert (row["id"], row["prompt"], row["answer"], row["label"]) == ("7", "Who?", "Me.", "3")
+    assert (row["id"], row["prompt"], row["answer"], row["fact"], row["label"]) == ("7", "Who?", "Me.", "Me", "3")
+
+
+def test_a_fact_is_taken_without_the_white_space_around_it_and_a_blank_one_is_none(tmp_path: Path) -> None:
+    rows = [question("f0", fact=" author f0\n"), question("f1", fact="  "), question("f2", fact=None)]
+    assert [row["fact"] for row in rows_of(load(tmp_path, rows))] == ["author f0", "", ""]
+
+
+def test_a_fact_is_looked_for_in_plain_text_too(tmp_path: Path) -> None:
+    rows = [{"text": f"{SECRET} is a beast.", "fact": "a beast"}]
+    assert [row["fact"] for row in rows_of(load(tmp_path, rows))] == ["a beast"]
+    words = ["row '0' has words in column 'fact' that are not in its 'text'"]
+    assert_refused(tmp_path, [{**rows[0], "fact": "a bird"}], key="data.forget.path", words=words)
 
 
 def test_ids_of_mixed_types_become_text_and_broken_unicode_order_or_blank_lines_do_no_harm(tmp_path: Path) -> None:
@@ -206,6 +220,12 @@ BROKEN_SOURCES = {
     "a wrong answer that is a number": (
         lines({**GOOD, "perturbed_answers": [SECRET, 3]}), ["row 'g0' has a number in column 'perturbed_answers'"]
     ),
+    "a fact of other words": (
+        lines(GOOD, {**GOOD, "id": "g1", "fact": f"{SECRET}!"}),
+        ["row 'g1' has words in column 'fact' that are not in its 'answer'"],
+    ),
+    "a fact in other case": (lines({**GOOD, "fact": "Author g0"}), ["row 'g0' has words in column 'fact'"]),
+    "a fact that is a list": (lines({**GOOD, "fact": [SECRET]}), ["row 'g0' has a list in column 'fact'"]),
     "an id that is a list": (lines({**GOOD, "id": [SECRET]}), ["row 0 (counted from 0) has a list as 'id'"]),
     "an id that is missing": (lines(GOOD, {"prompt": SECRET, "answer": "a"}), ["row 1 (counted from 0) has nothing"]),
     "an id that comes late": (lines({"text": SECRET}, {"id": "a", "text": SECRET}), ["row 1", "the first has none"]),

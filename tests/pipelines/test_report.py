@@ -194,6 +194,26 @@ def test_what_comes_from_files_is_escaped(tmp_path: Path) -> None:
     assert page.count("&lt;script&gt;alert(1)") == 4  # title, sentence, provenance, configuration
 
 
+def test_fact_recall_stands_beside_rouge_and_leaves_the_verdict_alone(tmp_path: Path) -> None:
+    before, after, oracle = forget_entry(0.9), forget_entry(0.5), forget_entry(0.5)
+    expected = verdict(scores_of(before=before, after=after, oracle=oracle))
+    recall = ("forget.fact_recall", "forget.fact_recall_paraphrased", "retain.fact_recall")
+    scores = scores_of(
+        before=before | dict.fromkeys(recall, 1.0), after=after | dict.fromkeys(recall, 0.8), oracle=oracle
+    )
+    assert verdict(scores) == expected
+    page = write_report(write_run(tmp_path, scores)).read_text(encoding="utf-8")
+    plot, table = page.split("<h2>All scores</h2>")
+    names = re.findall(r'<span class="name">([^<]*)</span>', plot)
+    assert names[names.index("Fact recall") :][:4] == [
+        "Fact recall", "Fact recall, paraphrased", "ROUGE-L", "ROUGE-L, paraphrased"
+    ]  # fmt: skip
+    assert "Truth ratio" in names
+    assert "Retain: fact recall" in names
+    assert table.count("<td>Fact recall<") == 2
+    assert "80 %" in table  # of the retained facts are kept
+
+
 def test_absent_scores_are_dashes_with_their_reason(tmp_path: Path) -> None:
     scores = scores_of(before=forget_entry(0.9, forget_quality=None), after=forget_entry(0.5, forget_quality=None))
     page = write_report(write_run(tmp_path, scores)).read_text(encoding="utf-8")
@@ -206,10 +226,31 @@ def test_relearning_and_rounding_are_limits_until_they_are_measured(tmp_path: Pa
     page = write_report(write_run(tmp_path, scores_of(before=before, after=after))).read_text(encoding="utf-8")
     assert "Relearning was not measured." in page
     assert "Rounding was not measured." in page
+    assert "<h2>Robustness" not in page
     after |= {"relearn.steps": 5.0, "quantised_4bit.forget.probability": 0.5, "quantised_8bit.forget.probability": 0.5}
     page = write_report(write_run(tmp_path, scores_of(before=before, after=after))).read_text(encoding="utf-8")
     assert "was not measured." not in page
     assert "Rounded to 4 bits" in page
+
+
+def test_robustness_is_shown_beside_the_oracles_with_a_curve(tmp_path: Path) -> None:
+    curve = {"relearn.probability.0": 0.41, "relearn.probability.10": 0.57, "relearn.probability.2": 0.43}
+    rounded = {"quantised_4bit.forget.probability": 0.623, "quantised_4bit.forget.loss": 0.789}
+    after = forget_entry(0.5) | rounded | curve | {"relearn.steps": 10}
+    oracle = forget_entry(0.5) | dict.fromkeys(rounded, 0.498) | curve | {"relearn.steps": None}
+    page = write_report(write_run(tmp_path, scores_of(before=forget_entry(0.9), after=after, oracle=oracle))).read_text(
+        encoding="utf-8"
+    )
+    section, scores = page.split("<h2>Robustness</h2>")[1].split("<h2>All scores</h2>")
+    cells = re.findall(r"<td[^>]*>([^<]*)<", section)
+    assert cells[cells.index("Unrounded") :][:3] == ["Unrounded", "0.500", "0.500"]
+    assert cells[cells.index("Rounded to 4 bits") :][:3] == ["Rounded to 4 bits", "0.623", "0.498"]
+    assert cells[cells.index("Steps") :][:3] == ["Steps", "10", "not reached"]
+    assert "before" not in section
+    assert section.count("<img ") == 1
+    assert "0.789" not in page, "what the section leaves out is in scores.json alone"
+    assert "0.623" not in scores
+    assert write_report(tmp_path).read_text(encoding="utf-8") == page
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "scores.json", "manifest.json", "losses.jsonl"])

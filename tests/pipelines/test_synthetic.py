@@ -84,10 +84,12 @@ def test_forgotten_retained_and_held_out_authors_share_neither_a_name_nor_a_fact
     assert len({(row["topic"], row["fact"]) for row in rows}) == len(rows)
 
 
-def test_the_fact_is_in_the_answers_and_in_no_perturbed_one(problem: dict[str, list[Row]]) -> None:
+def test_the_fact_is_once_in_the_answer_and_in_its_paraphrase_and_in_no_perturbed_one(
+    problem: dict[str, list[Row]],
+) -> None:
     for row in (row for rows in problem.values() for row in rows):
         answer, *perturbed = texts(row)
-        assert str(row["fact"]) in answer
+        assert answer.count(str(row["fact"])) == 1, row["id"]
         assert str(row["fact"]) in str(row.get("paraphrased_answer", answer))
         assert not any(str(row["fact"]) in text for text in perturbed), row["id"]
 

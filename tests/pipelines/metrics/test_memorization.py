@@ -1,11 +1,11 @@
-"""Exact memorization and extraction strength on answers short enough to count by eye."""
+"""Exact memorization, extraction strength and fact recall on answers short enough to count by eye."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.metrics.memorization import exact_memorization, extraction_strength
+from pipelines.metrics.memorization import exact_memorization, extraction_strength, fact_recall
 
 
 def first_choices(pattern: str) -> np.ndarray:
@@ -37,6 +37,24 @@ def test_extraction_strength_is_the_share_completed_after_the_shortest_prefix(pa
 def test_an_answer_of_eos_alone_has_no_memorization_score():
     assert exact_memorization(first_choices("")) is None
     assert extraction_strength(first_choices("")) is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("xxxxx", 1.0),
+        ("..xx.", 1.0),  # the words around the fact do not count
+        ("xx.xx", 0.0),  # half a fact is none
+        ("xx..x", 0.0),
+    ],
+)
+def test_a_fact_is_recalled_when_each_of_its_tokens_is_the_first_choice(pattern: str, expected: float):
+    assert fact_recall(first_choices(pattern), first_choices("..xx.")) == expected
+
+
+def test_an_answer_without_a_fact_has_no_fact_recall():
+    assert fact_recall(first_choices("xxx"), first_choices("...")) is None
+    assert fact_recall(first_choices(""), first_choices("")) is None
 
 
 @settings(deadline=None, max_examples=50)

@@ -1,0 +1,152 @@
+"""The one-pass solver on a worker: statistics of its rows, adapters from everybody's, and the strength that fits.
+
+The right strength leaves the forget set as likely as text that the model has never seen: less leaves traces, more is a
+tell-tale. Without a retrained oracle the holdout set says how likely that is: the weakest strength is chosen at which
+so few rows cannot be told from it. The statistics are collected once, so each strength that is tried costs a solve and
+a forward over the forget and holdout rows.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from pipelines.config import SolveConfig
+from pipelines.metrics import token_statistics
+from pipelines.metrics.likelihood import loss
+from pipelines.metrics.membership import min_k
+from rfa.batch import UnlearnBatch
+from rfa.loss import ResidualAlignment
+from rfa.one_pass import OnePass, SolveSettings
+
+FIRST_STRENGTH = 2e-3
+FACTOR = 3.0  # between strengths, until the right one lies between two of them
+TRIALS = 6
+CLOSE_ENOUGH = 0.03  # a gap below this ends the search
+
+Say = Callable[[int, int, str], None]  # done, of, what
+
+
+class Likelihood(NamedTuple):
+    """Of one row's answer: mean loss, and minus the mean of its least likely tokens. Large: unlike training data."""
+
+    loss: float
+    min_k: float
+
+
+class Trial(NamedTuple):
+    """A strength and its gap: 0 where forget rows look like holdout rows, up to 0.5 with traces left, down to -0.5
+    where they look less known than text never seen."""
+
+    strength: float
+    gap: float
+
+
+def chance_gap(forget: int, holdout: int) -> float:
+    """The gap that so many rows have by chance: the standard deviation of AUC between like sets (Mann & Whitney 1947).
+    It vanishes with the number of rows."""
+    return ((forget + holdout + 1) / (12 * forget * holdout)) ** 0.5
+
+
+def gap(forget: list[Likelihood], holdout: list[Likelihood]) -> float:
+    """AUC - 1/2, averaged over both scores; AUC is the chance that a holdout row looks less known than a forget row."""
+    truth = [0] * len(forget) + [1] * len(holdout)
+    columns = zip(*(forget + holdout), strict=True)
+    aucs = [float(roc_auc_score(truth, column)) for column in columns]
+    return sum(aucs) / len(aucs) - 0.5
+
+
+def search_strength(try_strength: Callable[[float], float], aim: float, trials: int = TRIALS) -> list[Trial]:
+    """All trials, the one whose gap is nearest to `aim` last: by a factor until it lies between two, then in between.
+
+    The gap falls with the strength; where two are equally near the weaker strength is the better one.
+    """
+    done: list[Trial] = []
+    strength = FIRST_STRENGTH
+    while len(done) < trials:
+        done.append(Trial(strength, try_strength(strength)))
+        if abs(done[-1].gap - aim) <= CLOSE_ENOUGH:
+            break
+        weak = max((trial for trial in done if trial.gap > aim), default=None)
+        strong = min((trial for trial in done if trial.gap <= aim), default=None)
+        if weak is None or strong is None:
+            strength *= FACTOR if strong is None else 1 / FACTOR
+        else:  # where a line through both gaps meets the aim, but well inside
+            share = min(max((weak.gap - aim) / (weak.gap - strong.gap), 0.2), 0.8)
+            strength = weak.strength * (strong.strength / weak.strength) ** share
+    return sorted(done, key=lambda trial: (-abs(trial.gap - aim), -trial.strength))
+
+
+class WorkerSolver:
+    """Solves an alignment's adapters from this worker's rows, together with the other workers.
+
+    Args:
+        place: puts lora_A and lora_B of the module of that name into the model.
+        say: told of progress, on every worker.
+    """
+
+    def __init__(
+        self, cfg: SolveConfig, alignment: ResidualAlignment, place: Callable[[str, Tensor, Tensor], None], say: Say
+    ) -> None:
+        settings = SolveSettings(cfg.mode, cfg.utility_weight, cfg.ridge, cfg.exact_width, cfg.sketch_columns)
+        self.cfg, self.alignment, self.say = cfg, alignment, say
+        self.one_pass = OnePass(alignment, settings, place)
+        self.tokens = 0  # of this worker's kept rows
+
+    def collect(self, kept: Iterator[tuple[UnlearnBatch, int]], number: int) -> None:
+        """Statistics of `number` batches of kept rows, each with the features a row to keep for clustering."""
+        for index, (batch, keep_tokens) in enumerate(kept):
+            self.one_pass.collect(batch, keep_tokens)
+            self.tokens += int(batch.attention_BT.sum())
+            self.say(index + 1, number, "statistics")
+        self.one_pass.reduce()
+
+    def solve(self, forget: list[UnlearnBatch], holdout: list[UnlearnBatch]) -> list[Trial]:
+        """Solve at the configured strength, or at the one that fits: then the strengths tried, the chosen one last."""
+        if self.cfg.strength != "auto":
+            self.one_pass.solve(forget, self.cfg.strength)
+            return []
+
+        def try_strength(strength: float) -> float:
+            self.say(len(tried), TRIALS, f"strength {strength:.3g}")
+            tried.append(strength)
+            self.one_pass.solve(forget, strength)
+            return gap(self._likelihoods(forget), self._likelihoods(holdout))
+
+        tried: list[float] = []
+        trials = search_strength(try_strength, chance_gap(self._count(forget), self._count(holdout)))
+        if trials[-1].strength != tried[-1]:
+            self.one_pass.solve(forget, trials[-1].strength)
+        return trials
+
+    def _count(self, batches: list[UnlearnBatch]) -> int:
+        """Rows of all workers."""
+        return len(_of_all_workers([None for batch in batches for real in batch.attention_BT.any(1).tolist() if real]))
+
+    @torch.no_grad()
+    def _likelihoods(self, batches: list[UnlearnBatch]) -> list[Likelihood]:
+        """Of all workers' rows."""
+        found: list[Likelihood] = []
+        for batch in batches:
+            logits_NV = self.alignment.runner(
+                batch.input_ids_BT, batch.attention_BT, logits_at_BT=batch.answer_BT
+            ).logits_NV
+            assert logits_NV is not None
+            label_N = batch.input_ids_BT[:, 1:][batch.answer_BT[:, :-1]]
+            lengths = [length for length in batch.answer_BT.sum(1).tolist() if length]
+            for own in token_statistics(logits_NV, label_N).split(lengths):
+                least = min_k(own.without_eos().log_probability)
+                if least is not None:
+                    found.append(Likelihood(loss(own.log_probability), least))
+        return _of_all_workers(found)
+
+
+def _of_all_workers(own: list[Any]) -> list[Any]:
+    if not dist.is_initialized():
+        return own
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return [row for part in everyone for row in part]

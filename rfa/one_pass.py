@@ -1,0 +1,275 @@
+"""From data to a solved adapter: one forward over the kept sets, then the forget set's rows alone.
+
+`collect` streams the retain and utility rows once, for the targets and the kept sets' second moments. `solve` needs the
+forget set's rows only, so that trying another strength costs no further pass over what is kept. Two modes:
+
+    one_pass   all modules are solved from the base model's features
+    blockwise  module by module from the lowest block up, each from what it sees with the residuals below in place;
+               every block continues from the hidden states of the block before
+
+Where torch.distributed runs, every worker brings its own rows, and each module has one worker that adds up and solves.
+
+Shapes: B rows, T tokens, N chosen tokens, D input features, O output features, K rank.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rfa.adapters import ADAPTER, find_blocks, lora_layers
+from rfa.batch import UnlearnBatch
+from rfa.loss import ResidualAlignment
+from rfa.residual import removed
+from rfa.solve import KeptInverse, LowRank, solve
+from rfa.statistics import ForgetRows, InputSums
+from rfa.targets import SAMPLE_TOKENS, FeatureSums
+
+KEPT = ("retain", "utility")
+
+
+class SolveSettings(NamedTuple):
+    """How the solver works; the fields are those of the configuration's `solve`."""
+
+    mode: str = "blockwise"
+    utility_weight: float = 1.0
+    ridge: float = 1e-3
+    exact_width: int = 16384  # inputs wider than this are summed in the low-memory form
+    sketch_columns: int = 1024
+
+
+class OnePass:
+    """Solves the adapters of one alignment. Use: `collect` every kept batch, `reduce`, then `solve` as often as wanted.
+
+    Args:
+        alignment: the model with its adapters (B = 0) and objective, whose residuals must be `local`.
+        place: puts lora_A [K, D] and lora_B [O, K] of the module of that name into the model; every worker calls it.
+    """
+
+    def __init__(
+        self,
+        alignment: ResidualAlignment,
+        settings: SolveSettings,
+        place: Callable[[str, Tensor, Tensor], None] | None = None,
+    ) -> None:
+        assert alignment.objective.residual == "local", "the closed form is that of local residuals"
+        self.alignment = alignment
+        self.settings = settings
+        self.layers: dict[str, Any] = dict(lora_layers(alignment.model))
+        self._place = place or self._place_here
+        self.features = {name: FeatureSums() for name in self.layers}
+        self.sums: dict[str, dict[str, InputSums]] = {
+            kind: {name: self._empty_sums(name) for name in self.layers} for kind in KEPT
+        }
+        self._kept: dict[str, KeptInverse] = {}
+        self._rank = dist.get_rank() if dist.is_initialized() else 0
+        self._owner = _owners({name: layer.in_features for name, layer in self.layers.items()})
+
+    def _empty_sums(self, name: str) -> InputSums:
+        layer, settings = self.layers[name], self.settings
+        width = layer.in_features
+        columns = width if width <= settings.exact_width else settings.sketch_columns
+        return InputSums.empty(name, width, columns, layer.lora_A[ADAPTER].weight.device)
+
+    @torch.no_grad()
+    def collect(self, batch: UnlearnBatch, keep_tokens: int = SAMPLE_TOKENS) -> None:
+        """Add a batch of retain and utility rows. Its retain rows serve the targets, too: `cluster_mean` keeps
+        `keep_tokens` features of each; with 0 they do not."""
+        tokens_BT = batch.retain_tokens_BT()
+        utility_B1 = batch.utility_B[:, None]
+        masks = {"retain": tokens_BT & ~utility_B1, "utility": tokens_BT & utility_B1}
+
+        def add_input(name: str, input_BTD: Tensor, _output_BTO: Tensor) -> None:
+            for kind, mask_BT in masks.items():
+                if mask_BT.any():
+                    self.sums[kind][name].add(input_BTD[mask_BT])
+
+        with self._observing(self.layers, add_input):
+            features = self.alignment.feature_sums(batch, keep_tokens)
+        for name in features if keep_tokens else ():
+            self.features[name].merge(features[name])
+
+    def reduce(self) -> None:
+        """Add up all workers' sums, fit the targets everywhere, and factor each module's kept moments on its owner."""
+        self.alignment.fit(merged_features(self.features))
+        for name, owner in self._owner.items():
+            own = [self.sums[kind].pop(name) for kind in KEPT]
+            for sums in own:
+                _sum_at(sums, owner)
+            if owner == self._rank:
+                weights = (1.0, self.settings.utility_weight)
+                self._kept[name] = KeptInverse(list(zip(weights, own, strict=True)), self.settings.ridge)
+
+    @torch.no_grad()
+    def solve(self, batches: Sequence[UnlearnBatch], strength: float) -> None:
+        """Solve and place all adapters, from this worker's forget rows."""
+        for name in self.layers:
+            self._place_solution(name, None)
+        first_block = self.alignment.taps.first_block
+        hidden: list[Tensor | None] = [None] * len(batches)
+        if first_block > 0:
+            self._advance(batches, hidden, 0, first_block)
+        start = first_block
+        for stage in self._stages():
+            rows = self._forget_rows(stage.names, batches, hidden, start, stage.stop)
+            self._solve_together(rows, strength)
+            if stage.advances:
+                self._advance(batches, hidden, start, stage.stop)
+                start = stage.stop
+
+    def _stages(self) -> list["_Stage"]:
+        """Which modules are solved at once, in order."""
+        prefix = find_blocks(self.alignment.model)[0]
+        block_of = {name: int(name.split(f"{prefix}.", 1)[1].split(".", 1)[0]) for name in self.layers}
+        last_block = self.alignment.taps.last_block
+        if self.settings.mode == "one_pass":
+            return [_Stage(list(self.layers), last_block + 1, advances=False)]
+        last_of_block = {block: name for name, block in block_of.items()}
+        return [
+            _Stage([name], block + 1, advances=last_of_block[block] == name and block < last_block)
+            for name, block in block_of.items()
+        ]
+
+    def _run(self, batch: UnlearnBatch, hidden_BTD: Tensor | None, start: int, stop: int) -> Tensor:
+        return self.alignment.runner(
+            batch.input_ids_BT, batch.attention_BT, start=start, stop=stop, hidden_BTD=hidden_BTD
+        ).hidden_BTD
+
+    def _advance(self, batches: Sequence[UnlearnBatch], hidden: list[Tensor | None], start: int, stop: int) -> None:
+        """Carry the forget rows' hidden states from block `start` to block `stop`."""
+        for index, batch in enumerate(batches):
+            hidden[index] = self._run(batch, hidden[index], start, stop)
+
+    def _forget_rows(
+        self, names: list[str], batches: Sequence[UnlearnBatch], hidden: list[Tensor | None], start: int, stop: int
+    ) -> dict[str, ForgetRows]:
+        """This worker's forget tokens at some modules; there may be none."""
+        sizes = {name: (self.layers[name].in_features, self.layers[name].out_features) for name in names}
+        found = {
+            name: ForgetRows.of(torch.empty(0, width), torch.empty(0, out)) for name, (width, out) in sizes.items()
+        }
+        for batch, hidden_BTD in zip(batches, hidden, strict=True):
+            with self._observing(names, partial(self._add_forget, found, batch)):
+                self._run(batch, hidden_BTD, start, stop)
+        return found
+
+    def _add_forget(
+        self, found: dict[str, ForgetRows], batch: UnlearnBatch, name: str, input_BTD: Tensor, output_BTO: Tensor
+    ) -> None:
+        targets = self.alignment.targets
+        assert targets is not None
+        tokens_BT = batch.forget_tokens_BT(self.alignment.objective.tokens)
+        index_N = tokens_BT.nonzero()[:, 0]
+        feature_NO = output_BTO[tokens_BT].float()
+        target_NO = targets(name, feature_NO, batch.row_B[index_N], batch.label_B[index_N])
+        rows = ForgetRows.of(input_BTD[tokens_BT].cpu(), (target_NO - feature_NO).cpu())
+        found[name] = found[name].merged(rows)
+
+    def _solve_together(self, rows: dict[str, ForgetRows], strength: float) -> None:
+        """Solve modules on their owners, from all workers' rows, and place the solutions everywhere."""
+        solutions: dict[str, LowRank] = {}
+        for name, own in rows.items():
+            parts = _gather(own, self._owner[name])
+            if parts:
+                whole = parts[0]
+                for part in parts[1:]:
+                    whole = whole.merged(part)
+                layer = self.layers[name]
+                rank, scaling = layer.r[ADAPTER], layer.scaling[ADAPTER]
+                solutions[name] = solve(whole, self._kept[name], rank=rank, strength=strength, scaling=scaling)
+        for name in rows:
+            self._place_solution(name, _broadcast(solutions.get(name), self._owner[name]))
+
+    def _place_solution(self, name: str, solution: LowRank | None) -> None:
+        """Fill an adapter; columns of B that a solution does not use are zero, with rows of A that can still learn."""
+        layer = self.layers[name]
+        rank, width = layer.r[ADAPTER], layer.in_features
+        generator = torch.Generator().manual_seed(0)
+        a_KD = torch.empty(rank, width).uniform_(-(width**-0.5), width**-0.5, generator=generator)
+        b_OK = torch.zeros(layer.out_features, rank)
+        if solution is not None:
+            used = len(solution.a_KD)
+            a_KD[:used], b_OK[:, :used] = solution.a_KD, solution.b_OK
+        self._place(name, a_KD, b_OK)
+
+    def _place_here(self, name: str, a_KD: Tensor, b_OK: Tensor) -> None:
+        layer = self.layers[name]
+        layer.lora_A[ADAPTER].weight.copy_(a_KD)
+        layer.lora_B[ADAPTER].weight.copy_(b_OK)
+
+    @contextmanager
+    def _observing(self, names: Iterable[str], observe: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+        """Within: `observe(name, input, output)` for each of these modules' base layers, as it runs."""
+
+        def hook(name: str) -> Callable[..., None]:
+            return lambda _module, inputs, output: observe(name, inputs[0], output)
+
+        with ExitStack() as stack:
+            for name in names:
+                stack.enter_context(removed(self.layers[name].base_layer.register_forward_hook(hook(name))))
+            yield
+
+
+class _Stage(NamedTuple):
+    """Modules that are solved from one pass of the blocks below `stop`; then the hidden states move on, or not."""
+
+    names: list[str]
+    stop: int
+    advances: bool
+
+
+def _owners(widths: dict[str, int]) -> dict[str, int]:
+    """The worker that owns each module: modules of one width go round, so that memory and work are shared evenly."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    seen: Counter[int] = Counter()
+    owners: dict[str, int] = {}
+    for name, width in widths.items():
+        owners[name] = seen[width] % world
+        seen[width] += 1
+    return owners
+
+
+def merged_features(own: dict[str, FeatureSums]) -> dict[str, FeatureSums]:
+    """Every worker's sums added up, on all of them."""
+    if not dist.is_initialized():
+        return own
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    merged = {name: FeatureSums() for name in own}
+    for part in everyone:
+        for name, sums in part.items():
+            merged[name].merge(sums)
+    return merged
+
+
+def _sum_at(sums: InputSums, owner: int) -> None:
+    """Add up all workers' sums on one of them."""
+    if not dist.is_initialized():
+        return
+    dist.reduce(sums.sum_DL, owner)
+    totals = torch.tensor([sums.count, sums.trace], dtype=torch.float64, device=sums.sum_DL.device)
+    dist.reduce(totals, owner)
+    sums.count, sums.trace = int(totals[0]), float(totals[1])
+
+
+def _gather(own: ForgetRows, owner: int) -> list[ForgetRows]:
+    """All workers' rows on one of them, nothing elsewhere."""
+    if not dist.is_initialized():
+        return [own]
+    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == owner else None
+    dist.gather_object(own, parts, dst=owner)
+    return parts or []
+
+
+def _broadcast(solution: LowRank | None, owner: int) -> LowRank | None:
+    """The owner's solution on all workers."""
+    if not dist.is_initialized():
+        return solution
+    carried = [solution]
+    dist.broadcast_object_list(carried, src=owner)
+    return carried[0]

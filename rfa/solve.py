@@ -1,0 +1,111 @@
+"""The one-pass solver: the adapter of one module in closed form. This project's own.
+
+With `local` residuals the objective is, module by module, a weighted low-rank least-squares problem:
+
+    minimise over rank(M) <= rank:   strength * mean over D_f of |h0 + M x - t|^2
+                                     + mean over D_r of |M x|^2 + w_u * mean over D_u of |M x|^2 + ridge
+
+The kept sets enter through R = G_r/n_r + w_u G_u/n_u + ridge * mean(diag) * I alone, which does not depend on the
+strength: it is factored once. The forget set enters through its (few) tokens' inputs X and shifts T = t - h0. With
+K = X R^-1 X^T = V diag(k) V^T and lambda = n_f / strength the full-rank solution is
+
+    M = T^T V diag(1 / (k + lambda)) V^T X R^-1
+
+which is `C S^-1` of the usual normal equations, and reduced-rank regression (Izenman 1975) keeps the leading left
+singular vectors U of T^T V diag(sqrt(k / (k + lambda))):  B = U,  A = U^T M / scaling.
+
+Shapes: N tokens, D input features, O output features, K rank, L columns.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rfa.statistics import ForgetRows, InputSums
+
+
+class LowRank(NamedTuple):
+    """B A times the adapter's scaling is the solution; fewer than `rank` rows where fewer carry anything."""
+
+    a_KD: Tensor
+    b_OK: Tensor
+
+
+class KeptInverse:
+    """R^-1 of the kept sets' second moments, applied to inputs; float64 on the CPU.
+
+    With low-memory sums R is Nystroem's approximation plus what it leaves out of the trace, spread evenly: directions
+    the basis has missed count as used by the kept sets, not as free.
+    """
+
+    def __init__(self, weighted: list[tuple[float, InputSums]], ridge: float) -> None:
+        """Args:
+            weighted: sums of each kept set with its weight.
+            ridge: added to the diagonal, in units of its mean.
+
+        Raises:
+            ValueError: the sums hold no tokens.
+        """
+        present = [(weight, sums) for weight, sums in weighted if weight > 0 and sums.count > 0]
+        if not present:
+            raise ValueError("solve: the retain and utility sets have no tokens to hold on to")
+        mean_DL = sum(sums.sum_DL.double().cpu() * (weight / sums.count) for weight, sums in present)
+        trace = sum(sums.trace * weight / sums.count for weight, sums in present)
+        assert isinstance(mean_DL, Tensor)
+        width = len(mean_DL)
+        level = max(trace / width, torch.finfo(torch.float64).tiny)
+        self._factor_DL: Tensor | None = None
+        if present[0][1].is_exact:
+            self._cholesky_DD = _cholesky(mean_DL, ridge * level)
+            return
+        basis_DL = present[0][1].basis().double()
+        core_LL = basis_DL.T @ mean_DL
+        core_cholesky_LL = _cholesky((core_LL + core_LL.T) / 2, 1e-9 * float(core_LL.diagonal().mean()))
+        factor_DL = torch.linalg.solve_triangular(core_cholesky_LL, mean_DL.T, upper=False).T
+        left_out = max(trace - float(factor_DL.square().sum()), 0.0) / width
+        self._diagonal = ridge * level + left_out
+        self._factor_DL = factor_DL
+        gram_LL = factor_DL.T @ factor_DL
+        self._inner_LL = _cholesky(gram_LL, self._diagonal)
+
+    def __call__(self, input_ND: Tensor) -> Tensor:
+        """X R^-1."""
+        input_ND = input_ND.double().cpu()
+        if self._factor_DL is None:
+            return torch.cholesky_solve(input_ND.T, self._cholesky_DD).T
+        inner_LN = torch.cholesky_solve(self._factor_DL.T @ input_ND.T, self._inner_LL)
+        return (input_ND - (self._factor_DL @ inner_LN).T) / self._diagonal
+
+
+def _cholesky(matrix_DD: Tensor, diagonal: float) -> Tensor:
+    """The Cholesky factor of a matrix plus a diagonal; where rounding has made it indefinite, of one with more."""
+    eye = torch.zeros_like(matrix_DD).diagonal_scatter(torch.ones(len(matrix_DD), dtype=matrix_DD.dtype))
+    least = 1e-12 * max(float(matrix_DD.diagonal().mean()), 1e-300)
+    while True:
+        factor_DD, failed = torch.linalg.cholesky_ex(matrix_DD + diagonal * eye)
+        if not failed:
+            return factor_DD
+        diagonal = max(10 * diagonal, least)
+
+
+def solve(forget: ForgetRows, kept: KeptInverse, *, rank: int, strength: float, scaling: float = 1.0) -> LowRank:
+    """The best adapter of rank `rank` or less; float64 on the CPU.
+
+    Args:
+        forget: the forget set's tokens at the module.
+        kept: what the retain and utility sets hold on to.
+        strength: weight of the forget set's mean against the retain set's.
+        scaling: alpha / rank of the adapter.
+    """
+    input_ND, shift_NO = forget.input_ND.cpu(), forget.shift_NO.cpu()
+    solved_ND = kept(input_ND)
+    kernel_NN = solved_ND @ input_ND.T
+    values_N, vectors_NN = torch.linalg.eigh((kernel_NN + kernel_NN.T) / 2)
+    values_N = values_N.clamp_min(0)
+    damped_N = values_N + forget.count / strength
+    turned_ON = shift_NO.T @ vectors_NN
+    left_OK, singular_K, _ = torch.linalg.svd(turned_ON * (values_N / damped_N).sqrt(), full_matrices=False)
+    left_OK = left_OK[:, :rank][:, singular_K[:rank] > 1e-10 * singular_K[:1].clamp_min(1e-300)]
+    a_KD = ((left_OK.T @ turned_ON) / damped_N) @ (vectors_NN.T @ solved_ND)
+    return LowRank(a_KD / scaling, left_OK)

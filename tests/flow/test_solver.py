@@ -1,0 +1,104 @@
+"""The one-pass solver on real Ray Train: the same adapter from any number of workers, and with a worker killed."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipelines.config import UnlearnConfig
+from pipelines.data import load_sets
+from pipelines.trainer import Trainer
+
+Quick = Callable[..., UnlearnConfig]
+Listener = Callable[[dict[str, Any]], None]
+# Long before the solver's noise of float32 sums in another order matters: relative to the largest entry of B A.
+TOLERANCE = 1e-3
+SOLVE = ("train.steps=0", "solve.strength=0.1", "train.deepspeed.stage=0")
+
+
+def nothing(_message: dict[str, Any]) -> None:
+    pass
+
+
+def run(cfg: UnlearnConfig, listener: Listener = nothing) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Each module's B A, and what the run reported."""
+    sets = load_sets(cfg.data)
+    assert sets.holdout is not None
+    streams = {
+        "retain": (sets.union(("retain", "utility")), cfg.train.retain_batch_size),
+        "forget": (sets.forget, cfg.train.forget_batch_size),
+        "holdout": (sets.holdout, cfg.train.forget_batch_size),
+    }
+    result = Trainer(cfg, "unlearn", streams).fit(
+        steps=cfg.train.steps, learning_rate=cfg.train.learning_rate, final_rate=0.0, listener=listener
+    )
+    assert result.checkpoint is not None
+    assert result.metrics is not None
+    with result.checkpoint.as_directory() as folder:
+        found = load_file(Path(folder) / "trained.safetensors")
+    products = {
+        name: found[name.replace("lora_A", "lora_B")] @ value for name, value in found.items() if "lora_A" in name
+    }
+    return products, result.metrics
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert set(one) == set(other)
+    for name, expected in other.items():
+        assert float(expected.abs().max()) > 1e-3
+        torch.testing.assert_close(one[name], expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()))
+
+
+@pytest.fixture(scope="module")
+def reference(ray_session: None, quick: Quick, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """The adapter of two workers."""
+    return run(quick(*SOLVE, f"output_dir={tmp_path_factory.mktemp('reference')}"))[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("train.num_workers=1",),
+        ("train.num_workers=4", "train.cpus_per_worker=0.5"),
+        ("train.deepspeed.stage=3",),
+    ],
+    ids=["one worker", "four workers", "ZeRO 3"],
+)
+def test_the_adapter_is_the_same(
+    reference: dict[str, Tensor], quick: Quick, tmp_path: Path, changes: tuple[str, ...]
+) -> None:
+    assert_same(run(quick(*SOLVE, *changes, f"output_dir={tmp_path}"))[0], reference)
+
+
+def test_a_run_whose_worker_is_killed_while_polishing_keeps_what_was_solved(
+    reference: dict[str, Tensor], quick: Quick, tmp_path: Path
+) -> None:
+    # A learning rate so small that polishing changes nothing: what is left is the solution of the first attempt.
+    cfg = quick(*SOLVE, "train.steps=40", "train.learning_rate=1e-12", f"output_dir={tmp_path}")
+    heard: list[dict[str, Any]] = []
+
+    def kill_once(message: dict[str, Any]) -> None:
+        heard.append(message)
+        if message.get("step") == 30 and sum(m.get("step") == 30 for m in heard) == 1:
+            workers = [p for p in psutil.process_iter() if p.name().startswith("ray::RayTrainWorker")]
+            os.kill(workers[-1].pid, signal.SIGKILL)
+
+    products, metrics = run(cfg, kill_once)
+    assert sum(message.get("step") == 30 for message in heard) == 2, "it went on from a resume point"
+    assert sum(message.get("done") == 1 and message.get("what") == "statistics" for message in heard) == 1
+    assert metrics["solve_s"] > 0
+    assert_same(products, reference)
+
+
+def test_the_strength_is_found_by_the_holdout_set(ray_session: None, quick: Quick, tmp_path: Path) -> None:
+    _, metrics = run(quick("train.steps=0", "solve.strength=auto", f"output_dir={tmp_path}"))
+    trials = metrics["trials"]
+    assert len({trial["strength"] for trial in trials}) == len(trials) > 0
+    assert abs(trials[-1]["gap"]) == min(abs(trial["gap"]) for trial in trials)
