@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.config import ConfigError, ModelConfig, describe, load_config, preset_names
+from pipelines.config import ConfigError, ModelConfig
+from pipelines.config_file import describe, load_config, preset_names
 from pipelines.console import Terminal
 from pipelines.synthetic import write_problem
 

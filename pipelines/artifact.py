@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from pipelines.config import ConfigError, UnlearnConfig, changed_keys, short_hash, to_yaml
+from pipelines.config import ConfigError, UnlearnConfig
+from pipelines.config_file import changed_keys, short_hash, to_yaml
 from pipelines.data import Sets
 
 PACKAGES = ("ray-unlearn", "torch", "ray", "deepspeed", "peft", "transformers", "datasets", "mlflow", "numpy")

@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
 
-from pipelines.config import ConfigError, UnlearnConfig, load_config
+from pipelines.config import ConfigError, UnlearnConfig
+from pipelines.config_file import load_config
 from pipelines.curves import loss_curves, relearn_curve
 
 MIN_GAP = 0.02  # The original must differ from the target by this much, or a score has nothing to say about forgetting.
@@ -56,7 +57,18 @@ RULE = {"min_gap": MIN_GAP, "forgotten": FORGOTTEN_SHARE, "partly": PARTLY_SHARE
 
 KEPT_SETS = ("retain", "general", "utility")
 COST_KEYS = ("solve_s", "train_s", "evaluate_s", "tokens", "tokens_per_s", "peak_memory_bytes", "num_workers")
-MANIFEST_KEYS = ("created", "versions", "python", "machine", "seed", "model", "mlflow", "git_commit", "files")
+MANIFEST_KEYS = (
+    "created",
+    "versions",
+    "python",
+    "machine",
+    "seed",
+    "model",
+    "mlflow",
+    "git_commit",
+    "files",
+    "strengths",
+)
 
 Entry = Mapping[str, float | None]
 Models = Mapping[str, Entry | None]

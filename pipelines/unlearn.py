@@ -157,6 +157,8 @@ def record(run: RunFolder, tracker: Tracker) -> None:
     for name, scores in results["models"].items():
         tracker.log_scores(name, scores)
     tracker.log_scores("cost", results["cost"])
+    for trial in run.manifest()["strengths"][-1:]:
+        tracker.log_scores("solve", trial)
     version = tracker.log_adapter(run.path / "adapter")
     run.update(mlflow={"run_id": tracker.run_id, "uri": run.cfg.tracking.uri, "model_version": version})
     run.seal()

@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipelines.config import ModelConfig, load_config
+from pipelines.config import ModelConfig
+from pipelines.config_file import load_config
 from pipelines.data import load_sets
 from pipelines.metrics import Sample, summarise
 from pipelines.model import attach_adapter, load_base

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from pipelines.config import UnlearnConfig, load_config
+from pipelines.config import UnlearnConfig
+from pipelines.config_file import load_config
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -138,7 +138,7 @@ def test_inputs_that_changed_since_a_run_began_are_refused(
     # A run that was begun: its folder as `RunFolder.begin` leaves it, with the digest of other data.
     code, told = invoke("quick", *changed, f"output_dir={out}", "train.num_workers=64")
     assert code == 2
-    from pipelines.config import load_config, to_yaml
+    from pipelines.config_file import load_config, to_yaml
 
     cfg = load_config("quick", [*changed, f"output_dir={out}"])
     out.mkdir(exist_ok=True)

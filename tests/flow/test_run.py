@@ -59,7 +59,10 @@ def test_scores_hold_every_metric_of_every_model(run_dir: Path) -> None:
     assert after["forget.loss"] != pytest.approx(before["forget.loss"], rel=1e-4)
     cost = scores["cost"]
     assert cost["num_workers"] == 2
-    assert min(cost[key] for key in ("train_s", "evaluate_s", "tokens", "tokens_per_s", "peak_memory_bytes")) > 0
+    assert (
+        min(cost[key] for key in ("solve_s", "train_s", "evaluate_s", "tokens", "tokens_per_s", "peak_memory_bytes"))
+        > 0
+    )
 
 
 def test_robustness_is_that_of_after_and_oracle(run_dir: Path) -> None:
@@ -112,6 +115,7 @@ def test_mlflow_holds_parameters_losses_scores_data_and_adapter(run_dir: Path) -
     assert run.data.params["train.steps"] == "6"
     assert [m.step for m in client.get_metric_history(record["run_id"], "loss")] == list(range(6))
     assert run.data.metrics["after.forget.probability"] > 0
+    assert run.data.metrics["solve.strength"] > 0
     assert {item.dataset.name for item in run.inputs.dataset_inputs} >= {"forget", "retain"}
     assert client.get_model_version("ray-unlearn-adapter", str(record["model_version"])).run_id == record["run_id"]
     assert "adapter" in {file.path for file in client.list_artifacts(record["run_id"])}

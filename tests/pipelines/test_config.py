@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.config import ConfigError, UnlearnConfig, changed_keys, describe, load_config, preset_names, to_yaml
+from pipelines.config import ConfigError, UnlearnConfig, check_strength
+from pipelines.config_file import changed_keys, describe, load_config, preset_names, to_yaml
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -53,3 +54,26 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("model: {path: m}\ndata: {forget: {path: f}}\noutput_dir: o\n")
     with pytest.raises(ConfigError, match=r"^data.retain: missing, required$"):
         load_config(str(tmp_path / "c.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["solve.mode=off", "train.steps=0"], "train.steps: found 0 with solve.mode=off, allowed: steps above 0"),
+        (["objective.residual=drift"], "objective.residual: found drift, allowed with solve.mode=blockwise: local"),
+        (["solve.strength=0"], "solve.strength: found 0, input should be greater than 0 or input should be 'auto'"),
+        (["solve.strength=much"], "or input should be 'auto'"),
+    ],
+)
+def test_the_solver_is_not_asked_for_what_it_cannot_do(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("quick", overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_strength_is_found_by_a_holdout_set_or_given() -> None:
+    with pytest.raises(ConfigError, match=r"^data.holdout: missing, required by solve.strength=auto"):
+        check_strength(load_config("quick", ["data.holdout=null"]))
+    for override in ("solve.strength=0.1", "solve.mode=off"):
+        check_strength(load_config("quick", ["data.holdout=null", override]))

@@ -2,7 +2,8 @@
 
 import pytest
 
-from pipelines.config import UnlearnConfig, load_config
+from pipelines.config import UnlearnConfig
+from pipelines.config_file import load_config
 from pipelines.data import Sets, load_sets
 from pipelines.evaluate import evaluate, evaluation_work
 from pipelines.metrics.relearning import STEPS

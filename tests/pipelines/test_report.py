@@ -283,3 +283,12 @@ def test_scores_without_an_after_are_refused(tmp_path: Path) -> None:
     write_run(tmp_path, scores_of(before=forget_entry(0.9)))
     with pytest.raises(ConfigError, match="models: found no 'before' and 'after'"):
         write_report(tmp_path)
+
+
+def test_the_strengths_that_were_tried_are_shown_and_which_was_chosen(tmp_path: Path) -> None:
+    scores = scores_of(before=forget_entry(0.9), after=forget_entry(0.5))
+    trials = [{"strength": 0.004, "gap": -0.25}, {"strength": 0.002, "gap": 0.125}]
+    page = write_report(write_run(tmp_path, scores, {"strengths": trials})).read_text(encoding="utf-8")
+    assert "<tr><td>0.002</td><td>+0.12</td><td>chosen</td></tr>" in page
+    assert "<tr><td>0.004</td><td>-0.25</td><td></td></tr>" in page
+    assert "<h2>Strength</h2>" not in write_report(write_run(tmp_path, scores)).read_text(encoding="utf-8")

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pipelines.config import ModelConfig, UnlearnConfig, load_config
+from pipelines.config import ModelConfig, UnlearnConfig
+from pipelines.config_file import load_config
 from pipelines.finetune import AnswerTraining
 from pipelines.metrics.relearning import STEPS
 from pipelines.model import load_base

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
-from pipelines.config import ModelConfig, UnlearnConfig, load_config
+from pipelines.config import ModelConfig, UnlearnConfig
+from pipelines.config_file import load_config
 from pipelines.metrics import TokenStatistics
 from pipelines.metrics.text import rouge_recall
 from pipelines.prompts import Encoder
