@@ -35,11 +35,19 @@ CHANCE = 0.5  # AUC of a membership attack that cannot tell.
 FORGET_SCORES = (
     *(f"mia.{attack}" for attack in ("min_k", "min_k_plus_plus", "loss", "zlib")),
     *(f"forget.{metric}" for metric in ("extraction_strength", "exact_memorization", "truth_ratio")),
-    *(f"forget.{metric}{words}" for metric in ("probability", "rouge") for words in ("", "_paraphrased")),
+    *(
+        f"forget.{metric}{words}"
+        for metric in ("probability", "rouge", "fact_recall")
+        for words in ("", "_paraphrased")
+    ),
 )
 HIGHER_IS_FORGOTTEN = ("forget.truth_ratio",)  # In all other scores more means that more is remembered.
 # While one of these is nearer to the original, nothing counts as forgotten: ROUGE and probability are easy to fool.
-DECISIVE = {"forget.extraction_strength": "extraction strength", "mia.min_k": "the min-k attack"}
+DECISIVE = {
+    "forget.fact_recall": "fact recall",
+    "forget.extraction_strength": "extraction strength",
+    "mia.min_k": "the min-k attack",
+}
 KEEP_SCORES = {
     "retain.probability": "the retained answers' probability",
     "general.probability": "general knowledge",

@@ -43,7 +43,7 @@ def test_a_model_at_the_oracle_has_forgotten_and_the_sentence_counts_the_scores(
     level, sentence = verdict(scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5)))
     assert level == "forgotten"
     assert sentence == (
-        "Forgotten: on the forget set the model is closer to the retrained oracle than to the original on 11 of 11 "
+        "Forgotten: on the forget set the model is closer to the retrained oracle than to the original on 13 of 13 "
         "scores; it keeps 98 % of the retained answers' probability and 98 % of general knowledge."
     )
 
@@ -52,21 +52,22 @@ def test_a_model_at_the_original_has_not_forgotten() -> None:
     level, sentence = verdict(scores_of(before=forget_entry(0.9), after=forget_entry(0.88), oracle=forget_entry(0.5)))
     assert level == "not_forgotten"
     assert sentence.startswith("Not forgotten: ")
-    assert "on 0 of 11 scores" in sentence
+    assert "on 0 of 13 scores" in sentence
 
 
 def test_half_of_the_scores_at_the_oracle_is_partly() -> None:
-    after = forget_entry(0.5) | dict.fromkeys([name for name in FORGET_SCORES if "rob" in name or "rou" in name], 0.9)
+    missed = ("forget.probability", "forget.rouge", "mia.loss", "mia.zlib")
+    after = forget_entry(0.5) | dict.fromkeys([name for name in FORGET_SCORES if name.startswith(missed)], 0.9)
     level, sentence = verdict(scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5)))
     assert level == "partly"
-    assert "on 7 of 11 scores" in sentence
+    assert "on 7 of 13 scores" in sentence
 
 
-def test_extractable_answers_are_not_forgotten_whatever_the_other_ten_scores_say() -> None:
+def test_extractable_answers_are_not_forgotten_whatever_the_other_scores_say() -> None:
     after = forget_entry(0.5, forget__extraction_strength=0.85)
     level, sentence = verdict(scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5)))
     assert level == "partly"
-    assert "on 10 of 11 scores, but not on extraction strength" in sentence
+    assert "on 12 of 13 scores, but not on extraction strength" in sentence
 
 
 def test_a_cost_is_named_in_the_head_and_in_numbers() -> None:
@@ -91,13 +92,13 @@ def test_scores_more_than_a_tenth_below_the_oracle_are_over_forgotten(after: flo
     assert verdict(scores).level == level
 
 
-def test_two_overshooting_scores_of_eleven_are_tolerated_and_three_are_not() -> None:
+def test_three_overshooting_scores_of_thirteen_are_tolerated_and_four_are_not() -> None:
     models = {"before": forget_entry(0.9), "oracle": forget_entry(0.5)}
-    two = forget_entry(0.5, forget__rouge=0.1, forget__probability=0.1)
-    assert verdict(scores_of(after=two, **models)).level == "forgotten"
-    level, sentence = verdict(scores_of(after=two | {"mia.zlib": 0.1}, **models))
+    three = forget_entry(0.5, forget__rouge=0.1, forget__probability=0.1, mia__loss=0.1)
+    assert verdict(scores_of(after=three, **models)).level == "forgotten"
+    level, sentence = verdict(scores_of(after=three | {"mia.zlib": 0.1}, **models))
     assert level == "over_forgotten"
-    assert "3 of 11 forget-set scores lie more than 0.10 beyond those of the retrained oracle" in sentence
+    assert "4 of 13 forget-set scores lie more than 0.10 beyond those of the retrained oracle" in sentence
 
 
 def test_a_model_the_oracle_cannot_be_told_from_at_the_start_leaves_the_verdict_open() -> None:
@@ -139,7 +140,7 @@ def test_null_scores_are_left_out_of_the_count() -> None:
     after = forget_entry(0.5, forget__rouge=None, mia__zlib=None)
     level, sentence = verdict(scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5)))
     assert level == "forgotten"
-    assert "on 9 of 9 scores" in sentence
+    assert "on 11 of 11 scores" in sentence
 
 
 def test_no_scores_at_all_are_undecided() -> None:
@@ -194,14 +195,15 @@ def test_what_comes_from_files_is_escaped(tmp_path: Path) -> None:
     assert page.count("&lt;script&gt;alert(1)") == 4  # title, sentence, provenance, configuration
 
 
-def test_fact_recall_stands_beside_rouge_and_leaves_the_verdict_alone(tmp_path: Path) -> None:
+def test_facts_that_are_still_recalled_are_not_forgotten_and_stand_beside_rouge(tmp_path: Path) -> None:
     before, after, oracle = forget_entry(0.9), forget_entry(0.5), forget_entry(0.5)
-    expected = verdict(scores_of(before=before, after=after, oracle=oracle))
     recall = ("forget.fact_recall", "forget.fact_recall_paraphrased", "retain.fact_recall")
     scores = scores_of(
         before=before | dict.fromkeys(recall, 1.0), after=after | dict.fromkeys(recall, 0.8), oracle=oracle
     )
-    assert verdict(scores) == expected
+    level, sentence = verdict(scores)
+    assert level == "partly"
+    assert "on 11 of 13 scores, but not on fact recall" in sentence
     page = write_report(write_run(tmp_path, scores)).read_text(encoding="utf-8")
     plot, table = page.split("<h2>All scores</h2>")
     names = re.findall(r'<span class="name">([^<]*)</span>', plot)
