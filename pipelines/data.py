@@ -24,7 +24,16 @@ from ray.data import Dataset
 from ray.exceptions import RayError, RayTaskError
 
 from pipelines.config import ColumnsConfig, ConfigError, DataConfig, SetName, SourceConfig
-from pipelines.rows import SHOWN, Selection, Summary, number_rows, quoted, read_piece, summarise
+from pipelines.rows import (
+    ANSWERED_BY_MODEL,
+    SHOWN,
+    Selection,
+    Summary,
+    number_rows,
+    quoted,
+    read_piece,
+    summarise,
+)
 from pipelines.sources import Piece, find_pieces, request_ids
 
 SET_NAMES: tuple[str, ...] = get_args(SetName)
@@ -37,7 +46,7 @@ class Sets:
 
     `set`, `row` (position after selection, 0 to n-1), `id`, `prompt` ('' for plain text), `answer` (the text, for plain
     text), `paraphrased_prompt`, `paraphrased_answer`, `fact` (a part of the answer), `perturbed_answers`, `label`.
-    What a source lacks is '' or []. Blocks are in row order, and what is mapped from a Dataset here keeps that order
+    What a source lacks is '' or []; an answer is '' only in the utility set, where the prompt stands alone. Blocks are in row order, and what is mapped from a Dataset here keeps that order
     and shows no progress bar: these two settings lie in the Dataset's own context, the process-wide DataContext is left
     alone.
     """
@@ -49,6 +58,7 @@ class Sets:
     general: Dataset | None
     counts: dict[str, int]  # rows of each present set
     digests: dict[str, str]  # 64 hexadecimal digits a set; equal rows give it, in any order, blocks and format
+    unanswered: int  # rows of the utility set without an answer
 
     def names(self) -> list[str]:
         """The sets that are present, forget first."""
@@ -112,7 +122,9 @@ def load_sets(data: DataConfig) -> Sets:
                 _check_set(name, source, requests[name], read[name])
             _check_apart(sources, read)
             sizes = {name: _size(source, read[name]) for name, source in sources.items()}
-            datasets = {name: _dataset(found, sizes[name]) for name, found in read.items()}
+            numbered = {name: _numbered(found, sizes[name]) for name, found in read.items()}
+            datasets = {name: dataset_of([block for block, _ in tasks]) for name, tasks in numbered.items()}
+            unanswered = sum(_all_results([number for _, number in numbered.get(ANSWERED_BY_MODEL, [])]))
         except RayTaskError as error:  # its own text quotes whatever the task was at
             raise RuntimeError(f"data: a Ray task failed while reading ({type(error.cause).__name__})") from None
         except RayError as error:
@@ -121,6 +133,7 @@ def load_sets(data: DataConfig) -> Sets:
         **{name: datasets.get(name) for name in SET_NAMES},  # pyright: ignore[reportArgumentType]
         counts=sizes,
         digests={name: f"{found.digest % 2**256:064x}" for name, found in read.items()},
+        unanswered=unanswered,
     )
 
 
@@ -170,7 +183,7 @@ def _read_batch(
 
 # "DEFAULT" keeps these tasks out of a Tune trial's placement group, whose resources belong to its workers.
 _summarise = ray.remote(scheduling_strategy="DEFAULT")(summarise)
-_number_rows = ray.remote(scheduling_strategy="DEFAULT")(number_rows)
+_number_rows = ray.remote(scheduling_strategy="DEFAULT", num_returns=2)(number_rows)
 
 
 def _all_results(tasks: list[Any]) -> list[Any]:
@@ -237,16 +250,21 @@ def _check_set(name: str, source: SourceConfig, requests: dict[str, list[str]], 
 
 
 def _check_apart(sources: dict[str, SourceConfig], read: dict[str, _Read]) -> None:
-    """Refuse forget rows whose prompt and answer also stand in a set that must stay or was never learned."""
+    """Refuse forget rows whose prompt and answer also stand in a set that must stay or was never learned, or whose
+    prompt stands in it alone: the model's own answer would be the one to forget."""
     forget = read["forget"].kept
     for name in APART_FROM_FORGET:
         if name not in sources:
             continue
-        shared = forget.filter(pc.is_in(forget["content"], value_set=read[name].kept["content"].combine_chunks()))
+        other = read[name].kept
+        alone = other.filter(pc.equal(other["content"], other["question"]))  # prompts without an answer
+        same_row = pc.is_in(forget["content"], value_set=other["content"].combine_chunks())
+        same_prompt = pc.is_in(forget["question"], value_set=alone["question"].combine_chunks())
+        shared = forget.filter(pc.or_(same_row, same_prompt))
         if shared.num_rows:
             raise ConfigError(
                 f"data.forget.path: {sources['forget'].path} shares {_number(shared.num_rows, 'row')} with {name} "
-                f"({sources[name].path}), by prompt and answer: ids {quoted(shared['id'][:SHOWN].to_pylist())}; "
+                f"({sources[name].path}), by prompt and (where it has one) answer: ids {quoted(shared['id'][:SHOWN].to_pylist())}; "
                 f"allowed: forget rows that {name} does not have"
             )
 
@@ -257,12 +275,17 @@ def _size(source: SourceConfig, read: _Read) -> int:
     return found if source.max_rows is None else min(found, source.max_rows)
 
 
-def _dataset(read: _Read, size: int) -> Dataset:
+def _numbered(read: _Read, size: int) -> list[Any]:
+    """For each block a reference to its rows as the set has them, and one to its number of rows without an answer."""
     found = read.kept.num_rows
-    blocks: list[Any] = [
+    return [
         _number_rows.remote(block, first, found, size)
         for block, first in zip(read.blocks, read.first_rows, strict=True)
     ]
+
+
+def dataset_of(blocks: list[Any]) -> Dataset:
+    """Referenced blocks of SET_SCHEMA as one of the Datasets of `Sets`."""
     dataset = ray.data.from_arrow_refs(blocks)
     _set_quiet_and_ordered(dataset)
     return dataset

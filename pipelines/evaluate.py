@@ -56,11 +56,8 @@ def evaluate(
 
     With a model named `oracle`, the metrics that compare with it are there for the others.
     """
-    resources = {"num_cpus": cfg.train.cpus_per_worker, "num_gpus": cfg.train.gpus_per_worker}
-    environment = {"env_vars": worker_environment(cfg.train)}
-    remote = ray.remote(_Worker).options(**resources, runtime_env=environment)
     tasks = _tasks(cfg, models, _pieces(cfg, sets))
-    pool: Any = ActorPool([remote.remote(cfg, models) for _ in range(cfg.train.num_workers)])
+    pool: Any = ActorPool(start_workers(cfg, models))
     samples: dict[str, Samples] = defaultdict(dict)
     for done in pool.map_unordered(_start, tasks):
         for name, found in done.found.items():
@@ -81,6 +78,14 @@ def evaluation_work(cfg: UnlearnConfig, models: Iterable[str], sets: Sets) -> in
     return len(names) * sum(counts.values()) + len(_tried(names)) * each
 
 
+def start_workers(cfg: UnlearnConfig, models: dict[str, ModelConfig]) -> list[Any]:
+    """Actors of `_Worker`, as many and as large as the training's workers."""
+    resources = {"num_cpus": cfg.train.cpus_per_worker, "num_gpus": cfg.train.gpus_per_worker}
+    environment = {"env_vars": worker_environment(cfg.train)}
+    remote = ray.remote(_Worker).options(**resources, runtime_env=environment)
+    return [remote.remote(cfg, models) for _ in range(cfg.train.num_workers)]
+
+
 class _Worker:
     """The actor around a scorer; what a scorer imports is imported here, not on the driver."""
 
@@ -95,6 +100,9 @@ class _Worker:
     def relearn(self, name: str, *pieces: pa.Table) -> Done:
         curve = self._scorer.relearn(name, pa.concat_tables(pieces))
         return Done({f"{name}:{step}": found for step, found in curve.items()}, work=STEPS[-1])
+
+    def answers(self, name: str, prompts: pa.Array) -> list[str]:
+        return self._scorer.answers(name, prompts.to_pylist())
 
 
 def _start(actor: Any, task: Task) -> Any:

@@ -9,8 +9,9 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pipelines.config import ConfigError, ModelConfig, UnlearnConfig
-from rfa.adapters import attach, check_gradients
+from rfa.adapters import attach, check_gradients, lora_layers
 from rfa.loss import Objective, ResidualAlignment, Weights
+from rfa.one_pass import KEPT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -55,10 +56,11 @@ def check_models(cfg: UnlearnConfig, others: dict[str, ModelConfig]) -> "ModelSi
 
 
 class ModelSize(NamedTuple):
-    """Numbers of parameters."""
+    """Numbers of parameters, and the bytes of the solver's statistics on each worker while they are collected."""
 
     parameters: int
     adapter: int
+    statistics_bytes: int
 
 
 def check_model(cfg: UnlearnConfig) -> ModelSize:
@@ -76,7 +78,16 @@ def check_model(cfg: UnlearnConfig) -> ModelSize:
         check_gradients(adapted, torch.ones((1, 4), dtype=torch.long, device="meta"))
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return ModelSize(parameters, sum(p.numel() for p in adapted.parameters() if p.requires_grad))
+    adapter = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    return ModelSize(parameters, adapter, _statistics_bytes(cfg, adapted))
+
+
+def _statistics_bytes(cfg: UnlearnConfig, adapted: PeftModel) -> int:
+    if cfg.solve.mode == "off":
+        return 0
+    widths = [int(layer.in_features or 0) for _, layer in lora_layers(adapted)]
+    columns = [width if width <= cfg.solve.exact_width else cfg.solve.sketch_columns for width in widths]
+    return 4 * len(KEPT) * sum(width * own for width, own in zip(widths, columns, strict=True))
 
 
 def load_base(model: ModelConfig, precision: str = "fp32") -> PreTrainedModel:

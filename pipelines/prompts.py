@@ -28,7 +28,8 @@ class Encoder:
         return load_tokenizer(self.model)
 
     def pair(self, prompt: str, answer: str) -> tuple[list[int], int]:
-        """Token ids, and where the answer's begin. The answer ends with the end token; '' as prompt is plain text."""
+        """Token ids, and where the answer's begin. The answer ends with the end token, which is all of the answer '';
+        '' as prompt is plain text."""
         tokenizer = self.tokenizer
         before, after = self._parts(prompt, answer)
         prompt_ids = self._prompt_ids(before)
@@ -82,7 +83,7 @@ class Encoder:
         if not prompt:
             return "", answer
         if not self.tokenizer.chat_template:
-            return prompt, f" {answer}"
+            return prompt, f" {answer}" if answer else ""
         system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
         asked = [*system, {"role": "user", "content": prompt}]
         before = str(self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))

@@ -30,8 +30,7 @@ KEPT_SHARE = 0.95  # A score of what should stay that falls under this share of 
 STILL_THERE = 0.90  # With nothing to compare with: scores above this share of the original's mean nothing happened.
 CHANCE = 0.5  # AUC of a membership attack that cannot tell.
 
-# The scores the verdict counts. Loss and perplexity only repeat probability; mia.reference contains the oracle itself;
-# fact recall, 1 or 0 a row and absent where the data names no facts, is shown beside them.
+# The scores the verdict counts. Loss and perplexity only repeat probability; mia.reference contains the oracle itself.
 FORGET_SCORES = (
     *(f"mia.{attack}" for attack in ("min_k", "min_k_plus_plus", "loss", "zlib")),
     *(f"forget.{metric}" for metric in ("extraction_strength", "exact_memorization", "truth_ratio")),

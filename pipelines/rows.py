@@ -35,13 +35,16 @@ READ_SCHEMA = pa.schema(
         pa.field("value", pa.string()),  # the selected value of the column that `values` selects by
         pa.field("fault", pa.string()),  # a message for the user, or ''
         pa.field("content", pa.binary(16)),  # equal where prompt and answer are, up to white space and case
+        pa.field("question", pa.binary(16)),  # the content of the same row without its answer
         pa.field("digest", pa.binary(32)),  # of the whole row
     ]
 )
 BLANK = {
     "id": "", **dict.fromkeys(TEXTS, ""), "perturbed_answers": [], "label": "", "kept": False, "value": "", "fault": "",
-    "content": bytes(16), "digest": bytes(32),
+    "content": bytes(16), "question": bytes(16), "digest": bytes(32),
 }  # fmt: skip
+SUMMARY = ["id", "kept", "value", "fault", "content", "question"]
+ANSWERED_BY_MODEL = "utility"  # the set whose rows may lack an answer: `pipelines.own_answers` gives them one
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Summary(NamedTuple):
     """What the driver learns of a block: no text."""
 
     set: str | None  # None where the block is empty
-    rows: pa.Table  # id, kept, value, fault, content
+    rows: pa.Table  # the columns SUMMARY
     digest: int  # of the kept rows; digests of blocks add up
 
 
@@ -89,15 +92,16 @@ def _table(name: str, rows: list[dict[str, Any]]) -> pa.Table:
 def summarise(block: pa.Table) -> Summary:
     """The small columns of a block, and the sum of its rows' digests."""
     if block.num_rows == 0:
-        return Summary(None, READ_SCHEMA.empty_table().select(["id", "kept", "value", "fault", "content"]), 0)
+        return Summary(None, READ_SCHEMA.empty_table().select(SUMMARY), 0)
     names = pc.unique(block["set"]).to_pylist()
     assert len(names) == 1, "a block comes from one piece, and a piece from one set"
     digest = sum(int.from_bytes(row, "big") for row in block["digest"].to_pylist())  # 0 for rows left out
-    return Summary(names[0], block.select(["id", "kept", "value", "fault", "content"]), digest)
+    return Summary(names[0], block.select(SUMMARY), digest)
 
 
-def number_rows(block: pa.Table, first_row: int, count: int, limit: int) -> pa.Table:
-    """The kept rows of a block in SET_SCHEMA, thinned so that `limit` of the set's `count` remain, evenly spaced.
+def number_rows(block: pa.Table, first_row: int, count: int, limit: int) -> tuple[pa.Table, int]:
+    """The kept rows of a block in SET_SCHEMA, thinned so that `limit` of the set's `count` remain, evenly spaced; and
+    how many of these have no answer.
 
     `first_row` is the position of the block's first row in the set before thinning.
     """
@@ -105,7 +109,8 @@ def number_rows(block: pa.Table, first_row: int, count: int, limit: int) -> pa.T
     before = [row * limit // count for row in range(first_row, first_row + kept.num_rows + 1)]
     chosen = pa.array([low < high for low, high in pairwise(before)], pa.bool_())
     numbered = kept.append_column("row", pa.array(before[:-1], pa.int64())).filter(chosen)
-    return numbered.select(SET_SCHEMA.names).cast(SET_SCHEMA)
+    rows = numbered.select(SET_SCHEMA.names).cast(SET_SCHEMA)
+    return rows, pc.sum(pc.equal(rows["answer"], "")).as_py() or 0
 
 
 def content_hash(prompt: str, answer: str) -> bytes:
@@ -120,16 +125,17 @@ def _rows(piece: Piece, columns: ColumnsConfig, selection: Selection) -> Iterato
     mentioned = selection.exclude_ids | (selection.ids or frozenset())
     empty_ids: list[str] = []
     values_seen: set[str] = set()
+    needs_answer = piece.set != ANSWERED_BY_MODEL
     with open_rows(piece, wanted) as (names, rows):
         if names is None:
             return
-        _check_columns(names, columns, selection)
+        _check_columns(names, columns, selection, needs_answer)
         for number, row in enumerate(rows):
             row_id = _row_id(row, number, columns.id, columns.id in names, piece.id_prefix)
             value = None if selection.column is None else _label(row.get(selection.column), row_id, selection.column)
             matched = value if value is not None and value in selection.values else ""
             if selection.takes(row_id, value):
-                texts = _texts(row, row_id, columns, columns.prompt in names)
+                texts = _texts(row, row_id, columns, columns.prompt in names, needs_answer)
                 if texts is None:
                     empty_ids.append(row_id)
                     if len(empty_ids) == SHOWN:
@@ -140,15 +146,16 @@ def _rows(piece: Piece, columns: ColumnsConfig, selection: Selection) -> Iterato
                 yield {**BLANK, "id": row_id, "value": matched}
             values_seen.add(matched)
     if empty_ids:
-        filled = f"'{columns.prompt}' and '{columns.answer}'" if columns.prompt in names else f"'{columns.text}'"
+        questions = f"'{columns.prompt}' and '{columns.answer}'" if needs_answer else f"'{columns.prompt}'"
+        filled = questions if columns.prompt in names else f"'{columns.text}'"
         raise SourceError(f"has rows where one is empty of {filled}: {quoted(empty_ids)}; allowed: text in every row")
 
 
-def _check_columns(names: list[str], columns: ColumnsConfig, selection: Selection) -> None:
+def _check_columns(names: list[str], columns: ColumnsConfig, selection: Selection, needs_answer: bool) -> None:
     has = f"it has: {', '.join(names)}"
     if columns.prompt not in names and columns.text not in names:
         raise SourceError(f"has neither column '{columns.prompt}' nor '{columns.text}'; {has}")
-    if columns.prompt in names and columns.answer not in names:
+    if needs_answer and columns.prompt in names and columns.answer not in names:
         raise SourceError(f"has column '{columns.prompt}' but not '{columns.answer}'; {has}")
     if selection.column is not None and selection.column not in names:
         raise SourceError(f"has no column '{selection.column}'; {has}", key="column")
@@ -166,12 +173,16 @@ def _row_id(row: dict[str, Any], number: int, column: str, expected: bool, prefi
     return row_id
 
 
-def _texts(row: dict[str, Any], row_id: str, columns: ColumnsConfig, is_question: bool) -> dict[str, Any] | None:
-    """The row in our columns with its hashes; None where its prompt or answer is empty."""
+def _texts(
+    row: dict[str, Any], row_id: str, columns: ColumnsConfig, is_question: bool, needs_answer: bool
+) -> dict[str, Any] | None:
+    """The row in our columns with its hashes; None where its prompt or an answer that it needs is empty."""
     prompt = _text(row.get(columns.prompt), row_id, columns.prompt) if is_question else ""
     answer_column = columns.answer if is_question else columns.text
     answer = _text(row.get(answer_column), row_id, answer_column)
-    if not answer.strip() or (is_question and not prompt.strip()):
+    if not answer.strip():
+        answer = ""
+    if not (prompt.strip() if is_question else answer) or (needs_answer and not answer):
         return None
     texts = {
         "id": row_id,
@@ -184,7 +195,7 @@ def _texts(row: dict[str, Any], row_id: str, columns: ColumnsConfig, is_question
         "label": _label(row.get(columns.label), row_id, columns.label),
     }
     digest = hashlib.sha256(json.dumps(list(texts.values())).encode()).digest()
-    return {**texts, "content": content_hash(prompt, answer), "digest": digest}
+    return {**texts, "content": content_hash(prompt, answer), "question": content_hash(prompt, ""), "digest": digest}
 
 
 def _text(value: Any, row_id: str, column: str) -> str:

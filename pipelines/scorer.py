@@ -58,6 +58,15 @@ class Scorer:
             fields = self._score(records)
         return [(row["set"], row["row"], own) for row, own in zip(records, fields, strict=True)]
 
+    def answers(self, name: str, prompts: Sequence[str]) -> list[str]:
+        """The model's greedy answer to each prompt, as `Encoder.pair` takes it."""
+        self._load(name)
+        with torch.inference_mode():
+            found = dict(self._continue([self._encoder.prompt(prompt) for prompt in prompts], [False] * len(prompts)))
+        # Without a chat template the space between prompt and answer is not the answer's.
+        space = "" if self._encoder.tokenizer.chat_template else " "
+        return [found[index].removeprefix(space) for index in range(len(prompts))]
+
     def relearn(self, name: str, rows: pa.Table) -> dict[int, list[tuple[str, int, dict[str, Any]]]]:
         """Teacher-forced numbers of one half of the rows, as `score` gives them, by steps taken on the other half."""
         learned, held_out = halves(rows.to_pylist())
@@ -131,13 +140,15 @@ class Scorer:
     def _rouge(self, rows: Sequence[dict[str, Any]], asked: list[int], column: str) -> Iterator[tuple[int, float]]:
         """ROUGE-L of greedy answers: recall for questions, F1 of the second half for plain text."""
         questions = [self._question(rows[index], column) for index in asked]
-        for chosen in self._by_length([len(ids) for ids, _ in questions]):
-            answers = self._generate(
-                [questions[i][0] for i in chosen], [rows[asked[i]]["prompt"] == "" for i in chosen]
-            )
-            for i, answer in zip(chosen, answers, strict=True):
-                is_text = rows[asked[i]]["prompt"] == ""
-                yield asked[i], (rouge_f1 if is_text else rouge_recall)(answer, questions[i][1])
+        is_text = [rows[index]["prompt"] == "" for index in asked]
+        for i, answer in self._continue([ids for ids, _ in questions], is_text):
+            yield asked[i], (rouge_f1 if is_text[i] else rouge_recall)(answer, questions[i][1])
+
+    def _continue(self, prompts: list[list[int]], is_text: list[bool]) -> Iterator[tuple[int, str]]:
+        """Index and greedy continuation of each prompt; batches are of like length."""
+        for chosen in self._by_length([len(ids) for ids in prompts]):
+            found = self._generate([prompts[i] for i in chosen], [is_text[i] for i in chosen])
+            yield from zip(chosen, found, strict=True)
 
     def _question(self, row: dict[str, Any], column: str) -> tuple[list[int], str]:
         """Tokens the model continues, and the right continuation."""

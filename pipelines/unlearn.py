@@ -113,6 +113,8 @@ def check(cfg: UnlearnConfig, terminal: Terminal) -> list[tuple[str, str]]:
             f"{size.adapter / 1e6:,.2f} M parameters, {16 * size.adapter / 2**20:.0f} MiB with gradient and AdamW",
         ),
         *((f"data.{name}", f"{sets.counts[name]} rows") for name in sets.names()),
+        ("solver", f"{cfg.solve.mode}, strength {cfg.solve.strength}"),
+        ("statistics", f"{size.statistics_bytes / 2**20:,.0f} MiB a worker, while the solver collects them"),
         (
             "steps",
             f"{cfg.train.steps} of {cfg.train.forget_batch_size} forget and {cfg.train.retain_batch_size} retain rows",

@@ -80,10 +80,11 @@ class KeptInverse:
 
 def _cholesky(matrix_DD: Tensor, diagonal: float) -> Tensor:
     """The Cholesky factor of a matrix plus a diagonal; where rounding has made it indefinite, of one with more."""
-    eye = torch.zeros_like(matrix_DD).diagonal_scatter(torch.ones(len(matrix_DD), dtype=matrix_DD.dtype))
     least = 1e-12 * max(float(matrix_DD.diagonal().mean()), 1e-300)
     while True:
-        factor_DD, failed = torch.linalg.cholesky_ex(matrix_DD + diagonal * eye)
+        shifted_DD = matrix_DD.clone()
+        shifted_DD.diagonal().add_(diagonal)
+        factor_DD, failed = torch.linalg.cholesky_ex(shifted_DD)
         if not failed:
             return factor_DD
         diagonal = max(10 * diagonal, least)
