@@ -85,7 +85,9 @@ class DataConfig(Section):
     forget: SourceConfig = Field(description="What the model must forget.")
     retain: SourceConfig = Field(description="What stood beside it in training and must stay.")
     utility: SourceConfig | None = Field(
-        default=None, description="Broad text whose behaviour must not move; trained on like retain."
+        default=None,
+        description="Broad text whose behaviour must not move; trained on like retain. Rows may be prompts without an "
+        "answer (for `run`): they get the model's own greedy one.",
     )
     holdout: SourceConfig | None = Field(
         default=None, description="Never trained on, alike the forget set: membership inference."
@@ -253,7 +255,7 @@ class EvaluationConfig(Section):
 
     oracle: str | None = Field(default=None, description="Model folder of the retrain oracle, if there is one.")
     batch_size: int = Field(default=16, ge=1, description="Rows a worker scores at once.")
-    max_new_tokens: int = Field(default=200, ge=1, description="Tokens generated for ROUGE.")
+    max_new_tokens: int = Field(default=200, ge=1, description="Tokens generated for an answer.")
     max_rows: int | None = Field(
         default=None, ge=1, description="Rows scored of each set, evenly spaced; null for all."
     )

@@ -24,16 +24,7 @@ from ray.data import Dataset
 from ray.exceptions import RayError, RayTaskError
 
 from pipelines.config import ColumnsConfig, ConfigError, DataConfig, SetName, SourceConfig
-from pipelines.rows import (
-    ANSWERED_BY_MODEL,
-    SHOWN,
-    Selection,
-    Summary,
-    number_rows,
-    quoted,
-    read_piece,
-    summarise,
-)
+from pipelines.rows import ANSWERED_BY_MODEL, SHOWN, Selection, Summary, number_rows, quoted, read_piece, summarise
 from pipelines.sources import Piece, find_pieces, request_ids
 
 SET_NAMES: tuple[str, ...] = get_args(SetName)
@@ -46,9 +37,9 @@ class Sets:
 
     `set`, `row` (position after selection, 0 to n-1), `id`, `prompt` ('' for plain text), `answer` (the text, for plain
     text), `paraphrased_prompt`, `paraphrased_answer`, `fact` (a part of the answer), `perturbed_answers`, `label`.
-    What a source lacks is '' or []; an answer is '' only in the utility set, where the prompt stands alone. Blocks are in row order, and what is mapped from a Dataset here keeps that order
-    and shows no progress bar: these two settings lie in the Dataset's own context, the process-wide DataContext is left
-    alone.
+    What a source lacks is '' or []; an answer is '' in the utility set alone. Blocks are in row order, and what is
+    mapped from a Dataset here keeps that order and shows no progress bar: these two settings lie in the Dataset's own
+    context, the process-wide DataContext is left alone.
     """
 
     forget: Dataset
@@ -264,8 +255,8 @@ def _check_apart(sources: dict[str, SourceConfig], read: dict[str, _Read]) -> No
         if shared.num_rows:
             raise ConfigError(
                 f"data.forget.path: {sources['forget'].path} shares {_number(shared.num_rows, 'row')} with {name} "
-                f"({sources[name].path}), by prompt and (where it has one) answer: ids {quoted(shared['id'][:SHOWN].to_pylist())}; "
-                f"allowed: forget rows that {name} does not have"
+                f"({sources[name].path}), by prompt and (where it has one) answer: ids "
+                f"{quoted(shared['id'][:SHOWN].to_pylist())}; allowed: forget rows that {name} does not have"
             )
 
 

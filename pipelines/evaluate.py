@@ -101,8 +101,11 @@ class _Worker:
         curve = self._scorer.relearn(name, pa.concat_tables(pieces))
         return Done({f"{name}:{step}": found for step, found in curve.items()}, work=STEPS[-1])
 
-    def answers(self, name: str, prompts: pa.Array) -> list[str]:
-        return self._scorer.answers(name, prompts.to_pylist())
+    def answers(self, name: str, questions: pa.Table, start: int, limit: int) -> tuple[pa.Table, int]:
+        """Some rows of (row, prompt) as (row, answer), and how many they are."""
+        asked = questions.slice(start, limit)
+        answers = self._scorer.answers(name, asked["prompt"].to_pylist())
+        return asked.select(["row"]).append_column("answer", pa.array(answers, pa.string())), asked.num_rows
 
 
 def _start(actor: Any, task: Task) -> Any:

@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 
 import ray
 from ray.data import DataContext
-from ray.exceptions import RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.artifact import RunFolder, weight_bytes
-from pipelines.config import ConfigError, ModelConfig, UnlearnConfig, check_strength
+from pipelines.config import ModelConfig, UnlearnConfig, check_strength
 from pipelines.console import Terminal
 from pipelines.data import Sets, load_sets
 from pipelines.evaluate import evaluate, evaluation_work
 from pipelines.losses import LossLog
+from pipelines.own_answers import answered_only, check_answered, drop_answers, with_own_answers
 from pipelines.report import write_report
+from pipelines.tasks import on_this_node, result_of
 from pipelines.tracking import Tracker, check_tracking, open_tracker, preload
 from pipelines.trainer import Trainer, check_resources, forget_resume_points, worker_environment
 
@@ -37,7 +37,8 @@ class Checked(NamedTuple):
 def unlearn(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
     """Remove the forget set's influence from a model, write the result and its proof.
 
-    A run that was interrupted goes on where it was; one that is complete is left as it is.
+    Utility rows without an answer get the model's own first. A run that was interrupted goes on where it was; one that
+    is complete is left as it is.
 
     Raises:
         ConfigError: something the user can mend; nothing has been trained or overwritten.
@@ -50,6 +51,7 @@ def unlearn(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
     with session(cfg, run.path / "run.log", terminal):
         sets, _ = load_checked(cfg, terminal, oracle_of(cfg, "evaluation.oracle"))
         run.begin(sets)
+        sets = with_own_answers(cfg, sets, run.path, terminal)
         with tracked(run, sets, terminal) as tracker:
             cost = run.manifest().get("cost") or train(run, sets, tracker, terminal)
             scores, evaluate_s = score(cfg, result_models(run), sets, terminal)
@@ -62,7 +64,7 @@ def finetune(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
     """Train all of the model's parameters on `finetune.sets`: the target model, or the retrain oracle.
 
     Raises:
-        ConfigError: as `unlearn`, and for a set that `data` does not give.
+        ConfigError: as `unlearn`, for a set that `data` does not give, and for rows without an answer.
     """
     run = RunFolder(cfg, "finetune")
     if run.is_complete:
@@ -70,6 +72,7 @@ def finetune(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
     with session(cfg, run.path / "run.log", terminal):
         sets, _ = load_checked(cfg, terminal, {})
         rows = sets.union(cfg.finetune.sets)
+        check_answered(cfg, sets)
         run.begin(sets)
         trainer = Trainer(cfg, "finetune", {"retain": (rows, cfg.finetune.batch_size)})
         steps = cfg.finetune.epochs * trainer.batches["retain"]
@@ -86,19 +89,18 @@ def finetune(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
 
 
 def evaluate_model(cfg: UnlearnConfig, model: ModelConfig, terminal: Terminal) -> Scores:
-    """Score any model folder on the sets, beside the oracle when one is configured."""
+    """Score any model folder on the sets, beside the oracle when one is configured.
+
+    Utility rows without an answer are left out: there is nothing to score.
+    """
     models = {"model": model, **oracle_of(cfg, "oracle")}
     with TemporaryDirectory() as folder, session(cfg, Path(folder) / "run.log", terminal):
-        return score(
-            cfg,
-            models,
-            load_checked(cfg, terminal, {"--model": model, **oracle_of(cfg, "evaluation.oracle")}).sets,
-            terminal,
-        )[0]
+        sets, _ = load_checked(cfg, terminal, {"--model": model, **oracle_of(cfg, "evaluation.oracle")})
+        return score(cfg, models, answered_only(sets), terminal)[0]
 
 
 def check(cfg: UnlearnConfig, terminal: Terminal) -> list[tuple[str, str]]:
-    """Everything `unlearn` checks before it trains, and what it would do, as a table."""
+    """Everything `unlearn` checks before it trains, and what it would do, as a table. Nothing is generated."""
     run = RunFolder(cfg, "run")
     check_strength(cfg)
     with TemporaryDirectory() as folder, session(cfg, Path(folder) / "run.log", terminal):
@@ -163,6 +165,7 @@ def record(run: RunFolder, tracker: Tracker) -> None:
         tracker.log_scores("solve", trial)
     version = tracker.log_adapter(run.path / "adapter")
     run.update(mlflow={"run_id": tracker.run_id, "uri": run.cfg.tracking.uri, "model_version": version})
+    drop_answers(run.path)
     run.seal()
     tracker.log_artifact(write_report(run.path))
 
@@ -196,22 +199,6 @@ def _write_model(*arguments: Any) -> None:
     from pipelines.export import write_model
 
     write_model(*arguments)
-
-
-def on_this_node(function: Any) -> Any:
-    """A Ray task for the node whose files the driver sees."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=1)(function).options(scheduling_strategy=here)
-
-
-def result_of(task: Any) -> Any:
-    """A task's result; an error of ours is raised as it was there."""
-    try:
-        return ray.get(task)
-    except RayTaskError as error:
-        if isinstance(error.cause, ConfigError):
-            raise error.cause from None
-        raise
 
 
 def result_models(run: RunFolder) -> dict[str, ModelConfig]:

@@ -342,6 +342,12 @@ def test_a_forget_answer_in_plain_text_is_found_in_the_utility_set(tmp_path: Pat
     )
 
 
+def test_a_forget_prompt_that_stands_alone_in_the_utility_set_is_refused(tmp_path: Path) -> None:
+    prompts = [{"prompt": f"Who? {SECRET}"}, {"prompt": GOOD["prompt"].upper()}]
+    words = ["shares 1 row with utility", "'g0'"]
+    assert_refused(tmp_path, [GOOD], utility=prompts, key="data.forget.path", words=words)
+
+
 def test_a_failing_ray_task_becomes_one_line_without_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(block: pa.Table) -> None:
         raise KeyError(block["answer"][0].as_py())

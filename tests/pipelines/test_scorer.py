@@ -138,6 +138,15 @@ def test_an_answer_ends_with_the_end_token_and_the_prompt_does_not_count(cfg: Un
     assert ids[:start] == encoder.prompt("Who?")
 
 
+@pytest.mark.parametrize("template", [True, False])
+def test_an_empty_answer_to_a_prompt_is_the_end_token_alone(cfg: UnlearnConfig, tmp_path: Path, template: bool) -> None:
+    ByT5Tokenizer().save_pretrained(tmp_path)  # without a chat template
+    encoder = Encoder(cfg.model if template else ModelConfig(path=str(tmp_path)), None, 128)
+    ids, start = encoder.pair("Who?", "")
+    assert ids[:start] == encoder.prompt("Who?")[:start]
+    assert ids[start:] == [encoder.tokenizer.eos_token_id]
+
+
 def test_a_system_prompt_comes_first(cfg: UnlearnConfig) -> None:
     encoder = Encoder(cfg.model, "Be kind.", 128)
     assert encoder.tokenizer.decode(encoder.prompt("Who?")).startswith("<|system|>Be kind.<|end|><|user|>Who?")

@@ -1,0 +1,25 @@
+"""Ray tasks where the user's files are: the driver holds neither models nor text."""
+
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipelines.config import ConfigError
+
+
+def on_this_node(function: Any) -> Any:
+    """A Ray task for the node whose files the driver sees."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=1)(function).options(scheduling_strategy=here)
+
+
+def result_of(task: Any) -> Any:
+    """A task's result; an error of ours is raised as it was there."""
+    try:
+        return ray.get(task)
+    except RayTaskError as error:
+        if isinstance(error.cause, ConfigError):
+            raise error.cause from None
+        raise
