@@ -165,7 +165,7 @@ class _Loop:
     def _kept_batches(self) -> Iterator[tuple[UnlearnBatch, int]]:
         """This worker's retain and utility rows once, and how many features of a row may be kept for clustering."""
         number, rows_a_batch = self.job.batches["retain"], self.job.cfg.train.retain_batch_size
-        limit = self.job.cfg.objective.target_rows
+        limit = min(self.job.cfg.objective.target_rows, number * rows_a_batch)
         for index, rows in enumerate(islice(_rows_of("retain", number), number)):
             keep_tokens = max(1, SAMPLE_TOKENS // limit) if index * rows_a_batch < limit else 0
             yield collate(rows, [], self.pad_token_id).to(self.engine.device), keep_tokens
