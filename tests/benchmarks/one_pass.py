@@ -45,9 +45,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 # What the distance to the oracle is the mean absolute difference of.
 COMPARED = (
     "forget.probability", "forget.probability_paraphrased", "forget.fact_recall", "mia.min_k", "retain.probability",
-    "general.probability",
+    "retain.fact_recall", "general.probability",
 )  # fmt: skip
-SHOWN = (*COMPARED, "retain.fact_recall")
 
 
 class Point(NamedTuple):
@@ -79,8 +78,8 @@ class Problem:
         self.scored = {name: self._thinned(rows) for name, rows in self.rows.items() if name != "utility"}
 
     def _thinned(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        limit = self.cfg.evaluation.max_rows or len(rows)
-        return [rows[index * len(rows) // limit] for index in range(min(limit, len(rows)))]
+        limit = min(self.cfg.evaluation.max_rows or len(rows), len(rows))
+        return [rows[index * len(rows) // limit] for index in range(limit)]
 
     def tokens(self, name: str) -> list[Row]:
         pair = self.scorer._encoder.pair
@@ -257,9 +256,10 @@ def all_points(problem: Problem, steps: int) -> Iterator[Point]:
     yield from descend(
         problem, "RFA by gradient", gradient, aligned(problem, gradient), learning_rate=5e-4, steps=steps, every=8
     )
-    for method, loss, rate in (("gradient difference", gradient_difference, 1e-4), ("NPO", npo, 1e-3)):
+    for method, loss in (("gradient difference", gradient_difference), ("NPO", npo)):
         other = problem.alignment()
-        yield from descend(problem, method, other, loss(other), learning_rate=rate, steps=steps, every=8)
+        # Of 1e-4 and 1e-3 the first had moved gradient difference nowhere after 40 steps.
+        yield from descend(problem, method, other, loss(other), learning_rate=1e-3, steps=24, every=4)
 
 
 def write(points: list[Point], before: Point, oracle: Point, problem: Problem) -> None:
@@ -270,13 +270,13 @@ def write(points: list[Point], before: Point, oracle: Point, problem: Problem) -
         f"Written by `python -m tests.benchmarks.one_pass {problem.source}` on {platform.machine()}, 2 threads, "
         + ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "peft"))
         + ". Seconds are of the method alone: no start-up, no scoring. Distance is the mean absolute difference from "
-        "the retrained oracle over all columns but the last.",
+        "the retrained oracle over the columns after it.",
         "",
-        "| method | setting | seconds | distance | " + " | ".join(key.replace("_", " ") for key in SHOWN) + " |",
-        "|---|---|---:|---:|" + "---:|" * len(SHOWN),
+        "| method | setting | seconds | distance | " + " | ".join(key.replace("_", " ") for key in COMPARED) + " |",
+        "|---|---|---:|---:|" + "---:|" * len(COMPARED),
     ]
     for point in (before, oracle, *points):
-        scores = " | ".join(f"{point.scores[key] or 0.0:.3f}" for key in SHOWN)
+        scores = " | ".join(f"{point.scores[key] or 0.0:.3f}" for key in COMPARED)
         away = point.distance(oracle.scores)
         lines.append(f"| {point.method} | {point.setting} | {point.seconds:.0f} | {away:.3f} | {scores} |")
     solved = next(point for point in points if point.method == "one pass, blockwise")
