@@ -57,7 +57,7 @@ KEYS = "\b\nConfiguration keys, with their defaults:\n" + "\n".join(
 
 @app.command(epilog=KEYS)
 def run(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
-    """Unlearn: train the adapter, merge it, evaluate before, after and oracle, write the report.
+    """Unlearn: solve or train the adapter, merge it, evaluate before, after and oracle, write the report.
 
     The same command continues an interrupted run. Results lie in the configuration's output_dir: adapter/ (PEFT),
     model/ (merged), scores.json, report.html, manifest.json, MLflow's store, run.log.
