@@ -101,8 +101,8 @@ class Engine:
     def load(self, state: EngineState, step: int) -> None:
         """Take over parameters and moments after one backward and step at learning rate 0 has made the optimizer's
         states; every worker passes the whole state."""
+        self.place(state.parameters)
         for name, parameter in self._trainable():
-            self._set_full(parameter, None, state.parameters[name])
             for moment in MOMENTS:
                 self._set_full(parameter, moment, state.moments[f"{name}.{moment}"])
         for values in self._torch_optimizer().state.values():

@@ -97,6 +97,16 @@ def test_a_run_whose_worker_is_killed_while_polishing_keeps_what_was_solved(
     assert_same(products, reference)
 
 
+def test_a_finished_run_that_is_fitted_again_reports_the_adapter_it_had(
+    reference: dict[str, Tensor], quick: Quick, tmp_path: Path
+) -> None:
+    # As after a kill between the last checkpoint and the export.
+    cfg, heard = quick(*SOLVE, f"output_dir={tmp_path}"), list[dict[str, Any]]()
+    assert_same(run(cfg)[0], reference)
+    assert_same(run(cfg, heard.append)[0], reference)
+    assert not [message for message in heard if message.get("what") == "statistics"], "it did not solve again"
+
+
 def test_the_strength_is_found_by_the_holdout_set(ray_session: None, quick: Quick, tmp_path: Path) -> None:
     _, metrics = run(quick("train.steps=0", "solve.strength=auto", f"output_dir={tmp_path}"))
     trials = metrics["trials"]

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipelines.config import ModelConfig, UnlearnConfig
-from pipelines.config_file import load_config
 from pipelines.finetune import AnswerTraining
 from pipelines.metrics.relearning import STEPS
 from pipelines.model import load_base
@@ -19,11 +18,6 @@ from pipelines.prompts import Encoder
 from pipelines.robustness import halves, quantise_, quantise_blocks_, relearn_
 from pipelines.scorer import Scorer
 from rfa.batch import Row, collate
-
-
-@pytest.fixture(scope="module")
-def cfg(overrides: list[str]) -> UnlearnConfig:
-    return load_config("quick", overrides)
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 from pipelines.config import ModelConfig, UnlearnConfig
-from pipelines.config_file import load_config
 from pipelines.metrics import TokenStatistics
 from pipelines.metrics.text import rouge_recall
 from pipelines.prompts import Encoder
 from pipelines.scorer import Scorer, Text
-
-
-@pytest.fixture(scope="module")
-def cfg(overrides: list[str]) -> UnlearnConfig:
-    return load_config("quick", overrides)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pipelines import tracking
+from pipelines import mlflow_store, tracking
 from pipelines.config import ConfigError, TrackingConfig
 from pipelines.tracking import Tracker, open_tracker
 
@@ -250,8 +250,8 @@ def test_a_server_unreachable_at_the_start_costs_one_warning_and_each_run_gets_i
 def test_a_server_that_takes_connections_and_never_answers_holds_up_one_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "REQUEST_TIMEOUT_S", 1)
-    tracking._mlflow()  # its import is not what is measured
+    monkeypatch.setattr(mlflow_store, "REQUEST_TIMEOUT_S", 1)
+    mlflow_store.load_mlflow()  # its import is not what is measured
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
     before = dict(os.environ)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -434,7 +434,7 @@ def test_a_uri_that_mlflow_cannot_take_is_one_line_with_the_choices(tmp_path: Pa
 def test_artifacts_lie_beside_the_store_or_where_the_server_decides(
     uri: str | None, store: str, artifacts: str | None
 ) -> None:
-    assert tracking._locate(uri, Path("/run")) == (store, artifacts)
+    assert mlflow_store.locate(uri, Path("/run")) == (store, artifacts)
 
 
 def test_a_model_name_that_mlflow_cannot_register_is_refused_before_the_run(tmp_path: Path) -> None:
@@ -452,7 +452,7 @@ def test_a_folder_whose_name_mlflow_would_decode_is_refused(tmp_path: Path) -> N
 def test_http_limits_that_the_user_has_set_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
-    with tracking._limits(5):
+    with mlflow_store._limits(5):
         assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
         assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"

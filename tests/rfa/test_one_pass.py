@@ -90,8 +90,9 @@ def test_the_split_into_batches_changes_nothing(build: Build, mode: str) -> None
         torch.testing.assert_close(parts[name], expected, rtol=1e-3, atol=1e-4)  # float32 sums in another order
 
 
-def test_solving_again_begins_from_the_base_model(build: Build) -> None:
-    one_pass = solved(build())
+@pytest.mark.parametrize("mode", ["one_pass", "blockwise"])
+def test_solving_again_begins_from_the_base_model(build: Build, mode: str) -> None:
+    one_pass = solved(build(), mode=mode)
     first = maps(one_pass)
     one_pass.solve([collate([], FORGET, 0)], 7.0)
     stronger = maps(one_pass)
