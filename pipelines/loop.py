@@ -15,6 +15,7 @@ from ray.train import Checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipelines.config import UnlearnConfig
 from pipelines.engine import Engine, EngineState, deepspeed_settings, zero3_loading
 from pipelines.finetune import build_answer_training
 from pipelines.model import build_alignment
@@ -27,6 +28,8 @@ from rfa.batch import Row, TokenCounts, UnlearnBatch, collate
 from rfa.loss import ResidualAlignment
 from rfa.one_pass import merged_features
 from rfa.targets import SAMPLE_TOKENS, FeatureSums
+
+TOKENS_AT_ONCE = 16384  # a worker's share of a small set that is one batch
 
 
 class Loss(Protocol):
@@ -69,16 +72,25 @@ def _rows_of(name: str, number_of_batches: int, start: int = 0) -> Iterator[list
     share = ray.train.get_dataset_shard(name)
     assert share is not None
     for rows in batches_of(share, number_of_batches, start):
-        yield [
-            Row(
-                row["input_ids"].tolist(),
-                int(row["answer_start"]),
-                int(row["row"]),
-                int(row["label"]),
-                utility=row["set"] == "utility",
-            )
-            for row in rows
-        ]
+        yield [row_of(row) for row in rows]
+
+
+def row_of(record: dict[str, Any]) -> Row:
+    """A row as the Encoder gives it, for a batch."""
+    return Row(
+        list(record["input_ids"]),
+        int(record["answer_start"]),
+        int(record["row"]),
+        int(record["label"]),
+        utility=record["set"] == "utility",
+    )
+
+
+def kept_tokens(cfg: UnlearnConfig, index: int, batches: int) -> int:
+    """How many features of each row of a kept batch serve the targets; 0 once there are enough rows."""
+    rows_a_batch = cfg.train.retain_batch_size
+    limit = min(cfg.objective.target_rows, batches * rows_a_batch)
+    return max(1, SAMPLE_TOKENS // limit) if index * rows_a_batch < limit else 0
 
 
 def _checkpoint_activations(module: nn.Module) -> None:
@@ -164,11 +176,10 @@ class _Loop:
 
     def _kept_batches(self) -> Iterator[tuple[UnlearnBatch, int]]:
         """This worker's retain and utility rows once, and how many features of a row may be kept for clustering."""
-        number, rows_a_batch = self.job.batches["retain"], self.job.cfg.train.retain_batch_size
-        limit = min(self.job.cfg.objective.target_rows, number * rows_a_batch)
+        number = self.job.batches["retain"]
         for index, rows in enumerate(islice(_rows_of("retain", number), number)):
-            keep_tokens = max(1, SAMPLE_TOKENS // limit) if index * rows_a_batch < limit else 0
-            yield collate(rows, [], self.pad_token_id).to(self.engine.device), keep_tokens
+            batch = collate(rows, [], self.pad_token_id).to(self.engine.device)
+            yield batch, kept_tokens(self.job.cfg, index, number)
 
     def _retain_sums(self, module: ResidualAlignment) -> dict[str, FeatureSums]:
         """Base features of this worker's first retain rows, for targets and units."""
@@ -181,10 +192,14 @@ class _Loop:
         return total
 
     def _small_set(self, name: str) -> list[UnlearnBatch]:
-        """All of this worker's rows of the forget or the holdout set; as many batches on every worker."""
+        """All of this worker's rows of the forget or the holdout set; as many batches on every worker, and a single one
+        where it fits: the solver then needs one forward."""
         number = self.job.batches.get(name, 0)
-        batches = (collate([], rows, self.pad_token_id) for rows in islice(_rows_of(name, number), number))
-        return [batch.to(self.engine.device) for batch in batches]
+        rows = list(islice(_rows_of(name, number), number))
+        tokens = sum(len(row.input_ids) for own in rows for row in own)
+        if self._all_reduce([float(tokens)])[0] <= TOKENS_AT_ONCE * self.world_size and self.job.stage < 3:
+            rows = [[row for own in rows for row in own]]
+        return [collate([], own, self.pad_token_id).to(self.engine.device) for own in rows]
 
     def _solve(self, module: ResidualAlignment) -> None:
         """Find the adapter in closed form; with training to come, a resume point keeps it."""

@@ -4,8 +4,9 @@
 forget set's rows only, so that trying another strength costs no further pass over what is kept. Two modes:
 
     one_pass   all modules are solved from the base model's features
-    blockwise  module by module from the lowest block up, each from what it sees with the residuals below in place;
-               every block continues from the hidden states of the block before
+    blockwise  module by module from the lowest block up, each from what it sees with the residuals below in place.
+               A forget set of one batch is solved in passing, in a single forward; a larger one is carried from block
+               to block, each of which continues from the hidden states of the block before
 
 Where torch.distributed runs, every worker brings its own rows, and each module has one worker that adds up and solves.
 
@@ -13,7 +14,7 @@ Shapes: B rows, T tokens, N chosen tokens, D input features, O output features, 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -63,10 +64,8 @@ class OnePass:
         self.layers: dict[str, Any] = dict(lora_layers(alignment.model))
         self._place = place or self._place_here
         self.features = {name: FeatureSums() for name in self.layers}
-        self.sums: dict[str, dict[str, InputSums]] = {
-            kind: {name: self._empty_sums(name) for name in self.layers} for kind in KEPT
-        }
-        self._kept: dict[str, KeptInverse] = {}
+        self.sums: dict[str, dict[str, InputSums]] = {kind: {} for kind in KEPT}
+        self._kept: Mapping[str, KeptInverse] = {}
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         self._owner = _owners({name: layer.in_features for name, layer in self.layers.items()})
 
@@ -86,6 +85,8 @@ class OnePass:
 
         def add_input(name: str, input_BTD: Tensor, _output_BTO: Tensor) -> None:
             for kind, mask_BT in masks.items():
+                if name not in self.sums[kind]:
+                    self.sums[kind][name] = self._empty_sums(name)
                 if mask_BT.any():
                     self.sums[kind][name].add(input_BTD[mask_BT])
 
@@ -97,19 +98,28 @@ class OnePass:
     def reduce(self) -> None:
         """Add up all workers' sums, fit the targets everywhere, and factor each module's kept moments on its owner."""
         self.alignment.fit(merged_features(self.features))
+        kept: dict[str, KeptInverse] = {}
         for name, owner in self._owner.items():
-            own = [self.sums[kind].pop(name) for kind in KEPT]
-            for sums in own:
+            own = {kind: self.sums[kind].pop(name) for kind in KEPT}
+            for sums in own.values():
                 _sum_at(sums, owner)
             if owner == self._rank:
-                weights = (1.0, self.settings.utility_weight)
-                self._kept[name] = KeptInverse(list(zip(weights, own, strict=True)), self.settings.ridge)
+                kept[name] = kept_inverse(own, self.settings)
+        self._kept = kept
+
+    def adopt(self, kept: Mapping[str, KeptInverse]) -> None:
+        """Use what other solvers of this model have collected, instead of `collect` and `reduce`; the alignment's
+        targets are fitted already."""
+        self._kept = kept
 
     @torch.no_grad()
     def solve(self, batches: Sequence[UnlearnBatch], strength: float) -> None:
         """Solve and place all adapters, from this worker's forget rows."""
         for name in self.layers:
             self._place_solution(name, None)
+        if self.settings.mode == "blockwise" and len(batches) == 1:
+            self._solve_in_passing(batches[0], strength)
+            return
         first_block = self.alignment.taps.first_block
         hidden: list[Tensor | None] = [None] * len(batches)
         if first_block > 0:
@@ -121,6 +131,17 @@ class OnePass:
             if stage.advances:
                 self._advance(batches, hidden, start, stage.stop)
                 start = stage.stop
+
+    def _solve_in_passing(self, batch: UnlearnBatch, strength: float) -> None:
+        """Solve each module when the rows reach it, after its base layer and before its adapter has run."""
+
+        def solve_here(name: str, input_BTD: Tensor, output_BTO: Tensor) -> None:
+            found = self._no_rows([name])
+            self._add_forget(found, batch, name, input_BTD, output_BTO)
+            self._solve_together(found, strength)
+
+        with self._observing(self.layers, solve_here):
+            self._run(batch, None, 0, self.alignment.taps.last_block + 1)
 
     def _stages(self) -> list["_Stage"]:
         """Which modules are solved at once, in order."""
@@ -149,14 +170,15 @@ class OnePass:
         self, names: list[str], batches: Sequence[UnlearnBatch], hidden: list[Tensor | None], start: int, stop: int
     ) -> dict[str, ForgetRows]:
         """This worker's forget tokens at some modules; there may be none."""
-        sizes = {name: (self.layers[name].in_features, self.layers[name].out_features) for name in names}
-        found = {
-            name: ForgetRows.of(torch.empty(0, width), torch.empty(0, out)) for name, (width, out) in sizes.items()
-        }
+        found = self._no_rows(names)
         for batch, hidden_BTD in zip(batches, hidden, strict=True):
             with self._observing(names, partial(self._add_forget, found, batch)):
                 self._run(batch, hidden_BTD, start, stop)
         return found
+
+    def _no_rows(self, names: Iterable[str]) -> dict[str, ForgetRows]:
+        sizes = {name: (self.layers[name].in_features, self.layers[name].out_features) for name in names}
+        return {name: ForgetRows.of(torch.empty(0, width), torch.empty(0, out)) for name, (width, out) in sizes.items()}
 
     def _add_forget(
         self, found: dict[str, ForgetRows], batch: UnlearnBatch, name: str, input_BTD: Tensor, output_BTO: Tensor
@@ -213,6 +235,12 @@ class OnePass:
             for name in names:
                 stack.enter_context(removed(self.layers[name].base_layer.register_forward_hook(hook(name))))
             yield
+
+
+def kept_inverse(sums: Mapping[str, InputSums], settings: SolveSettings) -> KeptInverse:
+    """The factored second moments of one module's kept sets, weighted."""
+    weights = {"retain": 1.0, "utility": settings.utility_weight}
+    return KeptInverse([(weights[kind], own) for kind, own in sums.items()], settings.ridge)
 
 
 class _Stage(NamedTuple):

@@ -121,7 +121,7 @@ class Taps:
     """Hooks at the aligned places: adapted modules (`local`) or the blocks that hold them (`drift`).
 
     The hooks only look; while nobody records (a teacher pass, a recomputation by activation checkpointing) they do
-    nothing.
+    nothing. `close` takes them off a model that lives on.
     """
 
     def __init__(self, model: nn.Module, residual: str) -> None:
@@ -132,24 +132,30 @@ class Taps:
         self.residual = residual
         self._base: dict[str, Tensor] | None = None
         self._added: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
         if residual == "local":
             self.names = [name for name, _ in modules]
             self._layers = dict(modules)
             for name, layer in modules:
-                layer.base_layer.register_forward_hook(self._recorder(name, is_residual=False))
-                layer.lora_B[ADAPTER].register_forward_hook(self._recorder(name, is_residual=True))
+                self._watch(layer.base_layer, name, is_residual=False)
+                self._watch(layer.lora_B[ADAPTER], name, is_residual=True)
         else:
             self.names = [f"{prefix}.{index}" for index in range(self.first_block, self.last_block + 1)]
             for name, index in zip(self.names, range(self.first_block, self.last_block + 1), strict=True):
-                blocks[index].register_forward_hook(self._recorder(name, is_residual=False))
+                self._watch(blocks[index], name, is_residual=False)
 
-    def _recorder(self, name: str, *, is_residual: bool) -> Callable[..., None]:
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _watch(self, module: nn.Module, name: str, *, is_residual: bool) -> None:
         def record(_module: nn.Module, _args: Any, output: Any) -> None:
             if self._base is not None:
                 kept = output[0] if isinstance(output, tuple) else output
                 (self._added if is_residual else self._base)[name] = kept
 
-        return record
+        self._hooks.append(module.register_forward_hook(record))
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, Tensor]]:

@@ -69,6 +69,15 @@ class KeptInverse:
         gram_LL = factor_DL.T @ factor_DL
         self._inner_LL = _cholesky(gram_LL, self._diagonal)
 
+    def kernel(self, input_ND: Tensor) -> Tensor:
+        """X R^-1 X^T; half the work of X R^-1, where the factor is exact."""
+        input_ND = input_ND.double().cpu()
+        if self._factor_DL is not None:
+            kernel_NN = self(input_ND) @ input_ND.T
+            return (kernel_NN + kernel_NN.T) / 2
+        half_DN = torch.linalg.solve_triangular(self._cholesky_DD, input_ND.T, upper=False)
+        return half_DN.T @ half_DN
+
     def __call__(self, input_ND: Tensor) -> Tensor:
         """X R^-1."""
         input_ND = input_ND.double().cpu()
@@ -100,13 +109,11 @@ def solve(forget: ForgetRows, kept: KeptInverse, *, rank: int, strength: float, 
         scaling: alpha / rank of the adapter.
     """
     input_ND, shift_NO = forget.input_ND.cpu(), forget.shift_NO.cpu()
-    solved_ND = kept(input_ND)
-    kernel_NN = solved_ND @ input_ND.T
-    values_N, vectors_NN = torch.linalg.eigh((kernel_NN + kernel_NN.T) / 2)
+    values_N, vectors_NN = torch.linalg.eigh(kept.kernel(input_ND))
     values_N = values_N.clamp_min(0)
     damped_N = values_N + forget.count / strength
     turned_ON = shift_NO.T @ vectors_NN
     left_OK, singular_K, _ = torch.linalg.svd(turned_ON * (values_N / damped_N).sqrt(), full_matrices=False)
     left_OK = left_OK[:, :rank][:, singular_K[:rank] > 1e-10 * singular_K[:1].clamp_min(1e-300)]
-    a_KD = ((left_OK.T @ turned_ON) / damped_N) @ (vectors_NN.T @ solved_ND)
+    a_KD = kept(((left_OK.T @ turned_ON) / damped_N) @ vectors_NN.T @ input_ND)
     return LowRank(a_KD / scaling, left_OK)

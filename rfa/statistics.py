@@ -3,9 +3,11 @@
 Shapes: N tokens, D input features, O output features, L columns (L = D for exact second moments).
 """
 
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -47,9 +49,18 @@ class InputSums:
     def merge(self, other: "InputSums") -> None:
         """Add another worker's sums of the same module."""
         assert self.name == other.name
-        self.sum_DL += other.sum_DL.to(self.sum_DL.device)
+        self.sum_DL = self.sum_DL + other.sum_DL.to(self.sum_DL.device)  # a new tensor: the old one may be shared
         self.count += other.count
         self.trace += other.trace
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As a NumPy array, which pickle's protocol 5 passes on without a copy: sums are large, and are shared."""
+        return {"name": self.name, "count": self.count, "trace": self.trace, "sum_DL": self.sum_DL.cpu().numpy()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the memory may be shared and read-only: nothing writes to it
+            self.__dict__.update(state, sum_DL=torch.from_numpy(state["sum_DL"]))
 
     def basis(self) -> Tensor:
         """The random D x L basis of the low-memory form: a function of the module's name alone."""

@@ -135,5 +135,6 @@ def test_columns_that_no_token_needs_can_still_learn(build: Build) -> None:
 
 def test_wide_modules_take_the_low_memory_form(build: Build) -> None:
     one_pass = OnePass(build(), SolveSettings(exact_width=40, sketch_columns=20))
+    one_pass.collect(collate(RETAIN, [], 0))
     shapes = {name.rsplit(".", 1)[-1]: tuple(own.sum_DL.shape) for name, own in one_pass.sums["retain"].items()}
     assert shapes == {"o_proj": (32, 32), "down_proj": (48, 20)}
