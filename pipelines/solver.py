@@ -1,9 +1,9 @@
 """The one-pass solver on a worker: statistics of its rows, adapters from everybody's, and the strength that fits.
 
 The right strength leaves the forget set as likely as text that the model has never seen: less leaves traces, more is a
-tell-tale. Without a retrained oracle the holdout set says how likely that is: the weakest strength is chosen at which
-so few rows cannot be told from it. The statistics are collected once, so each strength that is tried costs a solve and
-a forward over the forget and holdout rows.
+tell-tale. Without a retrained oracle the holdout set says how likely that is: the strength is chosen at which an
+attacker can do no better than chance. The statistics are collected once, so each strength that is tried costs a solve
+and a forward over the forget and holdout rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,12 +45,6 @@ class Trial(NamedTuple):
     gap: float
 
 
-def chance_gap(forget: int, holdout: int) -> float:
-    """The gap that so many rows have by chance: the standard deviation of AUC between like sets (Mann & Whitney 1947).
-    It vanishes with the number of rows."""
-    return ((forget + holdout + 1) / (12 * forget * holdout)) ** 0.5
-
-
 def gap(forget: list[Likelihood], holdout: list[Likelihood]) -> float:
     """AUC - 1/2, averaged over both scores; AUC is the chance that a holdout row looks less known than a forget row."""
     truth = [0] * len(forget) + [1] * len(holdout)
@@ -59,8 +53,8 @@ def gap(forget: list[Likelihood], holdout: list[Likelihood]) -> float:
     return sum(aucs) / len(aucs) - 0.5
 
 
-def search_strength(try_strength: Callable[[float], float], aim: float, trials: int = TRIALS) -> list[Trial]:
-    """All trials, the one whose gap is nearest to `aim` last: by a factor until it lies between two, then in between.
+def search_strength(try_strength: Callable[[float], float], trials: int = TRIALS) -> list[Trial]:
+    """All trials, the one whose gap is nearest to 0 last: by a factor until 0 lies between two, then in between.
 
     The gap falls with the strength; where two are equally near the weaker strength is the better one.
     """
@@ -68,28 +62,32 @@ def search_strength(try_strength: Callable[[float], float], aim: float, trials: 
     strength = FIRST_STRENGTH
     while len(done) < trials:
         done.append(Trial(strength, try_strength(strength)))
-        if abs(done[-1].gap - aim) <= CLOSE_ENOUGH:
+        if abs(done[-1].gap) <= CLOSE_ENOUGH:
             break
-        weak = max((trial for trial in done if trial.gap > aim), default=None)
-        strong = min((trial for trial in done if trial.gap <= aim), default=None)
+        weak = max((trial for trial in done if trial.gap > 0), default=None)
+        strong = min((trial for trial in done if trial.gap <= 0), default=None)
         if weak is None or strong is None:
             strength *= FACTOR if strong is None else 1 / FACTOR
-        else:  # where a line through both gaps meets the aim, but well inside
-            share = min(max((weak.gap - aim) / (weak.gap - strong.gap), 0.2), 0.8)
+        else:  # where a line through both gaps meets 0, but well inside
+            share = min(max(weak.gap / (weak.gap - strong.gap), 0.2), 0.8)
             strength = weak.strength * (strong.strength / weak.strength) ** share
-    return sorted(done, key=lambda trial: (-abs(trial.gap - aim), -trial.strength))
+    return sorted(done, key=lambda trial: (-abs(trial.gap), -trial.strength))
 
 
 class WorkerSolver:
     """Solves an alignment's adapters from this worker's rows, together with the other workers.
 
     Args:
-        place: puts lora_A and lora_B of the module of that name into the model.
+        place: puts lora_A and lora_B of the module of that name into the model; without it they are set directly.
         say: told of progress, on every worker.
     """
 
     def __init__(
-        self, cfg: SolveConfig, alignment: ResidualAlignment, place: Callable[[str, Tensor, Tensor], None], say: Say
+        self,
+        cfg: SolveConfig,
+        alignment: ResidualAlignment,
+        place: Callable[[str, Tensor, Tensor], None] | None,
+        say: Say,
     ) -> None:
         settings = SolveSettings(cfg.mode, cfg.utility_weight, cfg.ridge, cfg.exact_width, cfg.sketch_columns)
         self.cfg, self.alignment, self.say = cfg, alignment, say
@@ -117,14 +115,10 @@ class WorkerSolver:
             return gap(self._likelihoods(forget), self._likelihoods(holdout))
 
         tried: list[float] = []
-        trials = search_strength(try_strength, chance_gap(self._count(forget), self._count(holdout)))
+        trials = search_strength(try_strength)
         if trials[-1].strength != tried[-1]:
             self.one_pass.solve(forget, trials[-1].strength)
         return trials
-
-    def _count(self, batches: list[UnlearnBatch]) -> int:
-        """Rows of all workers."""
-        return len(_of_all_workers([None for batch in batches for real in batch.attention_BT.any(1).tolist() if real]))
 
     @torch.no_grad()
     def _likelihoods(self, batches: list[UnlearnBatch]) -> list[Likelihood]:

@@ -21,7 +21,7 @@ Row = dict[str, str | list[str]]
 
 MIN_AUTHORS = 2  # one to forget, one to retain
 MAX_AUTHORS = 1000  # the smallest pool of facts has 2208 entries: enough for these and as many held out
-MIN_HOLDOUT = 2
+HOLDOUT_SHARE = 3  # held-out authors to one forgotten: what is compared with them is as exact as the forget set allows
 NUM_PERTURBED = 5  # as in TOFU
 NUM_CANDIDATES = 40  # drawn per row; more than enough to find five that qualify, and cheap in a pool of thousands
 
@@ -54,7 +54,7 @@ def build_problem(authors: int, questions: int, seed: int, forget: int) -> dict[
     _check_range("--authors", authors, MIN_AUTHORS, MAX_AUTHORS)
     _check_range("--questions", questions, 1, len(topics))
     _check_range("--forget", forget, 1, authors - 1, " (fewer than --authors)")
-    holdout = max(forget, MIN_HOLDOUT)
+    holdout = min(HOLDOUT_SHARE * forget, MAX_AUTHORS)
     names = itertools.islice(_author_names(seed), authors + holdout)
     rows = [_author_row(topic, number, name, seed) for number, name in enumerate(names) for topic in topics[:questions]]
     return {

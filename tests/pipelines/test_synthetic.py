@@ -39,15 +39,15 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(tmp_path:
     assert contents(tmp_path / "a")["forget.jsonl"] != contents(tmp_path / "c")["forget.jsonl"]
 
 
-def test_ten_authors_with_four_questions_and_three_forgotten_give_12_28_and_12_rows(tmp_path: Path) -> None:
+def test_ten_authors_with_four_questions_and_three_forgotten_give_12_28_and_36_rows(tmp_path: Path) -> None:
     counts = write_problem(tmp_path / "data", authors=10, questions=4, seed=0, forget=3)
     lines = {path.name: len(path.read_text("utf-8").splitlines()) for path in (tmp_path / "data").iterdir()}
     assert counts == lines
-    assert (counts["forget.jsonl"], counts["retain.jsonl"], counts["holdout.jsonl"]) == (12, 28, 12)
+    assert (counts["forget.jsonl"], counts["retain.jsonl"], counts["holdout.jsonl"]) == (12, 28, 36)
 
 
-def test_at_least_two_authors_are_held_out(tmp_path: Path) -> None:
-    assert write_problem(tmp_path, authors=2, questions=5, seed=0, forget=1)["holdout.jsonl"] == 10
+def test_three_authors_are_held_out_for_each_that_is_forgotten(tmp_path: Path) -> None:
+    assert write_problem(tmp_path, authors=2, questions=5, seed=0, forget=1)["holdout.jsonl"] == 15
 
 
 def test_every_line_holds_the_documented_columns_and_five_distinct_perturbed_answers(tmp_path: Path) -> None:
@@ -75,12 +75,12 @@ def test_three_hundred_authors_have_distinct_names_and_twenty_topics(problem: di
 
 def test_the_largest_problem_can_be_built() -> None:
     sets = build_problem(authors=MAX_AUTHORS, questions=1, seed=0, forget=MAX_AUTHORS - 1)
-    assert len(column([row for name in AUTHOR_SETS for row in sets[name]], "author")) == 2 * MAX_AUTHORS - 1
+    assert len(column([row for name in AUTHOR_SETS for row in sets[name]], "author")) == 2 * MAX_AUTHORS
 
 
 def test_forgotten_retained_and_held_out_authors_share_neither_a_name_nor_a_fact(problem: dict[str, list[Row]]) -> None:
     rows = [row for name in AUTHOR_SETS for row in problem[name]]
-    assert sum(len(column(problem[name], "author")) for name in AUTHOR_SETS) == len(column(rows, "author")) == 330
+    assert sum(len(column(problem[name], "author")) for name in AUTHOR_SETS) == len(column(rows, "author")) == 390
     assert len({(row["topic"], row["fact"]) for row in rows}) == len(rows)
 
 
