@@ -30,8 +30,8 @@ Overrides = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-def guarded(action: Callable[[Terminal], None], *, debug: bool) -> None:
-    """Run a command and turn what goes wrong into one line and an exit code."""
+def guarded(action: Callable[[Terminal], None], *, debug: bool, going_on: str = "The same command goes on") -> None:
+    """Run a command and turn what goes wrong into one line and an exit code; `going_on` says how after Ctrl-C."""
     terminal = Terminal()
     try:
         action(terminal)
@@ -43,7 +43,7 @@ def guarded(action: Callable[[Terminal], None], *, debug: bool) -> None:
             terminal.say(str(error))
             raise typer.Exit(2) from None
         if isinstance(error, KeyboardInterrupt):
-            terminal.say(f"Stopped. The same command goes on from the last resume point{log}.")
+            terminal.say(f"Stopped. {going_on} from the last resume point{log}.")
             raise typer.Exit(130) from None
         first = str(error).strip().splitlines()
         terminal.say(f"Failed: {type(error).__name__}{': ' + first[0] if first else ''}{log}.")
@@ -98,6 +98,44 @@ def finetune(config: Config, overrides: Overrides = None, debug: Debug = False) 
         terminal.say(f"Model: {train_model(cfg, terminal).path / 'model'}")
 
     guarded(action, debug=debug)
+
+
+@app.command()
+def tune(
+    config: Config,
+    overrides: Overrides = None,
+    space: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML: configuration keys with distributions. Default: by mode.")
+    ] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Trials in all, those of a resumed search included.")] = 60,
+    method: Annotated[str, typer.Option(help="tpe (Optuna's, of both objectives), random or grid.")] = "tpe",
+    require: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A bound on the pick, as utility>=0.97 (the default); on distance, cost_s ... too. Repeatable."
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the search in output_dir.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Search ranks, layers, targets, strengths and weights with Ray Tune: forgetting against kept utility.
+
+    The first trial is the configuration as it is. Results lie in output_dir: best.yaml (for `ray-unlearn run`), the best
+    adapter/, search.html, trials.jsonl, space.yaml, MLflow's store.
+    """
+
+    def action(terminal: Terminal) -> None:
+        cfg = load_config(config, overrides)
+        from tuning.score import parse_constraints
+        from tuning.search import Wish, search
+
+        wish = Wish.of(trials, space, method, parse_constraints(require or ()), resume=resume)
+        found = search(cfg, wish, terminal)
+        terminal.table(f"Trial {found.pick} of {len(found.trials)}", found.summary())
+        terminal.say(f"Configuration: {found.best}")
+        terminal.say(f"Page: {found.page}")
+
+    guarded(action, debug=debug, going_on="The same command with --resume goes on")
 
 
 @app.command()

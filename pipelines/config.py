@@ -259,6 +259,11 @@ class EvaluationConfig(Section):
     max_rows: int | None = Field(
         default=None, ge=1, description="Rows scored of each set, evenly spaced; null for all."
     )
+    quick: bool = Field(
+        default=False,
+        description="Likelihoods of the right answers alone: nothing is generated, no wrong answers are weighed; about "
+        "a tenth of the work.",
+    )
     robustness: tuple[RobustnessCheck, ...] = Field(
         default=(),
         description="Attempts to bring the forget set back, on the models after and oracle; any of quantised_8bit, "

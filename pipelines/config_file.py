@@ -79,6 +79,25 @@ def load_config(source: str, overrides: list[str] | None = None) -> UnlearnConfi
         raise ConfigError(_explain(error)) from error
 
 
+def with_values(cfg: UnlearnConfig, values: dict[str, Any]) -> UnlearnConfig:
+    """The configuration with some values changed, by dotted key.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    tree = cfg.model_dump(mode="json")
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    try:
+        return UnlearnConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+
+
 def _with_absolute_paths(cfg: UnlearnConfig) -> UnlearnConfig:
     """Local folders by their absolute path: workers run in another directory."""
     update: dict[str, Any] = {"output_dir": os.path.abspath(Path(cfg.output_dir).expanduser())}

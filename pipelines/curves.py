@@ -44,7 +44,7 @@ def relearn_curve(models: Mapping[str, Mapping[str, float | None]]) -> str | Non
         axes.set_ylabel("probability", color=SOFT)
         axes.legend(frameon=False, labelcolor=SOFT)
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def _relearned(entry: Mapping[str, float | None]) -> dict[int, float]:
@@ -69,22 +69,22 @@ def _loss_curve(steps: Sequence[int], values: Sequence[float]) -> str:
         elif known and min(known) >= 0:
             axes.set_ylim(bottom=0)
 
-    return _svg(draw)
+    return svg(draw)
 
 
-def _svg(draw: Callable[[Any], None]) -> str:
-    """A plot over steps as an SVG in a data address."""
+def svg(draw: Callable[[Any], None], *, size: tuple[float, float] = (4.2, 2.1), x_label: str = "step") -> str:
+    """A plot as an SVG in a data address; `size` in inches."""
     import matplotlib  # late: a second to import, for every command
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.hashsalt": "ray-unlearn", "font.size": 9, "axes.edgecolor": "#9aa1ab"}):
-        figure = Figure(figsize=(4.2, 2.1), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         draw(axes)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
         axes.tick_params(colors=SOFT, which="both")
-        axes.set_xlabel("step", color=SOFT)
+        axes.set_xlabel(x_label, color=SOFT)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()

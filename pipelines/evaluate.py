@@ -56,12 +56,12 @@ def evaluate(
 
     With a model named `oracle`, the metrics that compare with it are there for the others.
     """
-    tasks = _tasks(cfg, models, _pieces(cfg, sets))
+    tasks = _tasks(cfg, models, pieces_of(cfg, sets))
     pool: Any = ActorPool(start_workers(cfg, models))
     samples: dict[str, Samples] = defaultdict(dict)
     for done in pool.map_unordered(_start, tasks):
         for name, found in done.found.items():
-            samples[name] |= {(set_name, row): _sample(fields) for set_name, row, fields in found}
+            samples[name] |= {(set_name, row): sample_of(fields) for set_name, row, fields in found}
         advance(done.work)
     ordered = {name: _in_order(samples[name]) for name in models}
     scores = {name: summarise(ordered[name], None if name == "oracle" else ordered.get("oracle")) for name in models}
@@ -150,7 +150,8 @@ def _in_order(samples: Samples) -> list[Sample]:
     return [samples[row] for row in sorted(samples)]
 
 
-def _sample(fields: dict[str, Any]) -> Sample:
+def sample_of(fields: dict[str, Any]) -> Sample:
+    """A row's numbers, as a worker gives them, as the metrics take them."""
     fields["perturbed_losses"] = tuple(fields.get("perturbed_losses", ()))
     return Sample(**fields)
 
@@ -159,7 +160,7 @@ def _rows_scored(cfg: UnlearnConfig, sets: Sets, name: str) -> int:
     return min(sets.counts[name], cfg.evaluation.max_rows or sets.counts[name])
 
 
-def _pieces(cfg: UnlearnConfig, sets: Sets) -> list[Piece]:
+def pieces_of(cfg: UnlearnConfig, sets: Sets) -> list[Piece]:
     """All sets, thinned evenly to `evaluation.max_rows` a set."""
     cut = ray.remote(_cut)
     blocks = [(name, block) for name, rows in sets.items() for block in rows.to_arrow_refs()]

@@ -17,6 +17,7 @@ REQUEST_TIMEOUT_S = 5
 UPLOAD_TIMEOUT_S = 120
 KEY_LENGTH, VALUE_LENGTH, DIGEST_LENGTH = 250, 6000, 36  # limits in mlflow/utils/validation.py, 3.17
 RUN_KEY_TAG = "ray_unlearn.run_key"
+PARENT_TAG = "mlflow.parentRunId"  # mlflow/utils/mlflow_tags.py
 DIGEST_TAG = "ray_unlearn.adapter_digest"
 UPLOADS = ("adapter", "artifact")
 
@@ -64,15 +65,24 @@ class Store:
         return run_id
 
     def _find_run(self, record: Record) -> Any:
+        """The record's run, made where it is not there yet; inside its parent's, where it has one."""
         client, name = self._client, self._cfg.experiment
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             _unless_there(client.create_experiment, name, self._artifacts)
             experiment = client.get_experiment_by_name(name)
-        found = client.search_runs([experiment.experiment_id], f"tags.`{RUN_KEY_TAG}` = '{record['run_key']}'")
-        if found:
-            return found[-1]  # the oldest
+
+        def run_of(key: str) -> Any:
+            found = client.search_runs([experiment.experiment_id], f"tags.`{RUN_KEY_TAG}` = '{key}'")
+            return found[-1] if found else None  # the oldest
+
+        run = run_of(record["run_key"])
+        if run is not None:
+            return run
         tags = {RUN_KEY_TAG: record["run_key"]}
+        parent = run_of(record["parent_key"]) if "parent_key" in record else None
+        if parent is not None:
+            tags[PARENT_TAG] = parent.info.run_id
         return client.create_run(experiment.experiment_id, record["time_ms"], tags, record["run_name"])
 
     def _write(self, run_id: str, run: Any, records: list[Record]) -> None:
@@ -100,7 +110,9 @@ class Store:
                 client.log_inputs(run_id, [entities.DatasetInput(dataset, [context])])
             case "adapter":
                 model = first["model"] or self._cfg.model_name
-                self.versions[first["path"]] = self._register(run, Path(first["path"]), model)
+                self.versions[first["path"]] = version = self._register(run, Path(first["path"]), model)
+                if first.get("alias"):
+                    client.set_registered_model_alias(model, first["alias"], str(version))
             case "artifact":
                 client.log_artifact(run_id, first["path"])
             case _:

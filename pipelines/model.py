@@ -116,9 +116,9 @@ def attach_adapter(base: PreTrainedModel, cfg: UnlearnConfig) -> PeftModel:
         )
 
 
-def build_alignment(cfg: UnlearnConfig) -> ResidualAlignment:
-    """Base model, LoRA and objective, ready to train."""
-    model = attach_adapter(load_base(cfg.model, cfg.train.precision), cfg)
+def build_alignment(cfg: UnlearnConfig, base: PreTrainedModel | None = None) -> ResidualAlignment:
+    """Base model (loaded, unless it is given), LoRA and objective, ready to train."""
+    model = attach_adapter(load_base(cfg.model, cfg.train.precision) if base is None else base, cfg)
     settings = cfg.objective
     objective = Objective(
         residual=settings.residual,

@@ -26,6 +26,7 @@ PARAPHRASED = ("forget",)  # sets also asked in other words
 TRUTH_RATIO = ("forget", "retain", "general")  # sets whose wrong answers are weighed against the right one
 GENERATED = ("forget", "retain", "general")  # sets whose greedy answers are compared with the right one
 FACT_RECALL = {"answer": "fact_recall", "loss_paraphrased": "fact_recall_paraphrased"}  # by kind of text
+QUICK = tuple(FACT_RECALL)  # kinds of text that `evaluation.quick` leaves
 VERBATIM_TOKENS = 128  # tokens generated for plain text (open-unlearning, commit d3d7cf9)
 
 
@@ -49,6 +50,10 @@ class Scorer:
             torch.set_num_threads(max(1, int(cfg.train.cpus_per_worker)))
         self._loaded: tuple[str, PreTrainedModel, BlockRunner] | None = None
         self._encoder = Encoder(cfg.model, cfg.data.system_prompt, cfg.data.max_tokens)
+
+    def hold(self, name: str, model: PreTrainedModel) -> None:
+        """Score a model that is in memory, under that name, as it stands whenever rows are scored."""
+        self._loaded = name, model, BlockRunner(model)
 
     def score(self, name: str, rows: pa.Table) -> list[tuple[str, int, dict[str, Any]]]:
         """Set, row number and numbers of each row, under the model of that name."""
@@ -97,7 +102,11 @@ class Scorer:
         return self._loaded[1]
 
     def _score(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        found = self._likelihoods(rows, [text for index, row in enumerate(rows) for text in _texts(index, row)])
+        quick = self.cfg.evaluation.quick
+        texts = [text for index, row in enumerate(rows) for text in _texts(index, row)]
+        found = self._likelihoods(rows, [text for text in texts if not quick or text.kind in QUICK])
+        if quick:
+            return found
         asked = [index for index, row in enumerate(rows) if row["set"] in GENERATED]
         for index, value in self._rouge(rows, asked, "prompt"):
             found[index]["rouge"] = value

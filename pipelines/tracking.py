@@ -41,10 +41,17 @@ class Tracker:
     `run_id` is MLflow's id of the run, None until the server has answered once.
     """
 
-    def __init__(self, store: "Store", unsent: "_Unsent", run: Record, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        store: "Store",
+        unsent: "_Unsent",
+        run: Record,
+        warn: Callable[[str], None],
+        lock: "threading.RLock | None" = None,
+    ) -> None:
         self.run_id: str | None = None
         self._store, self._unsent, self._run, self._warn = store, unsent, run, warn
-        self._lock = threading.RLock()
+        self._lock = lock or threading.RLock()
         self._flush_at_s = self._retry_at_s = 0.0
         self._healthy = self._closed = False
         self._warned: set[str] = set()
@@ -67,8 +74,15 @@ class Tracker:
         """Log a set's name, digest (cut to MLflow's 36 characters) and number of rows; nothing of its content."""
         self._record("dataset", set=name, digest=digest[:DIGEST_LENGTH], rows=rows)
 
-    def log_adapter(self, folder: Path, name: str | None = None) -> int | None:
+    def child(self, run_name: str) -> "Tracker":
+        """A run inside this one, in MLflow's sense: a new one, or the one of that name. Close it before this one."""
+        key = self._run["run_key"]
+        run = {"run_key": f"{key}-{run_name}", "run_name": run_name, "parent_key": key}
+        return Tracker(self._store, self._unsent, run, self._warn, self._lock)
+
+    def log_adapter(self, folder: Path, name: str | None = None, alias: str | None = None) -> int | None:
         """Upload a PEFT folder and register it, as `tracking.model_name` without a name; the same weights only once.
+        An alias then points at that version, and no longer at another.
 
         Returns:
             The registered version; None when it waits for the server.
@@ -76,7 +90,7 @@ class Tracker:
         path = str(folder.resolve())
         with self._lock:
             self._store.versions.pop(path, None)
-            self._record("adapter", path=path, model=name)
+            self._record("adapter", path=path, model=name, alias=alias)
             return self._store.versions.get(path)
 
     def log_artifact(self, path: Path) -> None:

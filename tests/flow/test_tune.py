@@ -1,0 +1,162 @@
+"""A search from the command line: killed, resumed, with trials that fail, and what it leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import ray
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from pipelines.config_file import load_config
+from pipelines.console import Terminal
+from tests.flow.conftest import Command
+from tuning.record import read_trials
+from tuning.score import parse_constraints
+from tuning.search import Wish, search
+
+# Two keys that are allowed each, and cannot be together: such a trial fails, and the search goes on.
+SPACE = {
+    "solve.mode": {"choice": ["blockwise", "one_pass", "off"]},
+    "train.steps": {"choice": [0, 4]},
+    "adapter.rank": {"choice": [2, 4]},
+    "solve.strength": {"loguniform": [1e-3, 1.0], "when": {"solve.mode": "blockwise"}},
+}
+LEAST = 3  # trials before the search is killed
+TRIALS = 12
+
+
+def start(arguments: list[str]) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipelines", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, overrides: list[str]) -> tuple[Path, list[str], int]:
+    """The folder of a search whose driver was killed, its command, and how many trials had ended by then."""
+    folder = tmp_path_factory.mktemp("tune")
+    (folder / "space.yaml").write_text(yaml.safe_dump(SPACE, sort_keys=False))
+    out = folder / "out"
+    arguments = ["tune", "quick", *overrides, f"output_dir={out}", "--space", f"{folder}/space.yaml"]
+    arguments += ["--trials", str(TRIALS), "--require", "utility>=0.5"]
+    driver = start(arguments)
+    deadline = time.monotonic() + 200
+    while len(read_trials(out)) < LEAST and time.monotonic() < deadline and driver.poll() is None:
+        time.sleep(0.1)
+    assert driver.poll() is None, (out / "run.log").read_text()[-3000:]
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    with (out / "trials.jsonl").open("a") as stream:
+        stream.write('{"number": 11, "sta')  # as if it had been killed while it wrote
+    return out, arguments, len(read_trials(out))
+
+
+@pytest.fixture(scope="module")
+def resumed(killed: tuple[Path, list[str], int], command: Command) -> Path:
+    out, arguments, before = killed
+    refused = command(*arguments)
+    assert refused.returncode == 2
+    assert "holds a search, allowed: a new folder, or --resume" in refused.stderr
+    kept = {number: own for number, own in read_trials(out).items()}
+    done = command(*arguments, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert f"Going on after {before} trials" in done.stderr
+    after = read_trials(out)
+    assert {number: after[number] for number in kept} == kept
+    return out
+
+
+def test_a_killed_search_goes_on_to_the_end(resumed: Path) -> None:
+    trials = read_trials(resumed)
+    assert len(trials) == TRIALS
+    assert sum(own.values == {} for own in trials.values()) == 1, "the configuration as it is"
+    assert {own.state for own in trials.values()} >= {"finished", "failed"}
+    assert not (resumed / "checkpoints").exists()
+
+
+def test_failed_trials_say_why_and_never_win(resumed: Path) -> None:
+    trials = read_trials(resumed)
+    failed = [own for own in trials.values() if own.state == "failed"]
+    for own in failed:
+        if own.values.get("solve.mode") == "off" and own.values.get("train.steps") == 0:
+            assert "train.steps: found 0 with solve.mode=off" in str(own.reason)
+    pick = json.loads((resumed / "manifest.json").read_text())["pick"]
+    assert trials[pick].score is not None
+    scores = [own.score for own in trials.values() if own.score is not None and own.score.utility >= 0.5]
+    assert trials[pick].score.distance == min(score.distance for score in scores)
+
+
+def test_best_yaml_is_the_picked_configuration(resumed: Path) -> None:
+    best = load_config(str(resumed / "best.yaml"))
+    trials, manifest = read_trials(resumed), json.loads((resumed / "manifest.json").read_text())
+    values: dict[str, Any] = trials[manifest["pick"]].values
+    for key, value in values.items():
+        section, name = key.split(".")
+        assert getattr(getattr(best, section), name) == value
+    assert best.output_dir == f"{resumed}-best"
+    assert not best.evaluation.quick
+    base = AutoModelForCausalLM.from_pretrained(best.model.path)
+    adapted = PeftModel.from_pretrained(base, str(resumed / "adapter"))
+    assert adapted.peft_config["default"].r == best.adapter.rank
+    assert any(float(p.abs().max()) > 0 for name, p in adapted.named_parameters() if "lora_B" in name)
+
+
+def test_mlflow_holds_a_run_with_a_child_a_trial_and_the_champion(resumed: Path) -> None:
+    client = mlflow.MlflowClient(f"sqlite:///{resumed}/mlflow.db")
+    manifest = json.loads((resumed / "manifest.json").read_text())
+    parent = manifest["mlflow"]["run_id"]
+    experiment = client.get_experiment_by_name("ray-unlearn")
+    runs = client.search_runs([experiment.experiment_id])
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent]
+    assert {run.info.run_name for run in children} == {f"trial-{number:04d}" for number in read_trials(resumed)}
+    assert len(runs) == TRIALS + 1
+    for own in read_trials(resumed).values():
+        run = next(run for run in children if run.info.run_name == f"trial-{own.number:04d}")
+        assert run.info.status == ("FAILED" if own.state == "failed" else "FINISHED")
+        assert ("trial.distance" in run.data.metrics) == (own.score is not None)
+        assert set(run.data.params) == set(own.values)
+    champion = client.get_model_version_by_alias("ray-unlearn-adapter", "champion")
+    assert champion.run_id == parent
+    assert str(champion.version) == str(manifest["mlflow"]["model_version"])
+
+
+def test_no_text_of_the_forget_set_is_left_in_a_search(resumed: Path, problem: Path) -> None:
+    rows = [json.loads(line) for line in (problem / "data" / "forget.jsonl").read_text().splitlines()]
+    needles = [row[key].encode() for row in rows for key in ("fact", "author", "answer")]
+    files = [path for path in resumed.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"run.log", "mlflow.db", "trials.jsonl", "search.html", "optuna.log"}
+    for path in files:
+        content = path.read_bytes()
+        assert not [needle for needle in needles if needle in content], f"{path} holds forget text"
+
+
+def test_the_page_needs_no_other_host(resumed: Path) -> None:
+    page = (resumed / "search.html").read_text(encoding="utf-8")
+    assert "The trade-off" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert page.count("<tr class=") >= TRIALS
+
+
+def test_ended_trials_give_their_resources_back(ray_session: None, overrides: list[str], tmp_path: Path) -> None:
+    free = ray.available_resources()["CPU"]
+    cfg = load_config("quick", [*overrides, f"output_dir={tmp_path}/out", "tracking.uri=null"])
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump({"train.learning_rate": {"loguniform": [1e-6, 10.0]}}))
+    wish = Wish(9, tmp_path / "space.yaml", "random", tuple(parse_constraints(["utility>=0"])))
+    found = search(cfg, wish, Terminal())
+    assert any(own.state == "stopped" for own in found.trials.values()), "the scheduler has stopped none"
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU", 0) < free and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert ray.available_resources()["CPU"] == free

@@ -1,0 +1,111 @@
+"""Search spaces: read, refused, drawn from."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+
+from pipelines.config import ConfigError, UnlearnConfig
+from pipelines.config_file import load_config, with_values
+from tuning.space import Space, default_space, load_space, read_space
+
+TREE: dict[str, Any] = {
+    "adapter.rank": {"choice": [8, 32]},
+    "adapter.layers": {"choice": [[0, 1], None]},
+    "objective.target": {"choice": ["retain_mean", "cluster_mean"]},
+    "objective.clusters": {"int": [2, 9], "when": {"objective.target": "cluster_mean"}},
+    "solve.strength": {"loguniform": [1e-4, 1e-1]},
+}
+
+
+@pytest.fixture
+def cfg(tmp_path: Path) -> UnlearnConfig:
+    sets = [f"data.{name}.path={tmp_path}/{name}.jsonl" for name in ("forget", "retain")]
+    return load_config("quick", [f"model.path={tmp_path}", *sets])
+
+
+@pytest.fixture
+def read(tmp_path: Path, cfg: UnlearnConfig) -> Callable[[Any], Space]:
+    def from_file(tree: Any) -> Space:
+        path = tmp_path / "space.yaml"
+        path.write_text(yaml.safe_dump(tree, sort_keys=False))
+        return load_space(path, cfg)
+
+    return from_file
+
+
+def drawn(space: Space, seed: int, number: int = 40) -> list[dict[str, Any]]:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    return [space.suggest(study.ask()) for _ in range(number)]
+
+
+def test_every_draw_is_a_configuration(read: Callable[[Any], Space], cfg: UnlearnConfig) -> None:
+    found = [with_values(cfg, values) for values in drawn(read(TREE), seed=0)]
+    assert {own.adapter.rank for own in found} == {8, 32}
+    assert {own.adapter.layers for own in found} == {(0, 1), None}
+    assert all(isinstance(own.solve.strength, float) and 1e-4 <= own.solve.strength <= 1e-1 for own in found)
+
+
+def test_a_key_with_a_condition_is_drawn_only_where_it_holds(read: Callable[[Any], Space]) -> None:
+    found = drawn(read(TREE), seed=1)
+    for values in found:
+        assert ("objective.clusters" in values) == (values["objective.target"] == "cluster_mean")
+    assert any("objective.clusters" in values for values in found)
+
+
+def test_the_same_seed_draws_the_same(read: Callable[[Any], Space]) -> None:
+    space = read(TREE)
+    assert drawn(space, seed=3) == drawn(space, seed=3) != drawn(space, seed=4)
+
+
+def test_a_grid_has_every_point_once(read: Callable[[Any], Space]) -> None:
+    tree = {key: entry for key, entry in TREE.items() if key != "solve.strength"}
+    points = read(tree).points()
+    assert len(points) == 2 * 2 * (1 + 8)
+    with pytest.raises(ConfigError, match=r"solve\.strength: found loguniform, allowed with --method grid"):
+        read(TREE).points()
+
+
+def test_a_space_survives_being_written(read: Callable[[Any], Space]) -> None:
+    space = read(TREE)
+    assert read(space.tree()) == space
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ([], "allowed: configuration keys"),
+        ({"adapter.rnk": {"choice": [8]}}, "adapter.rnk: unknown key"),
+        ({"model.path": {"choice": ["a"]}}, "model.path: not a key to search over"),
+        ({"data.max_tokens": {"int": [8, 9]}}, "data.max_tokens: not a key to search over"),
+        ({"adapter.rank": [8]}, "adapter.rank: found"),
+        ({"adapter.rank": {"choice": [8], "int": [1, 2]}}, "allowed: one of choice, uniform"),
+        ({"adapter.rank": {"choice": []}}, "found no choice"),
+        ({"adapter.rank": {"int": [8, 4]}}, "two whole numbers, the smaller first"),
+        ({"adapter.rank": {"int": [1.5, 4]}}, "two whole numbers"),
+        ({"adapter.rank": {"int": [0, 4]}}, "adapter.rank: found 0, input should be greater"),
+        ({"adapter.rank": {"choice": [8, "many"]}}, "adapter.rank: found 'many'"),
+        ({"solve.strength": {"loguniform": [0, 1]}}, "two numbers above 0"),
+        ({"solve.strength": {"uniform": [-1, 1]}}, "solve.strength: found -1"),
+        ({"adapter.rank": {"choice": [8], "when": {"solve.mode": "off"}}}, "adapter.rank.when"),
+    ],
+)
+def test_what_is_no_space_is_refused_in_one_line(read: Callable[[Any], Space], tree: Any, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tree)
+    assert words in str(caught.value)
+    assert "space.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("steps", [0, 50])
+@pytest.mark.parametrize("depth", [1, 4, 30])
+def test_the_default_space_fits_any_depth(cfg: UnlearnConfig, steps: int, depth: int) -> None:
+    cfg = with_values(cfg, {"train.steps": steps})
+    space = read_space(default_space(cfg, depth), cfg, "the default space")
+    layers = {own.adapter.layers for own in (with_values(cfg, values) for values in drawn(space, 0))}
+    assert all(own is not None and 0 <= own[0] <= own[1] < depth for own in layers)
+    assert ("train.learning_rate" in space.tree()) == (steps > 0)

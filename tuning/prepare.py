@@ -1,0 +1,141 @@
+"""What a search does once for all trials: tokenise, collect the solver's statistics, score what they are compared with.
+
+The driver imports none of what models take: that is in `tuning.bench`, on the workers.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+
+from pipelines.config import UnlearnConfig
+from pipelines.config_file import with_values
+from pipelines.console import Terminal
+from pipelines.data import Sets
+from pipelines.evaluate import evaluate, evaluation_work, pieces_of
+from pipelines.prompts import Encoder
+from pipelines.shards import plan_stream
+from pipelines.tasks import result_of
+from pipelines.unlearn import oracle_of
+from tuning.space import Space
+
+
+class Shared(NamedTuple):
+    """What all trials share, as references into Ray's object store.
+
+    `cfg` is the configuration that trials change; `widest` the one whose adapter covers every trial's. `kept`, `forget`
+    and `holdout` are tokenised rows in batches; `scored` are rows as the scorer takes them, texts included.
+    """
+
+    cfg: UnlearnConfig
+    widest: UnlearnConfig
+    kept: Any
+    forget: Any
+    holdout: Any
+    scored: list[Any]
+    token_kinds: tuple[str, ...]
+    collected: Any = None
+
+
+def _collect(shared: Shared, rank: int, world_size: int) -> Any:
+    from tuning.bench import Workbench
+
+    return Workbench(shared).collect(rank, world_size)
+
+
+def _merge(*parts: Any) -> tuple[Any, bool]:
+    """All workers' statistics, and a word that they are there."""
+    for part in parts[1:]:
+        parts[0].merge(part)
+    return parts[0], True
+
+
+def save_adapter(shared: Shared, cfg: UnlearnConfig, folder: Path) -> None:
+    """Find the adapter of one configuration again, in a task, and write it in PEFT's format."""
+
+    def save() -> None:
+        from tuning.bench import Workbench
+
+        Workbench(shared).save_adapter(cfg, folder)
+
+    resources = {"num_cpus": cfg.train.cpus_per_worker, "num_gpus": cfg.train.gpus_per_worker}
+    result_of(ray.remote(max_calls=1)(save).options(**resources).remote())
+
+
+def share_work(cfg: UnlearnConfig, space: Space, sets: Sets, terminal: Terminal) -> Shared:
+    """Tokenise, and collect the solver's statistics on all workers."""
+    cfg = _quick(cfg)
+    encoder = Encoder(cfg.model, cfg.data.system_prompt, cfg.data.max_tokens)
+
+    def rows_of(dataset: Any, batch_size: int) -> Any:
+        return plan_stream(dataset, encoder, batch_size, cfg.seed, 1).shares[0].to_arrow_refs()[0]
+
+    train = cfg.train
+    kept = sets.union(("retain", "utility"), present_only=True)
+    widest, token_kinds = _widest(cfg, space)
+    shared = Shared(
+        cfg=cfg,
+        widest=widest,
+        kept=rows_of(kept, train.retain_batch_size),
+        forget=rows_of(sets.forget, train.forget_batch_size),
+        holdout=None if sets.holdout is None else rows_of(sets.holdout, train.forget_batch_size),
+        scored=[piece.rows for piece in pieces_of(cfg, _scored(sets))],
+        token_kinds=token_kinds,
+    )
+    bar = terminal.bar("Collecting statistics", train.num_workers + 1)
+    resources = {"num_cpus": train.cpus_per_worker, "num_gpus": train.gpus_per_worker}
+    task = ray.remote(max_calls=1)(_collect).options(**resources)  # a process that is kept would keep its memory
+    parts: list[Any] = [task.remote(shared, rank, train.num_workers) for rank in range(train.num_workers)]
+    add: Any = ray.remote(num_cpus=0, num_returns=2)(_merge)
+    whole, done = add.remote(*parts)
+    waiting = [*parts, done]
+    while waiting:
+        _, waiting = ray.wait(waiting, fetch_local=False)
+        bar.advance()
+    result_of(done)
+    return shared._replace(collected=whole)
+
+
+def _widest(cfg: UnlearnConfig, space: Space) -> tuple[UnlearnConfig, tuple[str, ...]]:
+    """A configuration whose adapter has all modules that any trial adapts, and the kinds of tokens that are shifted."""
+    targets, layers, kinds = dict.fromkeys(cfg.adapter.targets), [cfg.adapter.layers], {cfg.objective.tokens: None}
+    for dimension, value in space.corners():
+        if dimension.key == "adapter.targets":
+            targets |= dict.fromkeys(value)
+        elif dimension.key == "adapter.layers":
+            layers.append(value)
+        elif dimension.key == "objective.tokens":
+            kinds[value] = None
+    ranges = [own for own in layers if own is not None]
+    whole = None if len(ranges) < len(layers) else [min(r[0] for r in ranges), max(r[1] for r in ranges)]
+    values = {
+        "adapter.targets": list(targets),
+        "adapter.layers": whole,
+        "adapter.rank": 1,
+        "objective.target": "cluster_mean",
+        "objective.residual": "local",
+    }
+    return with_values(cfg, values), tuple(kinds)
+
+
+def _scored(sets: Sets) -> Sets:
+    """The sets that trials are scored on: general knowledge, which is never trained on, rather than the utility set."""
+    if sets.general is None:
+        return sets
+    return replace(sets, utility=None, counts={name: n for name, n in sets.counts.items() if name != "utility"})
+
+
+def _quick(cfg: UnlearnConfig) -> UnlearnConfig:
+    return with_values(cfg, {"evaluation.quick": True, "evaluation.robustness": []})
+
+
+def reference_scores(cfg: UnlearnConfig, sets: Sets, folder: Path, terminal: Terminal) -> dict[str, Any]:
+    """Scores of the original model and of the oracle; a search that goes on has them already."""
+    path = folder / "references.json"
+    if not path.exists():
+        cfg, sets, models = _quick(cfg), _scored(sets), {"before": cfg.model, **oracle_of(cfg, "oracle")}
+        bar = terminal.bar("Evaluating " + ", ".join(models), evaluation_work(cfg, models, sets))
+        path.write_text(json.dumps(evaluate(cfg, models, sets, bar.advance), indent=2), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))

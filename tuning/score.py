@@ -1,0 +1,145 @@
+"""What a trial is worth: how far it is from having forgotten, what it has kept, what it cost.
+
+Every number comes from the teacher-forced part of `scores.json` (`evaluation.quick`). `distance` is the mean absolute
+difference to a model that never saw the forget set, over the forget set's answers in its own words and asked in other
+words: their probability, the share of facts recalled, and the AUC of the min-k attack. With a retrain oracle its own
+scores are that model's; without one the trial's own holdout set stands in, which no model here has seen, and an AUC of
+1/2. Even a second oracle, of another seed, is not at 0.
+
+`utility` is the smallest of the kept sets' probabilities, each in units of the original model's: 1 means that nothing
+was lost. Both are comparable between trials of one search alone.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from pipelines.config import ConfigError
+
+OWN_WORDS = ("forget.probability", "forget.fact_recall", "mia.min_k")
+OTHER_WORDS = ("forget.probability_paraphrased", "forget.fact_recall_paraphrased")
+KEPT = ("retain.probability", "utility.probability", "general.probability")
+CHANCE = 0.5  # AUC of an attack that cannot tell
+UTILITY_FLOOR = 0.97
+
+Scores = Mapping[str, float | None]
+
+
+class Score(NamedTuple):
+    """One trial's values, in the words of `--require`. All but `utility` are better when they are smaller.
+
+    `robustness` is the part of `distance` that is asked in other words; `cost_s` is the seconds that finding the
+    adapter took, without evaluation.
+    """
+
+    distance: float
+    utility: float
+    forgetting: float
+    robustness: float
+    cost_s: float
+
+
+class NotANumberError(ValueError):
+    """A trial's score is not finite: it has diverged, and can never win."""
+
+
+class Constraint(NamedTuple):
+    """A bound that the pick must keep, for example `utility >= 0.97`."""
+
+    name: str
+    at_least: bool
+    bound: float
+
+    def holds(self, score: Score) -> bool:
+        """Whether a trial keeps the bound."""
+        value = getattr(score, self.name)
+        return value >= self.bound if self.at_least else value <= self.bound
+
+    def __str__(self) -> str:
+        return f"{self.name} {'>=' if self.at_least else '<='} {self.bound:g}"
+
+
+def score_trial(scores: Scores, before: Scores, oracle: Scores | None, cost_s: float) -> Score:
+    """A trial's value from its scores, the original model's, and the oracle's where there is one.
+
+    Raises:
+        NotANumberError: a score that is needed is missing or not finite.
+    """
+    own = [abs(_number(scores, name) - _target(name, scores, oracle)) for name in OWN_WORDS if name in scores]
+    other = [_gap_in_other_words(name, scores, oracle) for name in OTHER_WORDS if name in scores]
+    kept = [_number(scores, name) / max(_number(before, name), 1e-9) for name in KEPT if name in before]
+    parts = [*own, *other]
+    return Score(_mean(parts), min(kept), _mean(own), _mean(other) if other else 0.0, cost_s)
+
+
+def _target(name: str, scores: Scores, oracle: Scores | None) -> float:
+    """What a model that never saw the forget set scores."""
+    if oracle is not None:
+        return _number(oracle, name)
+    if name == "mia.min_k":
+        return CHANCE
+    return _number(scores, f"holdout.{_metric(name)}")
+
+
+def _gap_in_other_words(name: str, scores: Scores, oracle: Scores | None) -> float:
+    """The holdout set is asked in its own words only, which is easier: without an oracle, less than that is no gap."""
+    value = _number(scores, name)
+    if oracle is not None:
+        return abs(value - _number(oracle, name))
+    return max(0.0, value - _number(scores, f"holdout.{_metric(name)}"))
+
+
+def _metric(name: str) -> str:
+    return name.removeprefix("forget.").removesuffix("_paraphrased")
+
+
+def _number(scores: Scores, name: str) -> float:
+    value = scores.get(name)
+    if value is None or not math.isfinite(value):
+        raise NotANumberError(f"{name} is {value}: the trial has diverged, or the set is missing")
+    return value
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def parse_constraints(texts: Iterable[str]) -> list[Constraint]:
+    """Constraints as the command line has them; `utility >= 0.97` where nothing is said of utility.
+
+    Raises:
+        ConfigError: not `NAME>=NUMBER` or `NAME<=NUMBER`, or a name that is no field of `Score`.
+    """
+    found = [_parse(text) for text in texts]
+    if not any(constraint.name == "utility" for constraint in found):
+        found.append(Constraint("utility", at_least=True, bound=UTILITY_FLOOR))
+    return found
+
+
+def _parse(text: str) -> Constraint:
+    sign = ">=" if ">=" in text else "<="
+    name, _, bound = (part.strip() for part in text.partition(sign))
+    try:
+        number = float(bound)
+    except ValueError:
+        number = math.nan
+    if name not in Score._fields or not math.isfinite(number):
+        names = ", ".join(Score._fields)
+        raise ConfigError(f"--require: found '{text}', allowed: NAME>=NUMBER or NAME<=NUMBER, NAME one of {names}")
+    return Constraint(name, sign == ">=", number)
+
+
+def pareto_front(scores: Mapping[int, Score]) -> list[int]:
+    """Trials that no other trial beats in both distance and utility, by falling utility."""
+    front: list[int] = []
+    for number in sorted(scores, key=lambda n: (-scores[n].utility, scores[n].distance, n)):
+        if not front or scores[number].distance < scores[front[-1]].distance:
+            front.append(number)
+    return front
+
+
+def pick(scores: Mapping[int, Score], constraints: Iterable[Constraint]) -> int | None:
+    """The trial of least distance among those that keep all constraints; the cheaper one of equals. None: none does."""
+    wanted = list(constraints)
+    allowed = [number for number, score in scores.items() if all(own.holds(score) for own in wanted)]
+    return min(allowed, key=lambda n: (scores[n].distance, scores[n].cost_s, n), default=None)

@@ -1,0 +1,247 @@
+"""The search: Ray Tune runs trials that Optuna suggests, on workbenches that share one model and its statistics.
+
+Everything lies in the output folder: Optuna's journal, from which its sampler goes on, and `trials.jsonl`, one line a
+trial that has ended, from which the result is made. The first trial is the configuration as it is.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import ray
+import yaml
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+
+from pipelines.artifact import RunFolder
+from pipelines.config import ConfigError, UnlearnConfig, check_strength
+from pipelines.config_file import to_yaml, with_values
+from pipelines.console import Terminal
+from pipelines.own_answers import with_own_answers
+from pipelines.tasks import result_of
+from pipelines.tracking import Tracker, check_tracking
+from pipelines.trainer import forget_resume_points
+from pipelines.unlearn import load_checked, oracle_of, session, tracked
+from tuning.page import write_page
+from tuning.prepare import Shared, reference_scores, save_adapter, share_work
+from tuning.record import Ended, Ledger, as_configured
+from tuning.score import Constraint, Score, pick
+from tuning.space import Space, default_space, load_space, read_space
+from tuning.trial import RUNGS, Trial
+
+Method = Literal["tpe", "random", "grid"]
+OBJECTIVES = {"distance": "min", "utility": "max"}
+AS_IT_IS = "as_it_is"  # marks the trial of the configuration without changes
+SPACE_FILE, BEST_FILE = "space.yaml", "best.yaml"
+
+
+class Wish(NamedTuple):
+    """What the user asks of a search."""
+
+    trials: int
+    space: Path | None = None
+    method: Method = "tpe"
+    constraints: tuple[Constraint, ...] = ()
+    resume: bool = False
+
+    @classmethod
+    def of(
+        cls, trials: int, space: Path | None, method: str, constraints: Iterable[Constraint], *, resume: bool
+    ) -> "Wish":
+        """From the command line.
+
+        Raises:
+            ConfigError: a method that there is not.
+        """
+        methods: dict[str, Method] = {name: name for name in get_args(Method)}
+        if method not in methods:
+            raise ConfigError(f"--method: found '{method}', allowed: {', '.join(methods)}")
+        return cls(trials, space, methods[method], tuple(constraints), resume)
+
+
+class Found(NamedTuple):
+    """The result: trials by number, the pick, and the page."""
+
+    trials: dict[int, Ended]
+    pick: int
+    best: Path
+    page: Path
+
+    def summary(self) -> list[tuple[str, str]]:
+        """The pick beside the configuration as it is, for the terminal."""
+        own, first = self.trials[self.pick], as_configured(self.trials)
+        assert own.score is not None
+        rows = [(key, json.dumps(value)) for key, value in own.values.items()]
+        as_it_is = first.score._asdict() if first is not None and first.score is not None else {}
+        for name, value in own.score._asdict().items():
+            before = f"  (as configured: {as_it_is[name]:.3f})" if name in as_it_is else ""
+            rows.append((name, f"{value:.3f}{before}"))
+        return rows
+
+
+def search(cfg: UnlearnConfig, wish: Wish, terminal: Terminal) -> Found:
+    """Search a space of configurations; write the best one, its adapter and a page.
+
+    Raises:
+        ConfigError: something the user can mend; nothing has been run.
+        RuntimeError: no trial keeps the constraints; the page is written.
+    """
+    if cfg.solve.mode != "off" and cfg.train.deepspeed.stage == 3:
+        raise ConfigError("train.deepspeed.stage: found 3, allowed in a search: a model that one worker holds")
+    run = RunFolder(cfg, "tune")
+    if run.manifest() and not wish.resume:
+        raise ConfigError(f"output_dir: {run.path} holds a search, allowed: a new folder, or --resume to go on with it")
+    check_strength(cfg)
+    check_tracking(cfg.tracking, run.path)
+    with session(cfg, run.path / "run.log", terminal):
+        space = _space(cfg, wish, run)
+        trials = wish.trials if wish.method != "grid" else min(wish.trials, 1 + len(space.points()))
+        sets, _ = load_checked(cfg, terminal, oracle_of(cfg, "evaluation.oracle"))
+        run.begin(sets)
+        (run.path / SPACE_FILE).write_text(yaml.safe_dump(space.tree(), sort_keys=False), encoding="utf-8")
+        sets = with_own_answers(cfg, sets, run.path, terminal)
+        with tracked(run, sets, terminal) as tracker:
+            ledger = Ledger(run.path, tracker, terminal, trials)
+            shared = share_work(cfg, space, sets, terminal)
+            references = reference_scores(cfg, sets, run.path, terminal)
+            if ledger.left:
+                _run_trials(shared, space, wish, ledger, references)
+            return _finish(run, shared, wish, ledger, references, tracker)
+
+
+def _space(cfg: UnlearnConfig, wish: Wish, run: RunFolder) -> Space:
+    """The space of the file, of the search that goes on, or the default one."""
+    before = run.path / SPACE_FILE
+    if wish.space is None and not before.exists():
+        return read_space(default_space(cfg, _depth(cfg)), cfg, "the default space")
+    space = load_space(wish.space or before, cfg)
+    if before.exists() and space != load_space(before, cfg):
+        raise ConfigError(
+            f"--space: {wish.space} differs from the space of the search in {run.path}, allowed: the same"
+        )
+    return space
+
+
+def _depth(cfg: UnlearnConfig) -> int:
+    """Blocks of the model; asked in a task, since the driver imports none of what that takes."""
+
+    def blocks(model: Any) -> int:
+        from pipelines.model import load_model_config
+
+        return int(load_model_config(model).get_text_config().num_hidden_layers)
+
+    return result_of(ray.remote(num_cpus=1)(blocks).remote(cfg.model))
+
+
+def _run_trials(
+    shared: Shared, space: Space, wish: Wish, ledger: Ledger, references: Mapping[str, dict[str, float | None]]
+) -> None:
+    train = shared.cfg.train
+    trainable = tune.with_parameters(Trial, shared=shared, before=references["before"], oracle=references.get("oracle"))
+    resources = {"CPU": train.cpus_per_worker, **({"GPU": train.gpus_per_worker} if train.gpus_per_worker else {})}
+    by_gradient = train.steps > 0 or any(dimension.key == "train.steps" for dimension in space.dimensions)
+    asha = ASHAScheduler(metric="distance", mode="min", max_t=RUNGS, grace_period=1, reduction_factor=2)
+    folder = ledger.folder / "checkpoints"
+    _quiet_tune()
+    tune.Tuner(
+        tune.with_resources(trainable, resources),
+        tune_config=tune.TuneConfig(
+            search_alg=_sampled(space, wish, shared.cfg.seed, ledger),
+            scheduler=asha if by_gradient else None,
+            num_samples=ledger.left,
+            max_concurrent_trials=train.num_workers,
+            reuse_actors=True,
+            trial_dirname_creator=_folder_name,
+        ),
+        run_config=tune.RunConfig(
+            name=f"tune-{time.time_ns()}",
+            storage_path=str(folder),
+            verbose=0,
+            callbacks=[ledger],
+            failure_config=tune.FailureConfig(max_failures=0),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
+    ).fit()
+
+
+def _sampled(space: Space, wish: Wish, seed: int, ledger: Ledger) -> Any:
+    """Ray Tune's Optuna search, whose study is told what the ledger knows."""
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    seed += len(ledger.trials)  # a search that goes on must not draw the same values again
+    samplers = {
+        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True),
+        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+        "grid": lambda: optuna.samplers.RandomSampler(seed=seed),  # its points are given
+    }
+
+    found = OptunaSearch(
+        partial(_suggest, space),
+        metric=list(OBJECTIVES),
+        mode=list(OBJECTIVES.values()),
+        sampler=samplers[wish.method](),
+        storage=JournalStorage(JournalFileBackend(str(ledger.folder / "optuna.log"))),
+        study_name="search",
+    )
+    study = found._ot_study
+    assert study is not None
+    if study.trials:
+        ledger.settle(study)
+    else:
+        study.enqueue_trial({}, user_attrs={AS_IT_IS: True})
+        for point in space.points() if wish.method == "grid" else ():
+            study.enqueue_trial(point)
+    return found
+
+
+def _suggest(space: Space, trial: Any) -> dict[str, Any]:
+    """What a trial is sent, from Optuna's."""
+    values = {} if AS_IT_IS in trial.user_attrs else space.suggest(trial)
+    return {"number": trial.number, "values": json.dumps(values)}
+
+
+def _folder_name(trial: Any) -> str:
+    return f"{trial.config['number']:04d}"
+
+
+def _quiet_tune() -> None:
+    """Tune without its own files and signal handler: trials.jsonl is the record, Ctrl-C a KeyboardInterrupt."""
+    os.environ.update(TUNE_DISABLE_SIGINT_HANDLER="1", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1")
+
+
+def _finish(
+    run: RunFolder,
+    shared: Shared,
+    wish: Wish,
+    ledger: Ledger,
+    references: Mapping[str, dict[str, float | None]],
+    tracker: Tracker,
+) -> Found:
+    """Pick, write best.yaml and its adapter, draw the page, tell MLflow."""
+    cfg = run.cfg
+    forget_resume_points(cfg)
+    scores: dict[int, Score] = {n: own.score for n, own in ledger.trials.items() if own.score is not None}
+    chosen = pick(scores, wish.constraints)
+    page = write_page(run.path, ledger.trials, chosen, wish.constraints, references)
+    tracker.log_artifact(page)
+    if chosen is None:
+        wanted = ", ".join(map(str, wish.constraints))
+        raise RuntimeError(f"none of {len(ledger.trials)} trials keeps {wanted}; the page is {page}")
+    best = with_values(cfg, {**ledger.trials[chosen].values, "output_dir": f"{run.path}-best"})
+    (run.path / BEST_FILE).write_text(to_yaml(best), encoding="utf-8")
+    adapter = run.path / "adapter"
+    save_adapter(shared, with_values(shared.cfg, ledger.trials[chosen].values), adapter)
+    version = tracker.log_adapter(adapter, alias="champion")
+    tracker.log_scores("pick", scores[chosen]._asdict())
+    tracker.log_artifact(run.path / BEST_FILE)
+    run.update(pick=chosen, mlflow={"run_id": tracker.run_id, "uri": cfg.tracking.uri, "model_version": version})
+    run.seal()
+    return Found(ledger.trials, chosen, run.path / BEST_FILE, page)
