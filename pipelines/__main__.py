@@ -120,7 +120,7 @@ def tune(
 ) -> None:
     """Search ranks, layers, targets, strengths and weights with Ray Tune: forgetting against kept utility.
 
-    The first trial is the configuration as it is. Results lie in output_dir: best.yaml (for `ray-unlearn run`), the best
+    The first trial is the configuration as it is. Results lie in output_dir: best.yaml (for `ray-unlearn run`), its
     adapter/, search.html, trials.jsonl, space.yaml, MLflow's store.
     """
 

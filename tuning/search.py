@@ -105,9 +105,9 @@ def search(cfg: UnlearnConfig, wish: Wish, terminal: Terminal) -> Found:
         (run.path / SPACE_FILE).write_text(yaml.safe_dump(space.tree(), sort_keys=False), encoding="utf-8")
         sets = with_own_answers(cfg, sets, run.path, terminal)
         with tracked(run, sets, terminal) as tracker:
-            ledger = Ledger(run.path, tracker, terminal, trials)
             shared = share_work(cfg, space, sets, terminal)
             references = reference_scores(cfg, sets, run.path, terminal)
+            ledger = Ledger(run.path, tracker, terminal, trials)
             if ledger.left:
                 _run_trials(shared, space, wish, ledger, references)
             return _finish(run, shared, wish, ledger, references, tracker)

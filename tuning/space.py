@@ -180,19 +180,20 @@ def default_space(cfg: UnlearnConfig, depth: int) -> dict[str, Any]:
     Args:
         depth: blocks of the model.
     """
-    starts = sorted({0, depth // 8, depth // 4, depth // 2})
-    layers = [[first, depth - 1] for first in starts] + [[0, depth // 2], [depth // 4, 3 * depth // 4]]
+    last = depth - 1
+    # The lowest blocks matter: without them nothing was forgotten at a price worth it (docs/one_pass.md).
+    layers = [[0, last], [0, 3 * last // 4], [depth // 8, last]]
     tree: dict[str, Any] = {
         "adapter.rank": {"choice": [8, 16, 32, 64]},
-        "adapter.layers": {"choice": [own for own in layers if own[0] <= own[1]]},
+        "adapter.layers": {"choice": [own for place, own in enumerate(layers) if own not in layers[:place]]},
         "objective.tokens": {"choice": ["answer", "all"]},
         "objective.target": {"choice": ["cluster_mean", "retain_mean"]},
         "objective.clusters": {"choice": [8, 32, 128], "when": {"objective.target": "cluster_mean"}},
     }
     if cfg.solve.mode != "off":
         tree |= {
-            "solve.strength": {"loguniform": [2e-4, 2e-2]},
-            "solve.utility_weight": {"choice": [0.5, 1.0, 2.0]},
+            "solve.strength": {"loguniform": [5e-4, 2e-2]},
+            "solve.utility_weight": {"choice": [1.0, 2.0, 4.0]},
         }
     if cfg.train.steps > 0:
         tree |= {

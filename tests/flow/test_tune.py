@@ -15,7 +15,9 @@ import ray
 import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from pipelines.__main__ import app
 from pipelines.config_file import load_config
 from pipelines.console import Terminal
 from tests.flow.conftest import Command
@@ -147,6 +149,30 @@ def test_the_page_needs_no_other_host(resumed: Path) -> None:
     assert "The trade-off" in page
     assert "http" not in page.replace("http://www.w3.org", "")
     assert page.count("<tr class=") >= TRIALS
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--method", "guess"], "--method: found 'guess', allowed: tpe, random, grid"),
+        (["--require", "wisdom>=1"], "--require: found 'wisdom>=1', allowed: NAME>=NUMBER"),
+        (["--space", "{folder}/none.yaml"], "none.yaml: cannot be read (FileNotFoundError)"),
+        (["--space", "{folder}/space.yaml"], "space.yaml: adapter.rank: found 0, input should be greater"),
+        (["--method", "grid"], "solve.strength: found loguniform, allowed with --method grid: choice or int"),
+        (["train.deepspeed.stage=3"], "train.deepspeed.stage: found 3, allowed in a search"),
+        (["data.holdout=null"], "data.holdout: missing, required by solve.strength=auto"),
+    ],
+)
+def test_a_mistake_in_a_search_is_one_line_and_exit_code_2(
+    ray_session: None, overrides: list[str], tmp_path: Path, options: list[str], words: str
+) -> None:
+    (tmp_path / "space.yaml").write_text("adapter.rank: {int: [0, 4]}")
+    own = [option.format(folder=tmp_path) for option in options]
+    result = CliRunner().invoke(app, ["tune", "quick", *overrides, f"output_dir={tmp_path}/out", *own])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert words in result.stderr
+    left = {path.name for path in (tmp_path / "out").glob("*")} if (tmp_path / "out").exists() else set()
+    assert left <= {"run.log"}
 
 
 def test_ended_trials_give_their_resources_back(ray_session: None, overrides: list[str], tmp_path: Path) -> None:
