@@ -2,14 +2,20 @@
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from pipelines.config import ConfigError
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The output_dir of a finished run.")]
 
 SHOWN_SCORES = (
     ("forget.rouge", "Forget: ROUGE-L recall"),
@@ -113,3 +119,25 @@ class Bar:
         """Fill the bar."""
         total = self._progress.tasks[self._task].total
         self._progress.update(self._task, total=total or 1, completed=total or 1, note="")
+
+
+def guarded(action: Callable[[Terminal], None], *, debug: bool) -> None:
+    """Run a command and turn what goes wrong into one line and an exit code; a command's own `typer.Exit` stands."""
+    terminal = Terminal()
+    try:
+        action(terminal)
+    except typer.Exit:
+        raise
+    except (ConfigError, KeyboardInterrupt, Exception) as error:
+        if debug:
+            raise
+        log = f"; the log is {terminal.log_path}" if terminal.log_path is not None else ""
+        if isinstance(error, ConfigError):
+            terminal.say(str(error))
+            raise typer.Exit(2) from None
+        if isinstance(error, KeyboardInterrupt):
+            terminal.say(f"Stopped. The same command goes on from the last resume point{log}.")
+            raise typer.Exit(130) from None
+        first = str(error).strip().splitlines()
+        terminal.say(f"Failed: {type(error).__name__}{': ' + first[0] if first else ''}{log}.")
+        raise typer.Exit(1) from None
