@@ -1,12 +1,23 @@
 """The part of the command line that deals with clusters and finished artifacts."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from pipelines.console import Debug, RunDir, Terminal, guarded
 
 app = typer.Typer()
+job = typer.Typer(help="A submitted job: its state, its log, its end.", no_args_is_help=True)
+app.add_typer(job, name="job")
+Address = Annotated[
+    str,
+    typer.Option(
+        metavar="URL",
+        help="The cluster's job server. Its token: RAY_AUTH_MODE=token, RAY_AUTH_TOKEN=... (environment).",
+    ),
+]
+JobId = Annotated[str, typer.Argument(metavar="JOB_ID")]
 
 
 @app.command()
@@ -38,3 +49,99 @@ def gate(
         terminal.say(f"Passed: {run_dir}")
 
     guarded(action, debug=debug)
+
+
+@app.command()
+def submit(
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND CONFIG [KEY=VALUE]...")],
+    address: Address,
+    follow: Annotated[
+        bool, typer.Option("--follow/--no-wait", help="Show the log to the end, or only print the job's id.")
+    ] = True,
+    env_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Variables for the job, NAME=value a line: keys, passwords.")
+    ] = None,
+    install: Annotated[
+        bool, typer.Option(help="Install the pinned packages on the nodes, or take what their image has.")
+    ] = True,
+    debug: Debug = False,
+) -> None:
+    """Run a command in a cluster, as a Ray job: submit --address URL -- run CONFIG ...
+
+    Ships this installation's code and the configuration; paths in it are the cluster's. Exit code: the job's.
+    """
+
+    def action(terminal: Terminal) -> None:
+        from deploy.cluster import Cluster
+        from deploy.submit import plan_job
+
+        plan = plan_job(command, env_file, install=install)
+        cluster = Cluster(address)
+        job_id = cluster.submit(plan)
+        if not follow:
+            typer.echo(job_id)
+            return
+        terminal.say(f"Job: {job_id}")
+        _follow(cluster, job_id, terminal)
+
+    guarded(action, debug=debug)
+
+
+@job.command()
+def status(job_id: JobId, address: Address, debug: Debug = False) -> None:
+    """Print PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+
+    def action(_: Terminal) -> None:
+        from deploy.cluster import Cluster
+
+        typer.echo(str(Cluster(address).info(job_id).status))
+
+    guarded(action, debug=debug)
+
+
+@job.command()
+def logs(
+    job_id: JobId,
+    address: Address,
+    follow: Annotated[bool, typer.Option("--follow", help="On to the job's end; the exit code is the job's.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Print a job's log."""
+
+    def action(terminal: Terminal) -> None:
+        from deploy.cluster import Cluster
+
+        cluster = Cluster(address)
+        if follow:
+            _follow(cluster, job_id, terminal)
+        else:
+            typer.echo(cluster.logs(job_id), nl=False)
+
+    guarded(action, debug=debug)
+
+
+@job.command()
+def stop(job_id: JobId, address: Address, debug: Debug = False) -> None:
+    """Stop a job and wait for its end. The same submission goes on from the last resume point."""
+
+    def action(terminal: Terminal) -> None:
+        from deploy.cluster import Cluster
+
+        terminal.say(f"{job_id}: {'stopped' if Cluster(address).stop(job_id) else 'had ended before'}")
+
+    guarded(action, debug=debug)
+
+
+def _follow(cluster: Any, job_id: str, terminal: Terminal) -> None:
+    """Show a job's log to its end, and end with its exit code."""
+    from deploy.cluster import exit_code
+
+    try:
+        info = cluster.follow(job_id, lambda text: typer.echo(text, nl=False))
+    except KeyboardInterrupt:
+        terminal.say(f"The job goes on. To stop it: ray-unlearn job stop --address {cluster.address} {job_id}")
+        raise typer.Exit(130) from None
+    code = exit_code(info)
+    if code and info.driver_exit_code is None:  # it never ran, so the log does not say why
+        terminal.say(f"{job_id}: {info.status}: {' '.join(str(info.message).split())[:2000]}")
+    raise typer.Exit(code)
