@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pipelines.config import ConfigError
 from pipelines.console import Debug, RunDir, Terminal, guarded
 
 app = typer.Typer()
@@ -47,6 +48,36 @@ def gate(
         if reasons:
             raise typer.Exit(3)
         terminal.say(f"Passed: {run_dir}")
+
+    guarded(action, debug=debug)
+
+
+@app.command()
+def serve(
+    run_dir: RunDir,
+    host: Annotated[str, typer.Option(help="The address to listen on; anybody who reaches it can ask.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 512,
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that wait while one is answered, at most.")] = 32,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Size of a request, at most.")] = 65536,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs for the model; 0 answers on a CPU.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Serve a run's merged model with Ray Serve: POST /v1/completions as OpenAI's, GET /healthz."""
+
+    def action(terminal: Terminal) -> None:
+        try:
+            from deploy.serve import Settings
+            from deploy.server import serve_run
+        except ImportError as error:
+            raise ConfigError(f"serve: {error}; allowed: ray-unlearn installed with its extra, cluster") from None
+        limits = {"max_tokens": max_tokens, "max_queue": max_queue, "max_body_bytes": max_body_bytes}
+        settings = Settings(run_dir=str(run_dir.resolve()), gpus=gpus, **limits)
+        try:
+            serve_run(settings, host, port, terminal)
+        except KeyboardInterrupt:
+            terminal.say("Stopped.")
+            raise typer.Exit(130) from None
 
     guarded(action, debug=debug)
 

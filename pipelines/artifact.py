@@ -22,6 +22,7 @@ NOT_SEALED = (
     "report.html",
     "manifest.json",
     "run.log",
+    "serve.log",
     "mlflow.db",
     "mlartifacts",
     "checkpoints",

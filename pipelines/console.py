@@ -59,9 +59,10 @@ class Terminal:
                 TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self._console,
             )  # fmt: skip
             try:
-                with self._progress:
-                    yield
+                yield
             finally:
+                if self._progress.tasks:  # else it would end with an empty line
+                    self._progress.stop()
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os.dup2(own[0], 2)
@@ -77,6 +78,7 @@ class Terminal:
     def bar(self, description: str, total: int | None) -> "Bar":
         """A progress bar with time left; `total` None while it is not known."""
         assert self._progress is not None
+        self._progress.start()
         if not self._console.is_terminal:
             self.say(f"{description} ...")
         return Bar(self._progress, self._progress.add_task(description, total=total, note=""))
