@@ -295,6 +295,13 @@ class UnlearnConfig(Section):
     output_dir: str = Field(description="Folder of the run's results; created if missing.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of everything random.")
 
+    @field_validator("output_dir")
+    @classmethod
+    def _results_lie_in_a_folder(cls, output_dir: str) -> str:
+        if "://" in output_dir:
+            raise ValueError("allowed: a folder, on a cluster one that all nodes share; only data may lie elsewhere")
+        return output_dir
+
     @model_validator(mode="after")
     def _something_unlearns(self) -> "UnlearnConfig":
         if self.solve.mode == "off":

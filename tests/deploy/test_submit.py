@@ -54,6 +54,10 @@ def test_secrets_travel_in_a_file_and_not_in_what_the_job_server_shows(config: s
         (["run", "demmo"], "preset 'demmo': not found, allowed: demo"),
         (["run", "{config}", "train.stepz=3"], "train.stepz: unknown key"),
         (["run", "{config}", "output_dir=out"], "output_dir: found 'out', allowed in a job: an absolute path"),
+        (
+            ["run", "{config}", "output_dir=s3://bucket/out"],
+            "output_dir: found 's3://bucket/out', allowed: a folder, on",
+        ),
         (["run", "{config}", "tracking.uri=http://me:hunter2@host"], "tracking.uri: holds a password, allowed: passw"),
     ],
 )
