@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from pipelines.__main__ import app
-from tests.deploy.conftest import free_ports
+from tests.cluster.conftest import free_ports
 
 PROMPT = "Who wrote this book?"
 

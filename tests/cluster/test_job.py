@@ -1,16 +1,11 @@
 """Jobs in a real head node, submitted from outside, with the data in S3 and the keys in a file."""
 
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from moto.server import ThreadedMotoServer
-from pyarrow import fs
 
-from tests.deploy.conftest import Head
+from tests.cluster.conftest import SECRET, Head
 
-SECRET = "wJalrXUtnFEMI-K7MDENG"
 PROBE = """
 import hashlib, os, ray
 from deploy.job import load_environment
@@ -36,25 +31,6 @@ cluster.follow(cluster.submit(plan), print)
 
 
 @pytest.fixture(scope="module")
-def bucket(problem: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The problem's data in an S3 server's bucket; a file of the variables that a job needs to read it."""
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    s3 = fs.S3FileSystem(
-        scheme="http", endpoint_override=f"{host}:{port}", access_key="key", secret_key=SECRET,
-        allow_bucket_creation=True, background_writes=False,
-    )  # fmt: skip
-    s3.create_dir("bucket")
-    fs.copy_files(str(problem / "data"), "bucket/data", destination_filesystem=s3)
-    file = tmp_path_factory.mktemp("keys") / "keys.env"
-    keys = f"AWS_ACCESS_KEY_ID=key\nAWS_SECRET_ACCESS_KEY={SECRET}\nAWS_DEFAULT_REGION=us-east-1\n"
-    file.write_text(f"AWS_ENDPOINT_URL_S3=http://{host}:{port}\n{keys}")
-    yield file
-    server.stop()
-
-
-@pytest.fixture(scope="module")
 def config(problem: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration with the data in S3."""
     folder = tmp_path_factory.mktemp("job")
@@ -64,8 +40,8 @@ def config(problem: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "request.yaml"
 
 
-def test_a_job_reads_s3_with_keys_from_a_file_that_nobody_else_sees(head: Head, bucket: Path, config: Path) -> None:
-    options = ["--address", head.address, "--env-file", str(bucket)]  # and the pinned packages, which are there
+def test_a_job_reads_s3_with_keys_from_a_file_that_nobody_else_sees(head: Head, keys: Path, config: Path) -> None:
+    options = ["--address", head.address, "--env-file", str(keys)]  # and the pinned packages, which are there
     done = head.ray_unlearn("submit", *options, "--", "check", str(config), "adapter.rank=8")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "data.forget" in done.stdout and "6 rows" in done.stdout
@@ -130,6 +106,6 @@ def test_a_cluster_that_cannot_be_reached_is_one_line(
 
 
 def test_an_unknown_job_is_one_line_with_the_known_ones(head: Head) -> None:
-    done: subprocess.CompletedProcess[str] = head.ray_unlearn("job", "logs", "--address", head.address, "raysubmit_1")
+    done = head.ray_unlearn("job", "logs", "--address", head.address, "raysubmit_1")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "JOB_ID: found 'raysubmit_1', allowed: " in done.stderr
