@@ -33,7 +33,7 @@ $(MODEL)/config.json: .venv/.base
 	touch $@
 
 .venv/.test: .venv/.base
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[cluster,demo,dev]"
 	touch $@
 
 clean:                 ## remove runs; the environment and the model stay

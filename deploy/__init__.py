@@ -1,1 +1,1 @@
-"""What takes finished artifacts and jobs to a cluster. Nothing here yet."""
+"""What takes finished artifacts and jobs to a cluster."""

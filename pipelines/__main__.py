@@ -2,15 +2,15 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+import deploy.commands
 from pipelines.config import ConfigError, ModelConfig
 from pipelines.config_file import describe, load_config, preset_names
-from pipelines.console import Terminal
+from pipelines.console import Debug, RunDir, Terminal, guarded
 from pipelines.synthetic import write_problem
 
 app = typer.Typer(
@@ -27,29 +27,6 @@ Config = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it, for example train.steps=50.")
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-
-def guarded(action: Callable[[Terminal], None], *, debug: bool, going_on: str = "The same command goes on") -> None:
-    """Run a command and turn what goes wrong into one line and an exit code; `going_on` says how after Ctrl-C."""
-    terminal = Terminal()
-    try:
-        action(terminal)
-    except (ConfigError, KeyboardInterrupt, Exception) as error:
-        if debug:
-            raise
-        log = f"; the log is {terminal.log_path}" if terminal.log_path is not None else ""
-        if isinstance(error, ConfigError):
-            terminal.say(str(error))
-            raise typer.Exit(2) from None
-        if isinstance(error, KeyboardInterrupt):
-            terminal.say(f"Stopped. {going_on} from the last resume point{log}.")
-            raise typer.Exit(130) from None
-        first = str(error).strip().splitlines()
-        terminal.say(f"Failed: {type(error).__name__}{': ' + first[0] if first else ''}{log}.")
-        raise typer.Exit(1) from None
-
-
 KEYS = "\b\nConfiguration keys, with their defaults:\n" + "\n".join(
     f"  {key} = {default}\n      {meaning}" for key, default, meaning in describe()
 )
@@ -164,13 +141,34 @@ def evaluate(
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], debug: Debug = False) -> None:
+def report(run_dir: RunDir, debug: Debug = False) -> None:
     """Rebuild a run's page, report.html, from the files beside it."""
 
     def action(terminal: Terminal) -> None:
         from pipelines.report import write_report
 
         terminal.say(f"Report: {write_report(run_dir)}")
+
+    guarded(action, debug=debug)
+
+
+@app.command()
+def verify(run_dir: RunDir, debug: Debug = False) -> None:
+    """Compare every file of a run with the digests in its manifest; exit code 1 names what differs.
+
+    The manifest itself, the page, the log and MLflow's store have no digest. A manifest is not signed: keep a copy of
+    it elsewhere if somebody might write a new one.
+    """
+
+    def action(terminal: Terminal) -> None:
+        from pipelines.verify import differences
+
+        found = differences(run_dir)
+        for line in found:
+            terminal.say(line)
+        if found:
+            raise typer.Exit(1)
+        terminal.say(f"Verified: {run_dir}")
 
     guarded(action, debug=debug)
 
@@ -194,6 +192,9 @@ def make_data(
         terminal.say(f"{folder}: " + ", ".join(f"{name} {rows} rows" for name, rows in counts.items()))
 
     guarded(action, debug=debug)
+
+
+app.add_typer(deploy.commands.app)
 
 
 def main() -> Any:

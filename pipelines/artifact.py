@@ -22,6 +22,7 @@ NOT_SEALED = (
     "report.html",
     "manifest.json",
     "run.log",
+    "serve.log",
     "mlflow.db",
     "mlartifacts",
     "checkpoints",
@@ -136,10 +137,7 @@ class RunFolder:
 
     def seal(self) -> None:
         """Write every result's digest into the manifest and call the run complete."""
-        files = sorted(
-            p for p in self.path.rglob("*") if p.is_file() and p.relative_to(self.path).parts[0] not in NOT_SEALED
-        )
-        self.update(status="complete", files={str(p.relative_to(self.path)): file_digest(p) for p in files})
+        self.update(status="complete", files=file_digests(self.path))
 
     def _write(self, name: str, text: str) -> None:
         partial = self.path / f".{name}.partial"
@@ -173,6 +171,12 @@ def model_digest(path: str) -> str | None:
         digest.update(file.name.encode())
         digest.update(file_digest(file).encode())
     return digest.hexdigest()
+
+
+def file_digests(run_dir: Path) -> dict[str, str]:
+    """Digests of a run folder's results, by their paths in it."""
+    files = sorted(p for p in run_dir.rglob("*") if p.is_file() and p.relative_to(run_dir).parts[0] not in NOT_SEALED)
+    return {str(p.relative_to(run_dir)): file_digest(p) for p in files}
 
 
 def file_digest(path: Path) -> str:

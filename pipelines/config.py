@@ -228,6 +228,9 @@ class TrainConfig(Section):
     num_workers: int = Field(default=1, ge=1, description="Ray Train workers.")
     cpus_per_worker: float = Field(default=1, gt=0, description="CPU cores of a worker; also its number of threads.")
     gpus_per_worker: float = Field(default=0, ge=0, description="GPUs of a worker; 0 trains on CPUs.")
+    wait_s: float = Field(
+        default=0, ge=0, description="Seconds that an autoscaling cluster gets to start the nodes the workers need."
+    )
     checkpoint_every: int = Field(default=50, ge=1, description="Steps between resume points.")
     max_failures: int = Field(
         default=3, ge=0, description="How often a run restarts from its last resume point by itself."
@@ -296,6 +299,13 @@ class UnlearnConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     output_dir: str = Field(description="Folder of the run's results; created if missing.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of everything random.")
+
+    @field_validator("output_dir")
+    @classmethod
+    def _results_lie_in_a_folder(cls, output_dir: str) -> str:
+        if "://" in output_dir:
+            raise ValueError("allowed: a folder, on a cluster one that all nodes share; only data may lie elsewhere")
+        return output_dir
 
     @model_validator(mode="after")
     def _something_unlearns(self) -> "UnlearnConfig":

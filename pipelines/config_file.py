@@ -56,6 +56,15 @@ def preset_names() -> list[str]:
 
 
 def load_config(source: str, overrides: list[str] | None = None) -> UnlearnConfig:
+    """`read_config`, with local folders by their absolute paths: workers run in another directory.
+
+    Raises:
+        ConfigError: as `read_config`.
+    """
+    return _with_absolute_paths(read_config(source, overrides))
+
+
+def read_config(source: str, overrides: list[str] | None = None) -> UnlearnConfig:
     """Read a YAML file or a preset, apply dotted overrides, validate.
 
     Raises:
@@ -74,7 +83,7 @@ def load_config(source: str, overrides: list[str] | None = None) -> UnlearnConfi
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{source}: not a configuration: {' '.join(str(error).split())}") from error
     try:
-        return _with_absolute_paths(UnlearnConfig.model_validate(values))
+        return UnlearnConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from error
 
@@ -99,7 +108,6 @@ def with_values(cfg: UnlearnConfig, values: dict[str, Any]) -> UnlearnConfig:
 
 
 def _with_absolute_paths(cfg: UnlearnConfig) -> UnlearnConfig:
-    """Local folders by their absolute path: workers run in another directory."""
     update: dict[str, Any] = {"output_dir": os.path.abspath(Path(cfg.output_dir).expanduser())}
     if Path(cfg.model.path).expanduser().exists():
         path = os.path.abspath(Path(cfg.model.path).expanduser())

@@ -2,14 +2,20 @@
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from pipelines.config import ConfigError
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The output_dir of a finished run.")]
 
 SHOWN_SCORES = (
     ("forget.rouge", "Forget: ROUGE-L recall"),
@@ -53,9 +59,10 @@ class Terminal:
                 TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self._console,
             )  # fmt: skip
             try:
-                with self._progress:
-                    yield
+                yield
             finally:
+                if self._progress.tasks:  # else it would end with an empty line
+                    self._progress.stop()
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os.dup2(own[0], 2)
@@ -71,6 +78,7 @@ class Terminal:
     def bar(self, description: str, total: int | None) -> "Bar":
         """A progress bar with time left; `total` None while it is not known."""
         assert self._progress is not None
+        self._progress.start()
         if not self._console.is_terminal:
             self.say(f"{description} ...")
         return Bar(self._progress, self._progress.add_task(description, total=total, note=""))
@@ -113,3 +121,28 @@ class Bar:
         """Fill the bar."""
         total = self._progress.tasks[self._task].total
         self._progress.update(self._task, total=total or 1, completed=total or 1, note="")
+
+
+def guarded(action: Callable[[Terminal], None], *, debug: bool, going_on: str = "The same command goes on") -> None:
+    """Run a command and turn what goes wrong into one line and an exit code; a command's own `typer.Exit` stands.
+
+    `going_on` says how to go on after Ctrl-C.
+    """
+    terminal = Terminal()
+    try:
+        action(terminal)
+    except typer.Exit:
+        raise
+    except (ConfigError, KeyboardInterrupt, Exception) as error:
+        if debug:
+            raise
+        log = f"; the log is {terminal.log_path}" if terminal.log_path is not None else ""
+        if isinstance(error, ConfigError):
+            terminal.say(str(error))
+            raise typer.Exit(2) from None
+        if isinstance(error, KeyboardInterrupt):
+            terminal.say(f"Stopped. {going_on} from the last resume point{log}.")
+            raise typer.Exit(130) from None
+        first = str(error).strip().splitlines()
+        terminal.say(f"Failed: {type(error).__name__}{': ' + first[0] if first else ''}{log}.")
+        raise typer.Exit(1) from None

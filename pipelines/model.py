@@ -1,5 +1,6 @@
 """Models: found, checked without their weights, loaded on the worker, digested."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,7 @@ def load_model_config(model: ModelConfig, key: str = "model.path") -> Pretrained
             raise ConfigError(f"{key}: {model.path} is not a model folder: found no config.json in it")
         if not list(folder.glob("*.safetensors")):
             raise ConfigError(f"{key}: {model.path} holds no .safetensors weights; pickled weights are refused")
+        _refuse_weights_elsewhere(folder, key)
     try:
         return AutoConfig.from_pretrained(
             model.path,
@@ -42,6 +44,20 @@ def load_model_config(model: ModelConfig, key: str = "model.path") -> Pretrained
         raise ConfigError(
             f"{key}: {model.path} cannot be loaded ({found}); allowed: a model folder or a hub name"
         ) from None
+
+
+def _refuse_weights_elsewhere(folder: Path, key: str) -> None:
+    """Weights in several files have an index that names them: names in this folder, and safetensors alone."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ConfigError(f"{key}: {index} is no index of weights, allowed: what save_pretrained writes") from None
+    for name in sorted(map(str, names)):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ConfigError(f"{key}: {index} names '{name}', allowed: .safetensors files of that folder")
 
 
 def check_models(cfg: UnlearnConfig, others: dict[str, ModelConfig]) -> "ModelSize":

@@ -138,7 +138,7 @@ def read_run(run_dir: Path) -> Run:
     """Read a run folder. Only a run of no steps (`train.steps=0`) may lack losses.jsonl."""
     config_text = _read(run_dir / "config.yaml")
     config = load_config(str(run_dir / "config.yaml"))
-    scores, manifest = _read_json(run_dir / "scores.json"), _read_json(run_dir / "manifest.json")
+    scores, manifest = read_json(run_dir / "scores.json"), read_json(run_dir / "manifest.json")
     models = scores.get("models")
     if not isinstance(models, dict) or not {"before", "after"} <= models.keys():
         raise ConfigError(
@@ -174,8 +174,12 @@ def _read(path: Path) -> str:
         raise ConfigError(f"{path}: {found}; allowed: a folder written by ray-unlearn run") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON mapping of schema 1. NaN and Infinity, which no run writes, become null."""
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON mapping of schema 1. NaN and Infinity, which no run writes, become null.
+
+    Raises:
+        ConfigError: the file is missing or is not what `ray-unlearn run` writes.
+    """
     try:
         content = json.loads(_read(path), parse_constant=lambda _: None)
     except json.JSONDecodeError as error:

@@ -5,12 +5,14 @@ import queue
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.data import Dataset
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -25,20 +27,43 @@ from pipelines.worker import Job, train_worker
 Listener = Callable[[dict[str, Any]], None]
 
 
-def check_resources(train: TrainConfig) -> None:
-    """Refuse more workers than the cluster can hold.
+def check_resources(train: TrainConfig, say: Callable[[str], None]) -> None:
+    """Refuse more workers than the cluster can hold; an autoscaling one is asked for nodes, and has `train.wait_s`.
 
     Raises:
         ConfigError: names what is asked for and what the cluster has.
     """
+    here = ray.get_runtime_context().get_node_id()
+    own = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+    if own.get("CPU", 0) < 1:
+        raise ConfigError("RAY_ADDRESS: this node of the cluster has no CPU for tasks, allowed: to start on one with 1")
+    refusal = _lack(train)
+    if refusal and train.wait_s:
+        say(f"Waiting up to {train.wait_s:g} s for nodes: {refusal}")
+        each = {"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker}
+        request_resources(bundles=[{kind: count for kind, count in each.items() if count}] * train.num_workers)
+        deadline_s = time.monotonic() + train.wait_s
+        try:
+            while refusal and time.monotonic() < deadline_s:
+                time.sleep(1)
+                refusal = _lack(train)
+        finally:
+            request_resources(bundles=[])  # else the nodes would stay for ever
+    if refusal:
+        raise ConfigError(refusal)
+
+
+def _lack(train: TrainConfig) -> str:
+    """What the cluster lacks for the workers; empty where it lacks nothing."""
     have = ray.cluster_resources()
     for kind, each in (("CPU", train.cpus_per_worker), ("GPU", train.gpus_per_worker)):
         needed = train.num_workers * each
         if needed > have.get(kind, 0):
-            raise ConfigError(
+            return (
                 f"train.num_workers: found {train.num_workers} with {each:g} {kind} each, "
                 f"allowed: {needed:g} {kind} or fewer in all, this cluster has {have.get(kind, 0):g}"
             )
+    return ""
 
 
 def zero_stage(train: TrainConfig, model_path: str, gpu_bytes: int) -> int:

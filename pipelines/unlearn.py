@@ -176,7 +176,7 @@ def load_checked(cfg: UnlearnConfig, terminal: Terminal, others: dict[str, Model
     The model is checked in a task, without its weights, while the data is read: the driver imports none of what that
     takes. `others` are further models that will be needed, by their keys.
     """
-    check_resources(cfg.train)
+    check_resources(cfg.train, terminal.say)
     size = on_this_node(_check_models).remote(cfg, others)
     sets = load_sets(cfg.data)
     checked = Checked(sets, result_of(size))

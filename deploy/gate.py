@@ -1,0 +1,73 @@
+"""The gate before a deployment: a run whose verdict or scores miss what is required is refused, with the reasons.
+
+The verdict is the report's own (`pipelines.report.verdict`), so the gate and the page never disagree.
+"""
+
+import operator
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+from pipelines.config import ConfigError
+from pipelines.report import Level, read_run, verdict
+
+COMPARISONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
+NUMBER = r"-?\d+(\.\d+)?(e-?\d+)?"
+REQUIREMENT = re.compile(rf"(?P<model>\w+)\.(?P<score>[\w.]+)\s*(?P<sign><=|>=|<|>)\s*(?P<limit>{NUMBER})")
+ALLOWED = "MODEL.SCORE<=NUMBER, or with >=, < or >, for example after.forget.probability<=0.2"
+
+
+class Requirement(NamedTuple):
+    """One score that must lie on one side of a limit."""
+
+    model: str
+    score: str
+    sign: str
+    limit: float
+
+
+def parse_requirement(text: str) -> Requirement:
+    """Read `after.forget.probability<=0.2`.
+
+    Raises:
+        ConfigError: it does not read like that.
+    """
+    match = REQUIREMENT.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(f"--require: found '{text}', allowed: {ALLOWED}")
+    return Requirement(match["model"], match["score"], match["sign"], float(match["limit"]))
+
+
+def reasons_to_refuse(run_dir: Path, requirements: Sequence[Requirement], levels: Sequence[str]) -> list[str]:
+    """One line for each requirement that the run misses; none when it may pass.
+
+    Args:
+        run_dir: a finished run.
+        requirements: what scores must hold.
+        levels: the verdicts that may pass.
+
+    Raises:
+        ConfigError: no finished run, or a model, score or verdict that it does not have.
+    """
+    for level in levels:
+        if level not in get_args(Level):
+            raise ConfigError(f"--verdict: found '{level}', allowed: {', '.join(get_args(Level))}")
+    scores = read_run(run_dir).scores
+    level, sentence = verdict(scores)
+    reasons = [] if level in levels else [f"verdict: {level}, required: {' or '.join(levels)} ({sentence})"]
+    for model, score, sign, limit in requirements:
+        value = _score(scores["models"], model, score)
+        if value is None or not COMPARISONS[sign](value, limit):
+            reasons.append(f"{model}.{score}: {'not measured' if value is None else value}, required: {sign} {limit:g}")
+    return reasons
+
+
+def _score(models: dict[str, Any], model: str, score: str) -> float | None:
+    """A score, None where the run could not measure it."""
+    entries = {name: entry for name, entry in models.items() if entry}
+    if model not in entries:
+        raise ConfigError(f"--require: found model '{model}', this run has: {', '.join(entries)}")
+    if score not in entries[model]:
+        raise ConfigError(f"--require: found score '{score}', {model} has: {', '.join(sorted(entries[model]))}")
+    return entries[model][score]

@@ -1,0 +1,54 @@
+"""`ray-unlearn serve`: Ray Serve on this machine or cluster, until Ctrl-C."""
+
+import socket
+import threading
+from pathlib import Path
+
+import ray
+from ray import serve
+
+from deploy.serve import APPLICATION, Settings, build_app
+from pipelines.config import ConfigError, ModelConfig
+from pipelines.config_file import load_config
+from pipelines.console import Terminal
+from pipelines.tasks import on_this_node, result_of
+from pipelines.unlearn import session
+
+
+def serve_run(settings: Settings, host: str, port: int, terminal: Terminal) -> None:
+    """Serve a run's merged model until it is interrupted.
+
+    Raises:
+        ConfigError: no finished run, a model that is not safetensors, a port that is taken, more GPUs than there are.
+    """
+    run_dir = Path(settings.run_dir)
+    if not (run_dir / "model").is_dir():
+        raise ConfigError(f"RUN_DIR: {run_dir / 'model'} not found, allowed: the output_dir of a finished run")
+    _refuse_taken_port(host, port)
+    with session(load_config(str(run_dir / "config.yaml")), run_dir / "serve.log", terminal):
+        result_of(on_this_node(_check_model).remote(settings.model))
+        have = ray.cluster_resources().get("GPU", 0)
+        if settings.gpus > have:
+            raise ConfigError(f"--gpus: found {settings.gpus:g}, allowed: up to {have:g}, which this cluster has")
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+        try:
+            serve.run(build_app(settings), name=APPLICATION)
+            terminal.say(f"Serving {settings.name} at http://{host}:{port}/v1/completions; Ctrl-C stops it.")
+            threading.Event().wait()
+        finally:
+            serve.shutdown()
+
+
+def _refuse_taken_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"--port: {host}:{port} cannot be had ({error.strerror}), allowed: a free one") from None
+
+
+def _check_model(model: ModelConfig) -> None:
+    from pipelines.model import load_model_config
+
+    load_model_config(model, "RUN_DIR")

@@ -1,0 +1,98 @@
+"""The whole story: three nodes, a job from outside, data in S3, an MLflow server, a node that dies in the middle."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from tests.cluster.conftest import Head, kill_tree, running_head
+from tests.pipelines.test_tracking import Server
+
+STEPS, KILL_AT, CHECKPOINT_EVERY = 160, 40, 10
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[tuple[Head, list[psutil.Process]]]:
+    """A head with one CPU, for the driver, and two nodes with two CPUs each, for the workers."""
+    with running_head(1) as head, ExitStack() as stack:
+        nodes = []
+        for name in "ab":  # each with a folder of its own, as on machines of their own
+            options = ["--num-cpus", "2", "--address", f"127.0.0.1:{head.port}", "--temp-dir", str(head.folder / name)]
+            nodes.append(stack.enter_context(head.ray_start(*options)))
+        yield head, nodes
+
+
+@pytest.fixture(scope="module")
+def tracking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    server = Server(tmp_path_factory.mktemp("mlflow"))
+    server.start()
+    yield server.uri
+    server.kill()
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    """The steps that the driver has heard of, in that order."""
+    path = run_dir / "losses.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def trains(node: psutil.Process) -> bool:
+    return any("RayTrainWorker" in " ".join(one.cmdline()) for one in node.children(recursive=True))
+
+
+def test_a_job_outlives_a_node(
+    cluster: tuple[Head, list[psutil.Process]], keys: Path, tracking: str, overrides: list[str], tmp_path: Path
+) -> None:
+    head, nodes = cluster
+    changes = [
+        override.replace(override.split("=")[1].rsplit("/", 1)[0], "s3://bucket/data") for override in overrides[1:]
+    ]
+    changes += [overrides[0], "solve.mode=off", f"train.steps={STEPS}", f"train.checkpoint_every={CHECKPOINT_EVERY}"]
+    changes += [f"tracking.uri={tracking}", "train.wait_s=60"]
+    options = [
+        "submit",
+        "--address",
+        head.address,
+        "--no-install",
+        "--env-file",
+        str(keys),
+        "--",
+        "run",
+        "quick",
+        *changes,
+    ]
+
+    whole = head.ray_unlearn(*options, f"output_dir={tmp_path}/whole")
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+
+    command = [sys.executable, "-m", "pipelines", *options, f"output_dir={tmp_path}/broken"]
+    with (tmp_path / "told").open("w") as told:
+        job = subprocess.Popen(command, env=head.environment, stdout=told, stderr=told)
+    while len(steps_of(tmp_path / "broken")) < KILL_AT and job.poll() is None:
+        time.sleep(0.05)
+    (lost,) = [node for node in nodes if trains(node)]
+    kill_tree(lost)
+    assert job.wait(timeout=240) == 0, (tmp_path / "told").read_text()
+    steps = steps_of(tmp_path / "broken")
+    (again,) = [step for before, step in pairwise(steps) if step <= before]  # where it went on, and once only
+    assert 0 < again < STEPS and again % CHECKPOINT_EVERY == 0
+    assert set(steps) == set(range(STEPS))
+
+    verified = head.ray_unlearn("verify", str(tmp_path / "broken"))
+    assert verified.returncode == 0, verified.stderr
+    adapters = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "broken")]
+    assert_close(adapters[1], adapters[0], rtol=1e-4, atol=1e-6)
+    record = json.loads((tmp_path / "broken" / "manifest.json").read_text())["mlflow"]
+    run = mlflow.MlflowClient(tracking).get_run(record["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["after.forget.probability"] > 0
