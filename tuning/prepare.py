@@ -61,7 +61,7 @@ def save_adapter(shared: Shared, cfg: UnlearnConfig, folder: Path) -> None:
         Workbench(shared).save_adapter(cfg, folder)
 
     resources = {"num_cpus": cfg.train.cpus_per_worker, "num_gpus": cfg.train.gpus_per_worker}
-    result_of(ray.remote(max_calls=1)(save).options(**resources).remote())
+    result_of(ray.remote(save).options(**resources).remote())
 
 
 def share_work(cfg: UnlearnConfig, space: Space, sets: Sets, terminal: Terminal) -> Shared:
@@ -86,7 +86,7 @@ def share_work(cfg: UnlearnConfig, space: Space, sets: Sets, terminal: Terminal)
     )
     bar = terminal.bar("Collecting statistics", train.num_workers + 1)
     resources = {"num_cpus": train.cpus_per_worker, "num_gpus": train.gpus_per_worker}
-    task = ray.remote(max_calls=1)(_collect).options(**resources)  # a process that is kept would keep its memory
+    task = ray.remote(_collect).options(**resources)
     parts: list[Any] = [task.remote(shared, rank, train.num_workers) for rank in range(train.num_workers)]
     add: Any = ray.remote(num_cpus=0, num_returns=2)(_merge)
     whole, done = add.remote(*parts)
