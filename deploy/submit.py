@@ -45,7 +45,7 @@ def plan_job(command: Sequence[str], env_file: Path | None, *, install: bool) ->
         ConfigError: the command, its configuration or a file is not what it must be; nothing has been sent.
     """
     arguments, own = _shipped_command(command)
-    files: dict[str, Path | str] = {name: _source(name) for name in (*PACKAGES, CONSTRAINTS)} | own
+    files: dict[str, Path | str] = {**{name: _source(name) for name in (*PACKAGES, CONSTRAINTS)}, **own}
     runtime_env: dict[str, Any] = {}
     if install:
         project = tomllib.loads(_source("pyproject.toml").read_text(encoding="utf-8"))["project"]
