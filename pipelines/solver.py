@@ -1,9 +1,10 @@
 """The one-pass solver on a worker: statistics of its rows, adapters from everybody's, and the strength that fits.
 
 The right strength leaves the forget set as likely as text that the model has never seen: less leaves traces, more is a
-tell-tale. Without a retrained oracle the holdout set says how likely that is: the strength is chosen at which an
-attacker can do no better than chance. The statistics are collected once, so each strength that is tried costs a solve
-and a forward over the forget and holdout rows.
+tell-tale. Without a retrained oracle the holdout set says how likely that is: the strength is chosen at which forget
+rows stand half a standard deviation of chance on the side of text that is known, since of two strengths that so few
+rows cannot tell apart the weaker does less harm. The statistics are collected once, so each strength that is tried
+costs a solve and a forward over the forget and holdout rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,6 +46,12 @@ class Trial(NamedTuple):
     gap: float
 
 
+def chance_gap(forget: int, holdout: int) -> float:
+    """The gap that so many rows have by chance: the standard deviation of AUC between like sets (Mann & Whitney 1947).
+    It vanishes with the number of rows."""
+    return ((forget + holdout + 1) / (12 * forget * holdout)) ** 0.5
+
+
 def gap(forget: list[Likelihood], holdout: list[Likelihood]) -> float:
     """AUC - 1/2, averaged over both scores; AUC is the chance that a holdout row looks less known than a forget row."""
     truth = [0] * len(forget) + [1] * len(holdout)
@@ -53,8 +60,8 @@ def gap(forget: list[Likelihood], holdout: list[Likelihood]) -> float:
     return sum(aucs) / len(aucs) - 0.5
 
 
-def search_strength(try_strength: Callable[[float], float], trials: int = TRIALS) -> list[Trial]:
-    """All trials, the one whose gap is nearest to 0 last: by a factor until 0 lies between two, then in between.
+def search_strength(try_strength: Callable[[float], float], aim: float, trials: int = TRIALS) -> list[Trial]:
+    """All trials, the one whose gap is nearest to `aim` last: by a factor until it lies between two, then in between.
 
     The gap falls with the strength; where two are equally near the weaker strength is the better one.
     """
@@ -62,16 +69,16 @@ def search_strength(try_strength: Callable[[float], float], trials: int = TRIALS
     strength = FIRST_STRENGTH
     while len(done) < trials:
         done.append(Trial(strength, try_strength(strength)))
-        if abs(done[-1].gap) <= CLOSE_ENOUGH:
+        if abs(done[-1].gap - aim) <= CLOSE_ENOUGH:
             break
-        weak = max((trial for trial in done if trial.gap > 0), default=None)
-        strong = min((trial for trial in done if trial.gap <= 0), default=None)
+        weak = max((trial for trial in done if trial.gap > aim), default=None)
+        strong = min((trial for trial in done if trial.gap <= aim), default=None)
         if weak is None or strong is None:
             strength *= FACTOR if strong is None else 1 / FACTOR
-        else:  # where a line through both gaps meets 0, but well inside
-            share = min(max(weak.gap / (weak.gap - strong.gap), 0.2), 0.8)
+        else:  # where a line through both gaps meets the aim, but well inside
+            share = min(max((weak.gap - aim) / (weak.gap - strong.gap), 0.2), 0.8)
             strength = weak.strength * (strong.strength / weak.strength) ** share
-    return sorted(done, key=lambda trial: (-abs(trial.gap), -trial.strength))
+    return sorted(done, key=lambda trial: (-abs(trial.gap - aim), -trial.strength))
 
 
 class WorkerSolver:
@@ -115,10 +122,14 @@ class WorkerSolver:
             return gap(self._likelihoods(forget), self._likelihoods(holdout))
 
         tried: list[float] = []
-        trials = search_strength(try_strength)
+        trials = search_strength(try_strength, chance_gap(self._count(forget), self._count(holdout)) / 2)
         if trials[-1].strength != tried[-1]:
             self.one_pass.solve(forget, trials[-1].strength)
         return trials
+
+    def _count(self, batches: list[UnlearnBatch]) -> int:
+        """Rows of all workers."""
+        return len(_of_all_workers([None for batch in batches for real in batch.attention_BT.any(1).tolist() if real]))
 
     @torch.no_grad()
     def _likelihoods(self, batches: list[UnlearnBatch]) -> list[Likelihood]:

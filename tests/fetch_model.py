@@ -4,6 +4,7 @@ Usage: python -m tests.fetch_model FOLDER
 """
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,7 @@ def convert(gguf: Path, target: Path) -> None:
     partial = target.with_name(f".{target.name}.partial")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    shutil.rmtree(target, ignore_errors=True)  # of an earlier environment
     partial.rename(target)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.solver import TRIALS, Likelihood, gap, search_strength
+from pipelines.solver import TRIALS, Likelihood, chance_gap, gap, search_strength
 
 
 def rows(*values: float) -> list[Likelihood]:
@@ -28,18 +28,29 @@ def test_the_search_ends_near_the_right_strength(right: float) -> None:
         tried.append(strength)
         return max(-0.5, min(0.5, 0.4 * (right / strength) ** 0.5 - 0.4))  # 0 at the right one, ever flatter above it
 
-    trials = search_strength(try_strength, trials=12)
+    trials = search_strength(try_strength, aim=0.0, trials=12)
     assert len(tried) == len(trials) <= 12
     assert trials[-1].strength == pytest.approx(right, rel=0.25)
     assert abs(trials[-1].gap) == min(abs(trial.gap) for trial in trials)
 
 
 def test_equally_close_strengths_give_the_weaker() -> None:
-    trials = search_strength(lambda strength: 0.2 if strength < 3e-3 else -0.2)
+    trials = search_strength(lambda strength: 0.2 if strength < 3e-3 else -0.2, aim=0.0)
     assert len(trials) == TRIALS
     assert trials[-1].gap == 0.2
     assert trials[-1].strength == min(trial.strength for trial in trials)
 
 
 def test_a_gap_that_never_closes_ends_with_the_closest() -> None:
-    assert search_strength(lambda _strength: 0.4)[-1].gap == 0.4
+    assert search_strength(lambda _strength: 0.4, aim=0.1)[-1].gap == 0.4
+
+
+def test_the_gap_that_chance_makes_vanishes_with_the_number_of_rows() -> None:
+    assert chance_gap(1, 1) == 0.5  # one row on each side: whichever is above, AUC is 0 or 1
+    assert chance_gap(9, 9) == pytest.approx((19 / 972) ** 0.5)
+    assert chance_gap(9000, 9000) < 0.005
+
+
+def test_the_search_aims_at_the_gap_it_is_given() -> None:
+    trials = search_strength(lambda strength: 0.5 - 100 * strength, aim=0.14, trials=12)
+    assert trials[-1].gap == pytest.approx(0.14, abs=0.03)
