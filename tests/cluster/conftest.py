@@ -103,7 +103,7 @@ def running_head(cpus: int) -> Iterator[Head]:
             yield head
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     """A cluster of one node with two CPUs."""
     with running_head(2) as running:

@@ -59,6 +59,7 @@ def make_run(problem: Path, folder: Path) -> Path:
 def start(run_dir: Path, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "pipelines", "serve", str(run_dir), *options]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_A")}
+    environment["RAY_ADDRESS"] = "local"  # a cluster that somebody else left on this machine is not joined
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -76,8 +77,8 @@ def server(problem: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield Server(process, run_dir, port)
     finally:
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130
-        assert process.stderr.read() == "Stopped.\n"
+        assert process.wait(timeout=150) == 130
+        assert "Stopped.\n" in process.stderr.read()
 
 
 def test_a_completion_is_what_the_model_generates(server: Server) -> None:

@@ -33,7 +33,7 @@ def command() -> Command:
             capture_output=True,
             text=True,
             timeout=timeout_s,
-            env={**os.environ, "COLUMNS": "200"},
+            env={**os.environ, "COLUMNS": "200", "RAY_ADDRESS": "local"},  # no cluster left on this machine is joined
             check=False,
         )
 

@@ -42,6 +42,7 @@ def start(arguments: list[str]) -> "subprocess.Popen[bytes]":
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        env={**os.environ, "RAY_ADDRESS": "local"},
     )
 
 
