@@ -11,8 +11,12 @@ from pipelines.config import ConfigError
 
 def on_this_node(function: Any) -> Any:
     """A Ray task for the node whose files the driver sees."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=1)(function).options(scheduling_strategy=here)
+    return ray.remote(num_cpus=1)(function).options(scheduling_strategy=this_node())
+
+
+def this_node() -> NodeAffinitySchedulingStrategy:
+    """The driver's node: what dies with it is lost with the driver anyway."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def result_of(task: Any) -> Any:

@@ -22,6 +22,7 @@ from pipelines.artifact import weight_bytes
 from pipelines.config import ConfigError, TrainConfig, UnlearnConfig
 from pipelines.prompts import Encoder
 from pipelines.shards import ShardByRank, plan_stream
+from pipelines.tasks import this_node
 from pipelines.worker import Job, train_worker
 
 Listener = Callable[[dict[str, Any]], None]
@@ -119,7 +120,7 @@ class Trainer:
     def fit(self, *, steps: int, learning_rate: float, final_rate: float, listener: Listener) -> Result:
         """Train to the end, resuming from this output folder's last resume point; `listener` hears of every step."""
         cfg, train = self.cfg, self.cfg.train
-        messages = Queue(actor_options={"num_cpus": 0})
+        messages = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node()})  # outlives workers' nodes
         job = Job(
             cfg=cfg,
             kind=self.kind,
