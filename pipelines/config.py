@@ -156,9 +156,10 @@ class ObjectiveConfig(Section):
 
     @model_validator(mode="after")
     def _something_pushes(self) -> "ObjectiveConfig":
-        if self.weights.forget == 0 and self.weights.output == 0:
+        if self.weights.forget == self.weights.output == self.weights.task == 0:
             raise ValueError(
-                "weights.forget and weights.output are both 0: nothing would be forgotten; allowed: one above 0"
+                "weights.forget, weights.output and weights.task are all 0: nothing would be learned or forgotten; "
+                "allowed: one above 0"
             )
         return self
 
@@ -287,7 +288,10 @@ class TrackingConfig(Section):
 class UnlearnConfig(Section):
     """One unlearning problem, from the data to the report."""
 
-    task: Literal["causal_lm"] = Field(default="causal_lm", description="The kind of model.")
+    task: Literal["causal_lm", "sequence_classification", "image_classification"] = Field(
+        default="causal_lm",
+        description="What the model does: say an answer, or tell the class (data.columns.label) of a text or an image.",
+    )
     model: ModelConfig
     data: DataConfig
     adapter: AdapterConfig = AdapterConfig()

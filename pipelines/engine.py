@@ -15,7 +15,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class EngineState(NamedTuple):
-    """Trainable parameters and their optimizer moments by name, gathered from all workers; empty but on rank 0."""
+    """Trainable parameters (and batch normalisation's statistics) and their optimizer moments by name, gathered from
+    all workers; empty but on rank 0."""
 
     parameters: dict[str, Tensor]
     moments: dict[str, Tensor]
@@ -90,6 +91,11 @@ class Engine:
                 value = self._full(parameter, moment)
                 if keep:
                     moments[f"{name}.{moment}"] = value.detach().float().cpu().clone()
+        for name, statistic in self._batch_statistics():
+            mean = statistic.clone()  # every worker has seen its own rows
+            torch.distributed.all_reduce(mean)
+            if keep:
+                parameters[name] = (mean / torch.distributed.get_world_size()).cpu()
         return EngineState(parameters, moments)
 
     def place(self, values: dict[str, Tensor]) -> None:
@@ -97,6 +103,9 @@ class Engine:
         for name, parameter in self._trainable():
             if name in values:
                 self._set_full(parameter, None, values[name])
+        for name, statistic in self._batch_statistics():
+            if name in values:
+                statistic.copy_(values[name])
 
     def load(self, state: EngineState, step: int) -> None:
         """Take over parameters and moments after one backward and step at learning rate 0 has made the optimizer's
@@ -110,6 +119,13 @@ class Engine:
 
     def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
+
+    def _batch_statistics(self) -> Iterator[tuple[str, Tensor]]:
+        """What batch normalisation learns besides its parameters, where it learns."""
+        for name, module in self.module.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+                for kind in ("running_mean", "running_var"):
+                    yield f"{name}.{kind}", getattr(module, kind)
 
     def _torch_optimizer(self) -> torch.optim.Optimizer:
         wrapper = self.engine.optimizer

@@ -90,9 +90,12 @@ class _Worker:
     """The actor around a scorer; what a scorer imports is imported here, not on the driver."""
 
     def __init__(self, cfg: UnlearnConfig, models: dict[str, ModelConfig]) -> None:
-        from pipelines.scorer import Scorer
+        if cfg.task == "causal_lm":
+            from pipelines.scorer import Scorer
+        else:
+            from pipelines.class_scorer import ClassScorer as Scorer
 
-        self._scorer = Scorer(cfg, models)
+        self._scorer: Any = Scorer(cfg, models)
 
     def score(self, name: str, rows: pa.Table) -> Done:
         return Done({name: self._scorer.score(name, rows)}, work=rows.num_rows)
@@ -164,11 +167,13 @@ def pieces_of(cfg: UnlearnConfig, sets: Sets) -> list[Piece]:
     """All sets, thinned evenly to `evaluation.max_rows` a set."""
     cut = ray.remote(_cut)
     blocks = [(name, block) for name, rows in sets.items() for block in rows.to_arrow_refs()]
-    found = ray.get([cut.remote(block, sets.counts[name], _rows_scored(cfg, sets, name)) for name, block in blocks])
+    size = max(ROWS_A_PIECE, cfg.evaluation.batch_size)
+    limits = {name: _rows_scored(cfg, sets, name) for name in sets.names()}
+    found = ray.get([cut.remote(block, sets.counts[name], limits[name], size) for name, block in blocks])
     return [Piece(name, piece) for (name, _), pieces in zip(blocks, found, strict=True) for piece in pieces]
 
 
-def _cut(block: pa.Table, count: int, limit: int) -> list[Any]:
+def _cut(block: pa.Table, count: int, limit: int, size: int) -> list[Any]:
     keep = [(row + 1) * limit // count > row * limit // count for row in block["row"].to_pylist()]
     rows = block.filter(pa.array(keep, pa.bool_()))
-    return [ray.put(rows.slice(start, ROWS_A_PIECE)) for start in range(0, rows.num_rows, ROWS_A_PIECE)]
+    return [ray.put(rows.slice(start, size)) for start in range(0, rows.num_rows, size)]

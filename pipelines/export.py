@@ -9,6 +9,7 @@ from ray.train import Checkpoint
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from pipelines.classes import load_image_processor
 from pipelines.config import UnlearnConfig
 from pipelines.finetune import build_answer_training
 from pipelines.model import build_alignment
@@ -24,7 +25,8 @@ def write_model(cfg: UnlearnConfig, checkpoint: Checkpoint, folder: str, full: b
     with checkpoint.as_directory() as source:
         trained = load_file(Path(source) / "trained.safetensors")
     wanted = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    assert set(trained) == wanted, "the checkpoint is of another model"
+    statistics = {name for name, _ in module.named_buffers()}
+    assert wanted <= set(trained) <= wanted | statistics, "the checkpoint is of another model"
     module.load_state_dict(trained, strict=False)
     model = module.model
     assert isinstance(model, (PeftModel, PreTrainedModel))
@@ -44,7 +46,9 @@ def _publish(model: PeftModel | PreTrainedModel, target: Path, cfg: UnlearnConfi
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(str(partial))
     if cfg is not None:
-        load_tokenizer(cfg.model).save_pretrained(partial)
+        reads_images = cfg.task == "image_classification"
+        reader = load_image_processor(cfg.model) if reads_images else load_tokenizer(cfg.model, ends=False)
+        reader.save_pretrained(partial)
     else:
         (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     shutil.rmtree(target, ignore_errors=True)

@@ -12,28 +12,32 @@ from rfa.residual import BlockRunner
 
 
 class AnswerLoss(NamedTuple):
-    """Cross-entropy of the answers' tokens."""
+    """Cross-entropy of the answers' tokens, or of classes."""
 
     total: Tensor
 
 
 class AnswerTraining(nn.Module):
-    """A causal language model that learns answers; logits are computed at the positions that predict them alone."""
+    """A model that learns answers or classes; logits are computed at the positions that predict them alone.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    A classifier trains as its architecture means it to, with dropout and batch statistics.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, classifies: bool) -> None:
         super().__init__()
         self.model = model
         self.runner = BlockRunner(model)
+        self.train(classifies)
 
     def forward(self, batch: UnlearnBatch, counts: TokenCounts) -> AnswerLoss:
         """The batch's share of the step's mean cross-entropy over answer tokens."""
-        out = self.runner(batch.input_ids_BT, batch.attention_BT, logits_at_BT=batch.answer_BT)
+        out = self.runner(batch, logits_at_BT=batch.answer_BT)
         assert out.logits_NV is not None
-        label_N = batch.input_ids_BT[:, 1:][batch.answer_BT[:, :-1]]
+        label_N = batch.expected(batch.answer_BT)
         loss = nn.functional.cross_entropy(out.logits_NV.float(), label_N, reduction="sum")
         return AnswerLoss(loss / max(counts.retain_answer, 1))
 
 
 def build_answer_training(cfg: UnlearnConfig) -> AnswerTraining:
     """The model with all parameters trainable."""
-    return AnswerTraining(load_base(cfg.model))
+    return AnswerTraining(load_base(cfg.model, task=cfg.task), classifies=cfg.task != "causal_lm")

@@ -15,11 +15,11 @@ from ray.train import Checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipelines.classes import encoder_of
 from pipelines.config import UnlearnConfig
 from pipelines.engine import Engine, EngineState, deepspeed_settings, zero3_loading
 from pipelines.finetune import build_answer_training
 from pipelines.model import build_alignment
-from pipelines.prompts import load_tokenizer
 from pipelines.shards import batches_of
 from pipelines.solver import WorkerSolver
 from pipelines.worker import Job
@@ -61,29 +61,9 @@ def run_worker(job: Job) -> None:
     if train.activation_checkpointing:
         _checkpoint_activations(module)
     engine = Engine(module, deepspeed, world_size)
-    pad_token_id = int(load_tokenizer(job.cfg.model).pad_token_id)  # pyright: ignore[reportArgumentType]
-    loop = _Loop(job, engine, module, rank, world_size, pad_token_id)
+    loop = _Loop(job, engine, module, rank, world_size)
     loop.run()
     del keep_alive
-
-
-def _rows_of(name: str, number_of_batches: int, start: int = 0) -> Iterator[list[Row]]:
-    """This worker's rows of batch after batch."""
-    share = ray.train.get_dataset_shard(name)
-    assert share is not None
-    for rows in batches_of(share, number_of_batches, start):
-        yield [row_of(row) for row in rows]
-
-
-def row_of(record: dict[str, Any]) -> Row:
-    """A row as the Encoder gives it, for a batch."""
-    return Row(
-        list(record["input_ids"]),
-        int(record["answer_start"]),
-        int(record["row"]),
-        int(record["label"]),
-        utility=record["set"] == "utility",
-    )
 
 
 def kept_tokens(cfg: UnlearnConfig, index: int, batches: int) -> int:
@@ -102,11 +82,10 @@ def _checkpoint_activations(module: nn.Module) -> None:
 class _Loop:
     """The steps of one worker."""
 
-    def __init__(
-        self, job: Job, engine: Engine, module: nn.Module, rank: int, world_size: int, pad_token_id: int
-    ) -> None:
+    def __init__(self, job: Job, engine: Engine, module: nn.Module, rank: int, world_size: int) -> None:
         self.job, self.engine, self.module = job, engine, module
-        self.rank, self.world_size, self.pad_token_id = rank, world_size, pad_token_id
+        self.rank, self.world_size, self.encoder = rank, world_size, encoder_of(job.cfg)
+        self._blank: Row | None = None
         self.seconds = 0.0
         self.tokens = 0
         self.solve_s = 0.0
@@ -137,18 +116,26 @@ class _Loop:
         self._report(step, final=True)
 
     def _stream(self, step: int) -> Iterator[StepRows]:
-        trained = {name: number for name, number in self.job.batches.items() if name != "holdout"}
-        sources = {name: _rows_of(name, number, start=step) for name, number in trained.items()}
+        trained = [name for name in self.job.batches if name != "holdout"]
+        sources = {name: self._rows_of(name, step) for name in trained}
         while True:
             rows = {name: next(source) for name, source in sources.items()}
             yield StepRows(rows["retain"], rows.get("forget", []))
 
+    def _rows_of(self, name: str, start: int = 0) -> Iterator[list[Row]]:
+        """This worker's rows of a stream, batch after batch."""
+        share = ray.train.get_dataset_shard(name)
+        assert share is not None
+        return (self.encoder.rows(records) for records in batches_of(share, self.job.batches[name], start))
+
+    def _batch(self, retain: list[Row], forget: list[Row]) -> UnlearnBatch:
+        if self._blank is None and not retain and not forget:
+            self._blank = self.encoder.blank()
+        return collate(retain, forget, self.encoder.pad_token_id, self._blank).to(self.engine.device)
+
     def _micro_batches(self, rows: StepRows) -> list[UnlearnBatch]:
         parts = self.job.cfg.train.accumulation
-        return [
-            collate(rows.retain[part::parts], rows.forget[part::parts], self.pad_token_id).to(self.engine.device)
-            for part in range(parts)
-        ]
+        return [self._batch(rows.retain[part::parts], rows.forget[part::parts]) for part in range(parts)]
 
     def _step(self, rows: StepRows, rate: float) -> dict[str, float]:
         """One optimizer step; returns the terms of the whole step's loss, and its tokens over all workers."""
@@ -177,8 +164,8 @@ class _Loop:
     def _kept_batches(self) -> Iterator[tuple[UnlearnBatch, int]]:
         """This worker's retain and utility rows once, and how many features of a row may be kept for clustering."""
         number = self.job.batches["retain"]
-        for index, rows in enumerate(islice(_rows_of("retain", number), number)):
-            batch = collate(rows, [], self.pad_token_id).to(self.engine.device)
+        for index, rows in enumerate(islice(self._rows_of("retain"), number)):
+            batch = self._batch(rows, [])
             yield batch, kept_tokens(self.job.cfg, index, number)
 
     def _retain_sums(self, module: ResidualAlignment) -> dict[str, FeatureSums]:
@@ -195,11 +182,11 @@ class _Loop:
         """All of this worker's rows of the forget or the holdout set; as many batches on every worker, and a single one
         where it fits: the solver then needs one forward."""
         number = self.job.batches.get(name, 0)
-        rows = list(islice(_rows_of(name, number), number))
-        tokens = sum(len(row.input_ids) for own in rows for row in own)
+        rows = list(islice(self._rows_of(name), number)) if number else []
+        tokens = sum(row.size for own in rows for row in own)
         if self._all_reduce([float(tokens)])[0] <= TOKENS_AT_ONCE * self.world_size and self.job.stage < 3:
             rows = [[row for own in rows for row in own]]
-        return [collate([], own, self.pad_token_id).to(self.engine.device) for own in rows]
+        return [self._batch([], own) for own in rows]
 
     def _solve(self, module: ResidualAlignment) -> None:
         """Find the adapter in closed form; with training to come, a resume point keeps it."""

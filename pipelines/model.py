@@ -7,13 +7,26 @@ from typing import NamedTuple
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from pipelines.config import ConfigError, ModelConfig, UnlearnConfig
 from rfa.adapters import attach, check_gradients, lora_layers
 from rfa.loss import Objective, ResidualAlignment, Weights
-from rfa.one_pass import KEPT
+from rfa.one_pass import KEPT, input_width
 
+AUTO_CLASSES = {
+    "causal_lm": AutoModelForCausalLM,
+    "sequence_classification": AutoModelForSequenceClassification,
+    "image_classification": AutoModelForImageClassification,
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -87,11 +100,16 @@ def check_model(cfg: UnlearnConfig) -> ModelSize:
     """
     model_config = load_model_config(cfg.model)
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(model_config, trust_remote_code=cfg.model.trust_remote_code)
+        auto = AUTO_CLASSES[cfg.task]
+        try:
+            base = auto.from_config(model_config, trust_remote_code=cfg.model.trust_remote_code)
+        except ValueError:
+            kind = model_config.model_type
+            raise ConfigError(f"task: found {cfg.task}, which models of type {kind} are not made for") from None
     parameters = sum(p.numel() for p in base.parameters())
     try:
         adapted = attach_adapter(base, cfg)
-        check_gradients(adapted, torch.ones((1, 4), dtype=torch.long, device="meta"))
+        check_gradients(adapted, _example(cfg, model_config))
     except ValueError as error:
         raise ConfigError(str(error)) from None
     adapter = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
@@ -101,14 +119,23 @@ def check_model(cfg: UnlearnConfig) -> ModelSize:
 def _statistics_bytes(cfg: UnlearnConfig, adapted: PeftModel) -> int:
     if cfg.solve.mode == "off":
         return 0
-    widths = [int(layer.in_features or 0) for _, layer in lora_layers(adapted)]
+    widths = [input_width(layer) for _, layer in lora_layers(adapted)]
     columns = [width if width <= cfg.solve.exact_width else cfg.solve.sketch_columns for width in widths]
     return 4 * len(KEPT) * sum(width * own for width, own in zip(widths, columns, strict=True))
 
 
-def load_base(model: ModelConfig, precision: str = "fp32") -> PreTrainedModel:
+def _example(cfg: UnlearnConfig, model_config: PretrainedConfig) -> dict[str, Tensor]:
+    """Inputs of the model's forward, without content."""
+    if cfg.task != "image_classification":
+        return {"input_ids": torch.ones((1, 4), dtype=torch.long, device="meta")}
+    side = getattr(model_config, "image_size", 64)
+    height, width = (side, side) if isinstance(side, int) else side
+    return {"pixel_values": torch.ones((1, getattr(model_config, "num_channels", 3), height, width), device="meta")}
+
+
+def load_base(model: ModelConfig, precision: str = "fp32", *, task: str = "causal_lm") -> PreTrainedModel:
     """The model with its weights, on the CPU (or partitioned, where DeepSpeed's ZeRO-3 is configured)."""
-    return AutoModelForCausalLM.from_pretrained(
+    return AUTO_CLASSES[task].from_pretrained(
         model.path,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
@@ -129,12 +156,13 @@ def attach_adapter(base: PreTrainedModel, cfg: UnlearnConfig) -> PeftModel:
             dropout=adapter.dropout,
             targets=adapter.targets,
             layers=adapter.layers,
+            everywhere=cfg.task != "causal_lm",
         )
 
 
 def build_alignment(cfg: UnlearnConfig, base: PreTrainedModel | None = None) -> ResidualAlignment:
     """Base model (loaded, unless it is given), LoRA and objective, ready to train."""
-    model = attach_adapter(load_base(cfg.model, cfg.train.precision) if base is None else base, cfg)
+    model = attach_adapter(load_base(cfg.model, cfg.train.precision, task=cfg.task) if base is None else base, cfg)
     settings = cfg.objective
     objective = Objective(
         residual=settings.residual,

@@ -1,7 +1,7 @@
 """How a row becomes tokens: prompt and answer through the tokenizer's chat template, or plain text."""
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,13 @@ from pipelines.config import ConfigError, ModelConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rfa.batch import Row
+
 
 class Encoder:
     """Encodes rows for one model. Picklable: the tokenizer is loaded once in each process that uses it."""
+
+    mixes = False  # whether batches draw their rows from all over a source, or from where it has them
 
     def __init__(self, model: ModelConfig, system_prompt: str | None, max_tokens: int) -> None:
         self.model = model
@@ -93,6 +97,30 @@ class Encoder:
             return before, answer
         return before, whole[len(before) :].rstrip()
 
+    @property
+    def pad_token_id(self) -> int:
+        """What rows are padded with."""
+        return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+
+    def rows(self, records: Sequence[Mapping[str, Any]]) -> "list[Row]":
+        """Encoded rows, for a batch."""
+        from rfa.batch import Row  # late: whoever only tokenises does without torch
+
+        return [
+            Row(
+                list(record["input_ids"]),
+                int(record["answer_start"]),
+                int(record["row"]),
+                int(record["label"]),
+                utility=record["set"] == "utility",
+            )
+            for record in records
+        ]
+
+    def blank(self) -> "Row | None":
+        """`collate` makes the row that no term counts."""
+        return None
+
     def encode_batch(self, batch: Any) -> dict[str, Any]:
         """Ray Data map: the columns training needs, and no text."""
         pairs = [self.pair(p, a) for p, a in zip(batch["prompt"], batch["answer"], strict=True)]
@@ -110,16 +138,16 @@ class Encoder:
         }
 
 
-def load_tokenizer(model: ModelConfig) -> "PreTrainedTokenizerBase":
+def load_tokenizer(model: ModelConfig, *, ends: bool = True) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model folder or hub name, loaded once a process.
 
     Raises:
-        ConfigError: the folder has no tokenizer that loads, or one without an end token.
+        ConfigError: the folder has no tokenizer that loads, or one without the end token that answers need (`ends`).
     """
-    return _cached_tokenizer(model.path, model.revision, model.trust_remote_code)
+    return _cached_tokenizer(model.path, model.revision, model.trust_remote_code, ends)
 
 
-def _load(path: str, revision: str | None, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
+def _load(path: str, revision: str | None, trust_remote_code: bool, ends: bool) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer  # late: the driver never tokenises
 
     try:
@@ -129,7 +157,7 @@ def _load(path: str, revision: str | None, trust_remote_code: bool) -> "PreTrain
         raise ConfigError(
             f"model.path: no tokenizer loads from {path} ({found}); allowed: a model with its tokenizer"
         ) from None
-    if tokenizer.eos_token_id is None:
+    if ends and tokenizer.eos_token_id is None:
         raise ConfigError(
             f"model.path: the tokenizer of {path} has no end token (eos_token); it is needed to end answers"
         )
@@ -138,4 +166,4 @@ def _load(path: str, revision: str | None, trust_remote_code: bool) -> "PreTrain
     return tokenizer
 
 
-_cached_tokenizer: Callable[[str, str | None, bool], "PreTrainedTokenizerBase"] = lru_cache(maxsize=2)(_load)
+_cached_tokenizer: Callable[[str, str | None, bool, bool], "PreTrainedTokenizerBase"] = lru_cache(maxsize=2)(_load)

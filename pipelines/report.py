@@ -40,14 +40,18 @@ FORGET_SCORES = (
         for words in ("", "_paraphrased")
     ),
 )
-HIGHER_IS_FORGOTTEN = ("forget.truth_ratio",)  # In all other scores more means that more is remembered.
+CLASS_SCORES = ("forget.accuracy", "mia_efficacy")  # those of a classifier
+HIGHER_IS_FORGOTTEN = ("forget.truth_ratio", "mia_efficacy")  # In all other scores more means that more is remembered.
 # While one of these is nearer to the original, nothing counts as forgotten: ROUGE and probability are easy to fool.
 DECISIVE = {
     "forget.fact_recall": "fact recall",
     "forget.extraction_strength": "extraction strength",
     "mia.min_k": "the min-k attack",
+    "forget.accuracy": "accuracy",
 }
 KEEP_SCORES = {
+    "retain.accuracy": "the retained rows' accuracy",
+    "general.accuracy": "the accuracy on unseen rows",
     "retain.probability": "the retained answers' probability",
     "general.probability": "general knowledge",
     "retain.probability_paraphrased": "the paraphrased retained answers' probability",
@@ -56,7 +60,7 @@ KEEP_SCORES = {
     "utility.probability": "the utility text's probability",
     "model_utility": "model utility",
 }
-ALWAYS_NAMED = ("retain.probability", "general.probability")
+ALWAYS_NAMED = ("retain.accuracy", "general.accuracy", "retain.probability", "general.probability")
 RULE = {"min_gap": MIN_GAP, "forgotten": FORGOTTEN_SHARE, "partly": PARTLY_SHARE, "kept": KEPT_SHARE} | {
     "overshoot": OVERSHOOT,
     "overshoot_share": OVERSHOOT_SHARE,
@@ -213,7 +217,7 @@ def verdict(scores: Mapping[str, Any]) -> Verdict:
 def _count(before: Entry, after: Entry, oracle: Entry) -> Forgetting:
     measured = telling = nearer = beyond = 0
     missed: list[str] = []
-    for name in FORGET_SCORES:
+    for name in (*FORGET_SCORES, *CLASS_SCORES):
         stand_in = CHANCE if name.startswith("mia.") else before.get(name.replace("forget.", "holdout."))
         old, new, aim = before.get(name), after.get(name), oracle.get(name) if oracle else stand_in
         if old is None or new is None or aim is None:
@@ -253,7 +257,7 @@ def _judge(counts: Forgetting, before: Entry, after: Entry, has_oracle: bool) ->
 
 
 def _judge_without_target(before: Entry, after: Entry) -> tuple[Level, str, str]:
-    names = [name for name in FORGET_SCORES if name.startswith("forget.") and name not in HIGHER_IS_FORGOTTEN]
+    names = [name for name in (*FORGET_SCORES, *CLASS_SCORES) if name.startswith("forget.") and name not in HIGHER_IS_FORGOTTEN]
     pairs = [(old, new) for n in names if (old := before.get(n)) is not None and (new := after.get(n)) is not None]
     total = sum(old for old, _ in pairs)
     if total == 0:

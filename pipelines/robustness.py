@@ -77,7 +77,7 @@ def halves(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[d
 
 def relearn_(model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, seed: int) -> Iterator[int]:
     """Fine-tune all parameters on the rows' answers; gives each of STEPS when so many steps have been taken."""
-    training = AnswerTraining(model)
+    training = AnswerTraining(model, classifies=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RELEARN_LEARNING_RATE, weight_decay=0.0)
     batches = _batches(len(rows), seed)
     taken = 0

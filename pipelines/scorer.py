@@ -139,9 +139,9 @@ class Scorer:
         for chosen in self._by_length([len(ids) for ids, _ in encoded]):
             batch = collate([Row(*encoded[index]) for index in chosen], [], self._pad).to(self.device)
             assert self._loaded is not None
-            logits_NV = self._loaded[2](batch.input_ids_BT, batch.attention_BT, logits_at_BT=batch.answer_BT).logits_NV
+            logits_NV = self._loaded[2](batch, logits_at_BT=batch.answer_BT).logits_NV
             assert logits_NV is not None
-            label_N = batch.input_ids_BT[:, 1:][batch.answer_BT[:, :-1]]
+            label_N = batch.expected(batch.answer_BT)
             parts = token_statistics(logits_NV, label_N).split(batch.answer_BT.sum(1).tolist())
             results.update(zip(chosen, parts, strict=True))
         return ((text, results[index]) for index, text in enumerate(texts))

@@ -16,6 +16,7 @@ from ray.data import DataIterator, Dataset
 from ray.train import DataConfig
 
 if TYPE_CHECKING:
+    from pipelines.classes import ClassEncoder
     from pipelines.prompts import Encoder
 
 
@@ -26,7 +27,9 @@ class Stream(NamedTuple):
     batches: int
 
 
-def plan_stream(rows: Dataset, encoder: "Encoder", batch_size: int, seed: int, num_workers: int) -> Stream:
+def plan_stream(
+    rows: Dataset, encoder: "Encoder | ClassEncoder", batch_size: int, seed: int, num_workers: int
+) -> Stream:
     """Tokenise rows, cut them into batches, and give worker r the rows whose place in a batch is r modulo the number of
     workers.
 
@@ -35,16 +38,21 @@ def plan_stream(rows: Dataset, encoder: "Encoder", batch_size: int, seed: int, n
     """
     tokens = rows.map_batches(encoder.encode_batch, batch_format="numpy").materialize()
     arrange = ray.remote(num_returns=num_workers + 1)(_arrange)
-    parts: Any = arrange.remote(batch_size, seed, num_workers, *tokens.to_arrow_refs())
+    parts: Any = arrange.remote(batch_size, seed, num_workers, encoder.mixes, *tokens.to_arrow_refs())
     return Stream([_in_order(share) for share in parts[1:]], ray.get(parts[0]))
 
 
-def _arrange(batch_size: int, seed: int, num_workers: int, *blocks: pa.Table) -> list[Any]:
-    """The number of batches, and each worker's rows in the order of batches, with a column `batch`."""
+def _arrange(batch_size: int, seed: int, num_workers: int, mix: bool, *blocks: pa.Table) -> list[Any]:
+    """The number of batches, and each worker's rows in the order of batches, with a column `batch`. To `mix` is to
+    draw a batch's rows from the whole source, among rows of equal length: data sets are often sorted by class."""
     table = pa.concat_tables(blocks)
+    draw = np.random.default_rng(seed)
     by_length = np.lexsort([table[key].to_numpy() for key in ("row", "set", "length")])
+    if mix:
+        by_length = draw.permutation(by_length)
+        by_length = by_length[np.argsort(table["length"].to_numpy()[by_length], kind="stable")]
     batches = np.array_split(by_length, -(-len(by_length) // batch_size))
-    order = np.random.default_rng(seed).permutation(len(batches))
+    order = draw.permutation(len(batches))
     shares: list[pa.Table] = []
     for rank in range(num_workers):
         chosen = [batches[source][rank::num_workers] for source in order]

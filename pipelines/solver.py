@@ -136,13 +136,14 @@ class WorkerSolver:
         """Of all workers' rows."""
         found: list[Likelihood] = []
         for batch in batches:
-            logits_NV = self.alignment.runner(
-                batch.input_ids_BT, batch.attention_BT, logits_at_BT=batch.answer_BT
-            ).logits_NV
+            logits_NV = self.alignment.runner(batch, logits_at_BT=batch.answer_BT).logits_NV
             assert logits_NV is not None
-            label_N = batch.input_ids_BT[:, 1:][batch.answer_BT[:, :-1]]
+            label_N = batch.expected(batch.answer_BT)
             lengths = [length for length in batch.answer_BT.sum(1).tolist() if length]
             for own in token_statistics(logits_NV, label_N).split(lengths):
+                if batch.classified:  # one class a row: nothing to choose the least likely of
+                    found.append(Likelihood(loss(own.log_probability), loss(own.log_probability)))
+                    continue
                 least = min_k(own.without_eos().log_probability)
                 if least is not None:
                     found.append(Likelihood(loss(own.log_probability), least))

@@ -19,8 +19,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
 from pipelines.artifact import weight_bytes
+from pipelines.classes import encoder_of
 from pipelines.config import ConfigError, TrainConfig, UnlearnConfig
-from pipelines.prompts import Encoder
 from pipelines.shards import ShardByRank, plan_stream
 from pipelines.tasks import this_node
 from pipelines.worker import Job, train_worker
@@ -110,7 +110,7 @@ class Trainer:
     ) -> None:
         self.cfg = cfg
         self.kind: Literal["unlearn", "finetune"] = kind
-        encoder = Encoder(cfg.model, cfg.data.system_prompt, cfg.data.max_tokens)
+        encoder = encoder_of(cfg)
         self.streams = {
             name: plan_stream(rows, encoder, batch_size, cfg.seed, cfg.train.num_workers)
             for name, (rows, batch_size) in streams.items()

@@ -1,6 +1,6 @@
-"""LoRA on chosen linear layers of chosen blocks, through PEFT."""
+"""LoRA on chosen linear layers and convolutions, through PEFT."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -9,27 +9,44 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 ADAPTER = "default"
-_ADAPTABLE = (nn.Linear, Conv1D)
+_ADAPTABLE = (nn.Linear, Conv1D, nn.Conv2d)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of transformer blocks and its name: the outermost `ModuleList` as long as the config says.
+    """The list of transformer blocks, or of a convolutional network's stages, and its name: the outermost `ModuleList`
+    as long as the config says.
 
     Raises:
         ValueError: the model has no such list.
     """
     config = getattr(model, "config", None)
-    depth = config.get_text_config().num_hidden_layers if config is not None else None
+    text = config.get_text_config() if config is not None else None
+    depth = getattr(text, "num_hidden_layers", None) or len(getattr(text, "depths", ()))
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not lists:
         raise ValueError(
-            f"model: no list of {depth} blocks in {type(model).__name__}, allowed: a decoder of equal blocks"
+            f"model: no list of {depth} blocks in {type(model).__name__}, allowed: a decoder or an encoder of blocks"
         )
     return min(lists, key=lambda item: item[0].count("."))
 
 
-def target_names(model: nn.Module, targets: Sequence[str], layers: tuple[int, int] | None) -> list[str]:
-    """Full names of the linear layers that `targets` and `layers` choose, lowest first.
+def block_range(model: nn.Module, name: str) -> tuple[int, int]:
+    """The first and the last block that must run for a module to run: both its own, where it stands in one. What
+    stands below all blocks counts to the first; what stands above needs all of them, and one more, the head."""
+    prefix, blocks = find_blocks(model)
+    if f"{prefix}." in name:
+        own = int(name.split(f"{prefix}.", 1)[1].split(".", 1)[0])
+        return own, own
+    names = [other for other, _ in model.named_modules()]
+    is_below = names.index(name) < names.index(prefix)
+    return (0, 0) if is_below else (len(blocks) - 1, len(blocks))
+
+
+def target_names(
+    model: nn.Module, targets: Sequence[str], layers: tuple[int, int] | None, *, everywhere: bool = False
+) -> list[str]:
+    """Full names of the layers that `targets` and `layers` choose, lowest first; with `everywhere` and without
+    `layers` also outside the blocks, as a classifier's head is.
 
     Raises:
         ValueError: a target matches nothing, or the layers lie outside the model; the message lists the choices.
@@ -38,19 +55,16 @@ def target_names(model: nn.Module, targets: Sequence[str], layers: tuple[int, in
     first, last = layers if layers is not None else (0, len(blocks) - 1)
     if not 0 <= first <= last < len(blocks):
         raise ValueError(f"adapter.layers: found [{first}, {last}], allowed: 0 to {len(blocks) - 1}")
-    linear = [name for name, m in blocks.named_modules() if isinstance(m, _ADAPTABLE)]
-    endings = sorted({name.split(".", 1)[1] for name in linear})
+    everywhere = everywhere and layers is None
+    found = [name for name, m in model.named_modules() if isinstance(m, _ADAPTABLE)]
+    found = [name for name in found if everywhere or name.startswith(f"{prefix}.")]
     for target in targets:
-        if not any(f".{ending}".endswith(f".{target}") for ending in endings):
-            choices = ", ".join(sorted({ending.rsplit(".", 1)[-1] for ending in endings}))
-            raise ValueError(
-                f"adapter.targets: no linear layer ends with '{target}'; this model's blocks have: {choices}"
-            )
-    chosen = [
-        f"{prefix}.{name}"
-        for name in linear
-        if first <= int(name.split(".", 1)[0]) <= last and any(f".{name}".endswith(f".{t}") for t in targets)
-    ]
+        if not any(f".{name}".endswith(f".{target}") for name in found):
+            choices = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in found}))
+            whose = "this model has" if everywhere else "this model's blocks have"
+            raise ValueError(f"adapter.targets: no linear layer ends with '{target}'; {whose}: {choices}")
+    own = [name for name in found if any(f".{name}".endswith(f".{target}") for target in targets)]
+    chosen = [name for name in own if everywhere or first <= block_range(model, name)[0] <= last]
     if not chosen:
         raise ValueError(
             f"adapter.layers: blocks {first} to {last} have no layer that ends with one of {list(targets)}"
@@ -66,24 +80,21 @@ def attach(
     targets: Sequence[str],
     layers: tuple[int, int] | None = None,
     dropout: float = 0.0,
+    everywhere: bool = False,
 ) -> PeftModel:
     """Freeze a model and put LoRA on the chosen layers; B starts at zero, so nothing changes yet.
 
     Raises:
         ValueError: as `target_names`.
     """
-    names = target_names(model, targets, layers)
-    prefix, blocks = find_blocks(model)
-    first, last = layers if layers is not None else (0, len(blocks) - 1)
+    names = target_names(model, targets, layers, everywhere=everywhere)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # PEFT only divides it by r
         lora_dropout=dropout,
-        target_modules=list(targets),
-        layers_to_transform=list(range(first, last + 1)),
-        layers_pattern=prefix.rsplit(".", 1)[-1],
+        target_modules=names,
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in names),
-        task_type="CAUSAL_LM",
+        task_type=None if everywhere else "CAUSAL_LM",
     )
     peft_model = get_peft_model(model, config)
     adapted = [name for name, _ in lora_layers(peft_model)]
@@ -96,16 +107,16 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
-def check_gradients(model: nn.Module, input_ids_BT: Tensor) -> None:
+def check_gradients(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
     """Every trainable parameter must get a gradient from the logits, else it would never learn.
 
     A known trap is `nn.MultiheadAttention`, which reads its output projection's weight directly. Costs one forward and
-    one backward pass; on the meta device, nothing.
+    one backward pass on `inputs`; on the meta device, nothing.
 
     Raises:
         ValueError: names the parameters without one.
     """
-    model(input_ids=input_ids_BT).logits.float().sum().backward()
+    model(**inputs).logits.float().sum().backward()
     silent = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     model.zero_grad(set_to_none=True)
     if silent:

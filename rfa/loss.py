@@ -4,9 +4,10 @@
         + w_kl * KL(base || adapted on D_r) + w_task * CE(D_r) + w_output * unlikelihood(D_f)
 
 Every term is a sum over tokens divided by the tokens of the whole step, over all workers; a place's distances are in
-units of its E|h0|^2, so that weights carry over between layers and models. A term of weight 0 is not computed.
+units of its E|h0|^2, so that weights carry over between layers and models. Classified rows count, not their tokens: a
+row's term is the mean over its places. A term of weight 0 is not computed.
 
-Shapes: B rows, T tokens, D features, N chosen tokens, V vocabulary.
+Shapes: B rows, T tokens, S places, D features, N chosen tokens or places, V vocabulary or classes.
 """
 
 from collections.abc import Iterator
@@ -64,7 +65,7 @@ class _Outputs(NamedTuple):
 
 
 def distance(kind: str, difference_ND: Tensor, desired_ND: Tensor, energy: float) -> Tensor:
-    """Sum over tokens of the distance between `desired + difference` and `desired`.
+    """Each token's distance between `desired + difference` and `desired`: [N].
 
     `squared` is |difference|^2 / energy; `smooth_l1` its robust form, equal to it while every component is under one
     standard unit sqrt(energy / D); `cosine` is 1 - cos. No square root is taken at a zero difference, where its
@@ -72,12 +73,12 @@ def distance(kind: str, difference_ND: Tensor, desired_ND: Tensor, energy: float
     """
     difference_ND, desired_ND = difference_ND.float(), desired_ND.float()
     if kind == "squared":
-        return difference_ND.square().sum() / energy
+        return difference_ND.square().sum(-1) / energy
     if kind == "smooth_l1":
         dimensions = difference_ND.shape[-1]
         scaled_ND = difference_ND / (energy / dimensions) ** 0.5
-        return 2 * F.smooth_l1_loss(scaled_ND, torch.zeros_like(scaled_ND), reduction="sum") / dimensions
-    return (1 - F.cosine_similarity(desired_ND + difference_ND, desired_ND, dim=-1)).sum()
+        return 2 * F.smooth_l1_loss(scaled_ND, torch.zeros_like(scaled_ND), reduction="none").sum(-1) / dimensions
+    return 1 - F.cosine_similarity(desired_ND + difference_ND, desired_ND, dim=-1)
 
 
 class ResidualAlignment(nn.Module):
@@ -116,18 +117,21 @@ class ResidualAlignment(nn.Module):
     def feature_sums(self, batch: UnlearnBatch, keep_tokens: int = SAMPLE_TOKENS) -> dict[str, FeatureSums]:
         """Base features of a batch's retain rows, summed by place, at tokens of the kind that is shifted.
 
-        `keep_tokens` a row are kept for `cluster_mean`. Rows of the utility set are passed over.
+        `keep_tokens` a row are kept for `cluster_mean`; with 0 the batch is run and nothing is summed. Rows of the
+        utility set are passed over.
         """
-        keep_tokens = keep_tokens if self.objective.target == "cluster_mean" else 0
         with torch.no_grad(), adapters_off(self.model), self.taps.recording() as base:
-            self.runner(batch.input_ids_BT, batch.attention_BT, stop=self.taps.last_block + 1)
-        tokens_BT = batch.retain_tokens_BT(self.objective.tokens)
+            self.run(batch, None, 0, self.taps.last_block + 1)
         sums = {name: FeatureSums() for name in self.taps.names}
-        chosen_B = ~batch.forget_B & ~batch.utility_B & batch.attention_BT.any(1)
-        for index in chosen_B.nonzero().flatten().tolist():
-            for name in self.taps.names:
-                feature_ND = base[name][index][tokens_BT[index]]
-                sums[name].add(feature_ND, int(batch.row_B[index]), int(batch.label_B[index]), keep_tokens)
+        tokens_BT = batch.retain_tokens_BT(self.objective.tokens) & ~batch.utility_B[:, None]
+        if not keep_tokens or not tokens_BT.any():
+            return sums
+        for name in self.taps.names:
+            places = batch.places(base[name], tokens_BT)
+            index_R, lengths_R = places.index_N.unique_consecutive(return_counts=True)
+            for index, feature_ND in zip(index_R.tolist(), places.feature_ND.split(lengths_R.tolist()), strict=True):
+                keep = keep_tokens if self.objective.target == "cluster_mean" else 0
+                sums[name].add(feature_ND, int(batch.row_B[index]), int(batch.label_B[index]), keep)
         return sums
 
     def fit(self, sums: dict[str, FeatureSums]) -> None:
@@ -146,7 +150,7 @@ class ResidualAlignment(nn.Module):
         prefix_BTD, teacher = self._teacher(batch)
         logits_at_BT = self._logit_positions(batch) if self.needs_logits else None
         with self.taps.recording() as base:
-            out = self._run(batch, prefix_BTD, logits_at_BT)
+            out = self._run_above(batch, prefix_BTD, logits_at_BT)
         added = self.taps.residuals() if self.objective.residual == "local" else {}
         student = _Outputs(base, added, out.logits_NV)
         # Zero with a graph: a worker without rows of a kind still takes part in the gradient exchange.
@@ -161,16 +165,19 @@ class ResidualAlignment(nn.Module):
             total = total + getattr(weights, name) * term
         return LossOutput(total=total, **terms)
 
-    def _run(self, batch: UnlearnBatch, prefix_BTD: Tensor | None, logits_at_BT: Tensor | None) -> BlocksOutput:
+    def run(
+        self, batch: UnlearnBatch, hidden_BTD: Tensor | None, start: int, stop: int, logits_at_BT: Tensor | None = None
+    ) -> BlocksOutput:
+        """Blocks `start` to `stop`; after the last one also the head, where it is adapted or logits are wanted."""
+        if logits_at_BT is None and self.taps.reaches_head and stop == len(self.runner.blocks):
+            logits_at_BT = batch.answer_BT
+        return self.runner(batch, start=start, stop=stop, hidden_BTD=hidden_BTD, logits_at_BT=logits_at_BT)
+
+    def _run_above(self, batch: UnlearnBatch, prefix_BTD: Tensor | None, logits_at_BT: Tensor | None) -> BlocksOutput:
         """The blocks above the prefix, up to the last one that any term reads."""
-        return self.runner(
-            batch.input_ids_BT,
-            batch.attention_BT,
-            start=0 if prefix_BTD is None else self.taps.first_block,
-            stop=None if logits_at_BT is not None else self.taps.last_block + 1,
-            hidden_BTD=prefix_BTD,
-            logits_at_BT=logits_at_BT,
-        )
+        start = 0 if prefix_BTD is None else self.taps.first_block
+        stop = self.taps.last_block + 1 if logits_at_BT is None else len(self.runner.blocks)
+        return self.run(batch, prefix_BTD, start, stop, logits_at_BT)
 
     @torch.no_grad()
     def _teacher(self, batch: UnlearnBatch) -> tuple[Tensor | None, _Outputs | None]:
@@ -184,12 +191,12 @@ class ResidualAlignment(nn.Module):
             return None, None
         prefix_BTD = None
         if self.taps.first_block > 0:
-            prefix_BTD = self.runner(batch.input_ids_BT, batch.attention_BT, stop=self.taps.first_block).hidden_BTD
+            prefix_BTD = self.runner(batch, stop=self.taps.first_block).hidden_BTD
         rows = self._teacher_rows(batch)
-        chosen = UnlearnBatch(*(tensor[rows] for tensor in batch))
+        chosen = batch.rows(rows)
         logits_at_BT = chosen.answer_BT & ~chosen.forget_B[:, None] if weights.kl > 0 else None
         with adapters_off(self.model), self.taps.recording() as base:
-            out = self._run(chosen, None if prefix_BTD is None else prefix_BTD[rows], logits_at_BT)
+            out = self._run_above(chosen, None if prefix_BTD is None else prefix_BTD[rows], logits_at_BT)
         return prefix_BTD, _Outputs(dict(base), {}, out.logits_NV)
 
     def _teacher_rows(self, batch: UnlearnBatch) -> Tensor:
@@ -218,31 +225,34 @@ class ResidualAlignment(nn.Module):
     ) -> Tensor:
         assert self.targets is not None
         if self.objective.residual == "local":
-            desired_ND, difference_ND = student.base[name][tokens_BT], student.added[name][tokens_BT]
+            desired, difference_ND = (batch.places(own[name], tokens_BT) for own in (student.base, student.added))
+            difference_ND = difference_ND.feature_ND
         else:
             assert teacher is not None
             rows = self._teacher_rows(batch)
-            desired_ND = teacher.base[name][tokens_BT[rows]]
-            difference_ND = student.base[name][tokens_BT] - desired_ND
-        return distance(self.objective.distance, difference_ND, desired_ND, self.targets.energy(name))
+            desired = batch.rows(rows).places(teacher.base[name], tokens_BT[rows])
+            difference_ND = batch.places(student.base[name], tokens_BT).feature_ND - desired.feature_ND
+        apart_N = distance(self.objective.distance, difference_ND, desired.feature_ND, self.targets.energy(name))
+        return (apart_N * desired.share_N).sum()
 
     def _shift(self, batch: UnlearnBatch, student: _Outputs, teacher: _Outputs | None) -> Tensor:
         """shift(r on D_f): mean over places, sum over forget tokens."""
         assert self.targets is not None
         targets, tokens_BT = self.targets, batch.forget_tokens_BT(self.objective.tokens)
-        index_N = tokens_BT.nonzero()[:, 0]
-        row_N, label_N = batch.row_B[index_N], batch.label_B[index_N]
 
         def of_place(name: str) -> Tensor:
-            feature_ND = student.base[name][tokens_BT].float()
+            places = batch.places(student.base[name], tokens_BT)
+            feature_ND = places.feature_ND.float()
             sample_ND = feature_ND
             if self.objective.residual == "local":
-                feature_ND = feature_ND + student.added[name][tokens_BT].float()
+                feature_ND = feature_ND + batch.places(student.added[name], tokens_BT).feature_ND.float()
             elif targets.looks_at_sample:
                 assert teacher is not None
-                sample_ND = teacher.base[name][tokens_BT]
-            target_ND = targets(name, sample_ND, row_N, label_N)
-            return distance(self.objective.distance, feature_ND - target_ND, target_ND, targets.energy(name))
+                sample_ND = batch.places(teacher.base[name], tokens_BT).feature_ND
+            target_ND = targets(name, sample_ND, batch.row_B[places.index_N], batch.label_B[places.index_N])
+            energy = targets.energy(name)
+            apart_N = distance(self.objective.distance, feature_ND - target_ND, target_ND, energy)
+            return (apart_N * places.share_N).sum()
 
         return self._mean_over_places(of_place(name) for name in self.taps.names)
 
@@ -252,14 +262,14 @@ class ResidualAlignment(nn.Module):
     def _logit_terms(
         self, batch: UnlearnBatch, student: _Outputs, teacher: _Outputs | None, counts: TokenCounts, zero: Tensor
     ) -> dict[str, Tensor]:
-        """KL, cross-entropy and unlikelihood (Welleck et al. 2019, arXiv 1908.04319), over answer tokens."""
+        """KL, cross-entropy and unlikelihood (Welleck et al. 2019, arXiv 1908.04319), over answer tokens or classes."""
         terms = {"kl": zero, "task": zero, "output": zero}
         if student.logits_NV is None:
             return terms
         weights = self.objective.weights
-        positions = self._logit_positions(batch).nonzero()
-        label_N = batch.input_ids_BT[positions[:, 0], positions[:, 1] + 1]
-        forget_N = batch.forget_B[positions[:, 0]]
+        positions_BT = self._logit_positions(batch)
+        label_N = batch.expected(positions_BT)
+        forget_N = batch.forget_B[positions_BT.nonzero()[:, 0]]
         log_NV = student.logits_NV.float().log_softmax(-1)
         log_N = log_NV.gather(1, label_N[:, None])[:, 0]
         if weights.kl:

@@ -10,9 +10,10 @@ forget set's rows only, so that trying another strength costs no further pass ov
 
 Where torch.distributed runs, every worker brings its own rows, and each module has one worker that adds up and solves.
 
-Shapes: B rows, T tokens, N chosen tokens, D input features, O output features, K rank.
+Shapes: B rows, T tokens, S places, N chosen places, D input features, O output features, K rank.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,12 +22,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from rfa.adapters import ADAPTER, find_blocks, lora_layers
+from rfa.adapters import ADAPTER, block_range, lora_layers
 from rfa.batch import UnlearnBatch
 from rfa.loss import ResidualAlignment
-from rfa.residual import removed
+from rfa.residual import as_places, removed
 from rfa.solve import KeptInverse, LowRank, solve
 from rfa.statistics import ForgetRows, InputSums
 from rfa.targets import SAMPLE_TOKENS, FeatureSums
@@ -67,11 +69,11 @@ class OnePass:
         self.sums: dict[str, dict[str, InputSums]] = {kind: {} for kind in KEPT}
         self._kept: Mapping[str, KeptInverse] = {}
         self._rank = dist.get_rank() if dist.is_initialized() else 0
-        self._owner = _owners({name: layer.in_features for name, layer in self.layers.items()})
+        self._owner = _owners({name: input_width(layer) for name, layer in self.layers.items()})
 
     def _empty_sums(self, name: str) -> InputSums:
         layer, settings = self.layers[name], self.settings
-        width = layer.in_features
+        width = input_width(layer)
         columns = width if width <= settings.exact_width else settings.sketch_columns
         return InputSums.empty(name, width, columns, layer.lora_A[ADAPTER].weight.device)
 
@@ -83,12 +85,12 @@ class OnePass:
         utility_B1 = batch.utility_B[:, None]
         masks = {"retain": tokens_BT & ~utility_B1, "utility": tokens_BT & utility_B1}
 
-        def add_input(name: str, input_BTD: Tensor, _output_BTO: Tensor) -> None:
+        def add_input(name: str, input_BSD: Tensor, _output_BSO: Tensor) -> None:
             for kind, mask_BT in masks.items():
                 if name not in self.sums[kind]:
                     self.sums[kind][name] = self._empty_sums(name)
                 if mask_BT.any():
-                    self.sums[kind][name].add(input_BTD[mask_BT])
+                    self.sums[kind][name].add(batch.places(input_BSD, mask_BT).feature_ND)
 
         with self._observing(self.layers, add_input):
             features = self.alignment.feature_sums(batch, keep_tokens)
@@ -135,9 +137,9 @@ class OnePass:
     def _solve_in_passing(self, batch: UnlearnBatch, strength: float) -> None:
         """Solve each module when the rows reach it, after its base layer and before its adapter has run."""
 
-        def solve_here(name: str, input_BTD: Tensor, output_BTO: Tensor) -> None:
+        def solve_here(name: str, input_BSD: Tensor, output_BSO: Tensor) -> None:
             found = self._no_rows([name])
-            self._add_forget(found, batch, name, input_BTD, output_BTO)
+            self._add_forget(found, batch, name, input_BSD, output_BSO)
             self._solve_together(found, strength)
 
         with self._observing(self.layers, solve_here):
@@ -145,9 +147,8 @@ class OnePass:
 
     def _stages(self) -> list["_Stage"]:
         """Which modules are solved at once, in order."""
-        prefix = find_blocks(self.alignment.model)[0]
-        block_of = {name: int(name.split(f"{prefix}.", 1)[1].split(".", 1)[0]) for name in self.layers}
         last_block = self.alignment.taps.last_block
+        block_of = {name: block_range(self.alignment.model, name)[0] for name in self.layers}
         if self.settings.mode == "one_pass":
             return [_Stage(list(self.layers), last_block + 1, advances=False)]
         last_of_block = {block: name for name, block in block_of.items()}
@@ -157,9 +158,7 @@ class OnePass:
         ]
 
     def _run(self, batch: UnlearnBatch, hidden_BTD: Tensor | None, start: int, stop: int) -> Tensor:
-        return self.alignment.runner(
-            batch.input_ids_BT, batch.attention_BT, start=start, stop=stop, hidden_BTD=hidden_BTD
-        ).hidden_BTD
+        return self.alignment.run(batch, hidden_BTD, start, stop).hidden_BTD
 
     def _advance(self, batches: Sequence[UnlearnBatch], hidden: list[Tensor | None], start: int, stop: int) -> None:
         """Carry the forget rows' hidden states from block `start` to block `stop`."""
@@ -177,19 +176,20 @@ class OnePass:
         return found
 
     def _no_rows(self, names: Iterable[str]) -> dict[str, ForgetRows]:
-        sizes = {name: (self.layers[name].in_features, self.layers[name].out_features) for name in names}
+        sizes = {name: (input_width(self.layers[name]), output_width(self.layers[name])) for name in names}
         return {name: ForgetRows.of(torch.empty(0, width), torch.empty(0, out)) for name, (width, out) in sizes.items()}
 
     def _add_forget(
-        self, found: dict[str, ForgetRows], batch: UnlearnBatch, name: str, input_BTD: Tensor, output_BTO: Tensor
+        self, found: dict[str, ForgetRows], batch: UnlearnBatch, name: str, input_BSD: Tensor, output_BSO: Tensor
     ) -> None:
         targets = self.alignment.targets
         assert targets is not None
         tokens_BT = batch.forget_tokens_BT(self.alignment.objective.tokens)
-        index_N = tokens_BT.nonzero()[:, 0]
-        feature_NO = output_BTO[tokens_BT].float()
+        output = batch.places(output_BSO, tokens_BT)
+        feature_NO, index_N = output.feature_ND.float(), output.index_N
         target_NO = targets(name, feature_NO, batch.row_B[index_N], batch.label_B[index_N])
-        rows = ForgetRows.of(input_BTD[tokens_BT].cpu(), (target_NO - feature_NO).cpu())
+        input_ND = batch.places(input_BSD, tokens_BT).feature_ND
+        rows = ForgetRows.of(input_ND.cpu(), (target_NO - feature_NO).cpu())
         found[name] = found[name].merged(rows)
 
     def _solve_together(self, rows: dict[str, ForgetRows], strength: float) -> None:
@@ -210,14 +210,15 @@ class OnePass:
     def _place_solution(self, name: str, solution: LowRank | None) -> None:
         """Fill an adapter; columns of B that a solution does not use are zero, with rows of A that can still learn."""
         layer = self.layers[name]
-        rank, width = layer.r[ADAPTER], layer.in_features
+        rank, width = layer.r[ADAPTER], input_width(layer)
         generator = torch.Generator().manual_seed(0)
         a_KD = torch.empty(rank, width).uniform_(-(width**-0.5), width**-0.5, generator=generator)
-        b_OK = torch.zeros(layer.out_features, rank)
+        b_OK = torch.zeros(output_width(layer), rank)
         if solution is not None:
             used = len(solution.a_KD)
             a_KD[:used], b_OK[:, :used] = solution.a_KD, solution.b_OK
-        self._place(name, a_KD, b_OK)
+        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        self._place(name, a_KD.view(_shape(a)), b_OK.view(_shape(b)))
 
     def _place_here(self, name: str, a_KD: Tensor, b_OK: Tensor) -> None:
         layer = self.layers[name]
@@ -226,15 +227,39 @@ class OnePass:
 
     @contextmanager
     def _observing(self, names: Iterable[str], observe: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-        """Within: `observe(name, input, output)` for each of these modules' base layers, as it runs."""
+        """Within: `observe(name, input, output)` for each of these modules' base layers, as it runs; [B, S, D] each."""
 
         def hook(name: str) -> Callable[..., None]:
-            return lambda _module, inputs, output: observe(name, inputs[0], output)
+            return lambda module, inputs, output: observe(name, input_places(module, inputs[0]), as_places(output))
 
         with ExitStack() as stack:
             for name in names:
                 stack.enter_context(removed(self.layers[name].base_layer.register_forward_hook(hook(name))))
             yield
+
+
+def input_places(module: nn.Module, feature: Tensor) -> Tensor:
+    """A layer's inputs as [B, S, D]; a convolution's are the patches that it sees, D = C * kernel size."""
+    if not isinstance(module, nn.Conv2d):
+        return as_places(feature)
+    assert module.groups == 1 and not isinstance(module.padding, str)
+    patches_BDS = F.unfold(feature, module.kernel_size, module.dilation, module.padding, module.stride)
+    return patches_BDS.transpose(1, 2)
+
+
+def input_width(layer: Any) -> int:
+    """D of an adapted layer."""
+    return math.prod(_shape(layer.lora_A[ADAPTER].weight)[1:])
+
+
+def output_width(layer: Any) -> int:
+    """O of an adapted layer."""
+    return _shape(layer.lora_B[ADAPTER].weight)[0]
+
+
+def _shape(parameter: Tensor) -> tuple[int, ...]:
+    """A parameter's whole shape, also where ZeRO-3 has partitioned it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def kept_inverse(sums: Mapping[str, InputSums], settings: SolveSettings) -> KeptInverse:

@@ -6,7 +6,7 @@ moved from the base model's. They agree exactly at the lowest adapted module.
 Parts of the model are run through the model's *own* forward: blocks outside the wanted range are bypassed for the
 call, so that masks, rotary embeddings and every architecture's particulars stay the model's business.
 
-Shapes: B rows, T tokens, D features, N chosen tokens, V vocabulary.
+Shapes: B rows, T tokens, S places, D features, C channels, H height, W width, N chosen tokens, V vocabulary or classes.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from rfa.adapters import ADAPTER, find_blocks, lora_layers
+from rfa.adapters import ADAPTER, block_range, find_blocks, lora_layers
+from rfa.batch import UnlearnBatch
 
 
 class BlocksOutput(NamedTuple):
@@ -26,7 +27,7 @@ class BlocksOutput(NamedTuple):
 
 
 class BlockRunner:
-    """Runs blocks `start` to `stop` of a causal language model through its own forward."""
+    """Runs blocks `start` to `stop` of a language model or a classifier through its own forward."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -36,8 +37,7 @@ class BlockRunner:
 
     def __call__(
         self,
-        input_ids_BT: Tensor,
-        attention_BT: Tensor,
+        batch: UnlearnBatch,
         *,
         start: int = 0,
         stop: int | None = None,
@@ -47,7 +47,7 @@ class BlockRunner:
         """Run blocks `start` <= i < `stop`, from `hidden_BTD` when `start` is above 0.
 
         Logits are computed at the true positions of `logits_at_BT` alone, and only if it is given (then `stop` must be
-        the depth): no vocabulary-sized tensor otherwise.
+        the depth): no vocabulary-sized tensor otherwise. Classified rows have one position each, their first.
         """
         stop = len(self.blocks) if stop is None else stop
         assert (start == 0) == (hidden_BTD is None)
@@ -69,15 +69,17 @@ class BlockRunner:
                 stack.enter_context(
                     removed(self.blocks[start].register_forward_pre_hook(inject, prepend=True, with_kwargs=True))
                 )
-            arguments = {"input_ids": input_ids_BT, "attention_mask": attention_BT.long(), "use_cache": False}
             if logits_at_BT is None:
-                self.backbone(**arguments)
+                self.backbone(**batch.model_inputs())
                 return BlocksOutput(last[0], None)
+            if batch.classified:
+                logits_BV = self.model(**batch.model_inputs()).logits
+                return BlocksOutput(last[0], logits_BV[logits_at_BT[:, 0]])
             head: Any = self.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
             stack.enter_context(
                 removed(head.register_forward_pre_hook(lambda _m, args: (args[0][logits_at_BT][None],)))
             )
-            logits_NV = self.model(**arguments).logits[0]
+            logits_NV = self.model(**batch.model_inputs()).logits[0]
             return BlocksOutput(last[0], logits_NV)
 
     def _bypass(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
@@ -117,6 +119,13 @@ def removed(handle: Any) -> Iterator[None]:
         handle.remove()
 
 
+def as_places(feature: Tensor) -> Tensor:
+    """Features [B, T, D], a feature map [B, C, H, W] or pooled ones [B, D] as features at places, [B, S, D]."""
+    if feature.ndim == 4:
+        return feature.flatten(2).transpose(1, 2)
+    return feature[:, None] if feature.ndim == 2 else feature
+
+
 class Taps:
     """Hooks at the aligned places: adapted modules (`local`) or the blocks that hold them (`drift`).
 
@@ -127,8 +136,10 @@ class Taps:
     def __init__(self, model: nn.Module, residual: str) -> None:
         prefix, blocks = find_blocks(model)
         modules = lora_layers(model)
-        holders = sorted({int(name.split(f"{prefix}.", 1)[1].split(".", 1)[0]) for name, _ in modules})
-        self.first_block, self.last_block = holders[0], holders[-1]
+        holders = [block_range(model, name) for name, _ in modules]
+        self.first_block, self.last_block = min(first for first, _ in holders), max(last for _, last in holders)
+        self.reaches_head = self.last_block == len(blocks)  # what stands above all blocks runs with the logits
+        self.last_block = min(self.last_block, len(blocks) - 1)
         self.residual = residual
         self._base: dict[str, Tensor] | None = None
         self._added: dict[str, Tensor] = {}
@@ -153,13 +164,13 @@ class Taps:
         def record(_module: nn.Module, _args: Any, output: Any) -> None:
             if self._base is not None:
                 kept = output[0] if isinstance(output, tuple) else output
-                (self._added if is_residual else self._base)[name] = kept
+                (self._added if is_residual else self._base)[name] = as_places(kept)
 
         self._hooks.append(module.register_forward_hook(record))
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, Tensor]]:
-        """Within: each place's output (`drift`) or its base layer's output (`local`), by name, once run."""
+        """Within: each place's output (`drift`) or its base layer's output (`local`), by name, once run: [B, S, D]."""
         self._base, self._added = {}, {}
         try:
             yield self._base

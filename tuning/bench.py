@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import ray
 import torch
 
+from pipelines.classes import encoder_of
 from pipelines.config import UnlearnConfig
 from pipelines.evaluate import sample_of
-from pipelines.loop import kept_tokens, row_of
+from pipelines.loop import kept_tokens
 from pipelines.metrics import summarise
 from pipelines.model import build_alignment, load_base
-from pipelines.prompts import load_tokenizer
 from pipelines.scorer import Scorer
 from pipelines.solver import WorkerSolver
 from pipelines.worker import Job
@@ -76,7 +76,7 @@ class Workbench:
         self.base.to(self.device)  # pyright: ignore[reportArgumentType]
         self._scorer = Scorer(cfg, {})
         self._scorer.hold("trial", self.base)
-        self._pad = int(load_tokenizer(cfg.model).pad_token_id)  # pyright: ignore[reportArgumentType]
+        self._encoder = encoder_of(cfg)
         self._kept_inverses: tuple[tuple[float, ...], dict[str, KeptInverse]] = ((), {})
         self._targets: dict[str, Targets] = {}
 
@@ -216,11 +216,11 @@ class Workbench:
         rows: Any = ray.get(table) if table is not None else None
         batches: dict[int, list[Any]] = {}
         for record in rows.to_pylist() if rows is not None else ():
-            batches.setdefault(record["batch"], []).append(row_of(record))
-        return list(batches.values())
+            batches.setdefault(record["batch"], []).append(record)
+        return [self._encoder.rows(records) for records in batches.values()]
 
     def _batch(self, kept: list[Any], forget: list[Any]) -> UnlearnBatch:
-        return collate(kept, forget, self._pad).to(self.device)
+        return collate(kept, forget, self._encoder.pad_token_id).to(self.device)
 
 
 def _settings(cfg: UnlearnConfig) -> SolveSettings:

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import ray
 
+from pipelines.classes import encoder_of
 from pipelines.config import UnlearnConfig
 from pipelines.config_file import with_values
 from pipelines.console import Terminal
 from pipelines.data import Sets
 from pipelines.evaluate import evaluate, evaluation_work, pieces_of
-from pipelines.prompts import Encoder
 from pipelines.shards import plan_stream
 from pipelines.tasks import result_of
 from pipelines.unlearn import oracle_of
@@ -67,7 +67,7 @@ def save_adapter(shared: Shared, cfg: UnlearnConfig, folder: Path) -> None:
 def share_work(cfg: UnlearnConfig, space: Space, sets: Sets, terminal: Terminal) -> Shared:
     """Tokenise, and collect the solver's statistics on all workers."""
     cfg = _quick(cfg)
-    encoder = Encoder(cfg.model, cfg.data.system_prompt, cfg.data.max_tokens)
+    encoder = encoder_of(cfg)
 
     def rows_of(dataset: Any, batch_size: int) -> Any:
         return plan_stream(dataset, encoder, batch_size, cfg.seed, 1).shares[0].to_arrow_refs()[0]

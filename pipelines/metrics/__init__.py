@@ -24,6 +24,10 @@ __all__ = [
 
 VERSIONS: dict[str, int] = {
     "loss": 1,
+    "accuracy": 1,
+    "mia_efficacy": 1,
+    "activation_distance": 1,
+    "feature_distance": 1,
     "probability": 1,
     "probability_normalised": 1,
     "probability_paraphrased": 1,

@@ -29,6 +29,9 @@ class Sample:
     zlib_score: float | None = None
     min_k: float | None = None
     min_k_plus_plus: float | None = None
+    accuracy: float | None = None  # 1.0 or 0.0, of a classified row; its loss is that of its class
+    probabilities: tuple[float, ...] = ()  # of all classes
+    feature: tuple[float, ...] = ()  # the last block's output, mean over the row's places
 
     def __post_init__(self) -> None:
         if self.set_name not in SET_NAMES:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from pipelines.metrics.classification import activation_distance, feature_distance, mia_efficacy
 from pipelines.metrics.likelihood import perplexity, probability
 from pipelines.metrics.membership import auc, privleak, reference_score
 from pipelines.metrics.sample import SET_NAMES, Sample
@@ -38,10 +39,31 @@ def summarise(samples: Sequence[Sample], oracle: Sequence[Sample] | None = None)
     for name in SET_NAMES:
         rows = _of_set(samples, name)
         scores |= {f"{name}.{metric}": value for metric, value in _set_scores(name, rows).items()}
-    scores |= _membership_scores(samples, oracle)
-    scores["forget_quality"] = _forget_quality(samples, oracle)
-    scores["model_utility"] = model_utility([scores.get(part) for part in UTILITY_PARTS])
+    if any(sample.accuracy is not None for sample in samples):
+        scores |= _classifier_scores(samples, oracle)
+    else:
+        scores |= _membership_scores(samples, oracle)
+        scores["forget_quality"] = _forget_quality(samples, oracle)
+        scores["model_utility"] = model_utility([scores.get(part) for part in UTILITY_PARTS])
     return {name: value if value is not None and math.isfinite(value) else None for name, value in scores.items()}
+
+
+def _classifier_scores(samples: Sequence[Sample], oracle: Sequence[Sample] | None) -> dict[str, float | None]:
+    """The loss attack's AUC where there is a holdout set, the trained attack, and distances to the oracle."""
+    scores: dict[str, float | None] = {}
+    if _of_set(samples, "forget") and _of_set(samples, "holdout"):
+        scores["mia.loss"] = _attack_auc(samples, ATTACKS["loss"])
+    losses = {name: _known([row.loss for row in _of_set(samples, name)]) for name in ("retain", "general", "forget")}
+    scores["mia_efficacy"] = mia_efficacy(losses["retain"], losses["general"], losses["forget"])
+    own = _of_set(samples, "forget")
+    other = _of_set(oracle, "forget") if oracle is not None else []
+    if own and len(own) == len(other):
+        pairs = [row.probabilities for row in own], [row.probabilities for row in other]
+        scores["activation_distance"] = activation_distance(*pairs)
+        features = [row.feature for row in own], [row.feature for row in other]
+        same_size = len(features[0][0]) == len(features[1][0])
+        scores["feature_distance"] = feature_distance(*features) if same_size else None
+    return scores
 
 
 def _of_set(samples: Sequence[Sample], name: str) -> list[Sample]:
@@ -61,6 +83,7 @@ def _set_scores(name: str, rows: Sequence[Sample]) -> dict[str, float]:
     columns: dict[str, tuple[Callable[[list[float]], float], Sequence[float | None]]] = {
         "probability": (probability, [row.loss for row in rows]),
         "loss": (_mean, [row.loss for row in rows]),
+        "accuracy": (_mean, [row.accuracy for row in rows]),
         "rouge": (_mean, [row.rouge for row in rows]),
         "probability_paraphrased": (probability, [row.loss_paraphrased for row in rows]),
         "rouge_paraphrased": (_mean, [row.rouge_paraphrased for row in rows]),

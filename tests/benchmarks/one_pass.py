@@ -186,9 +186,9 @@ def descend(
 
 def answer_loss(alignment: ResidualAlignment, batch: UnlearnBatch) -> Tensor:
     """Mean log-probability of each row's answer tokens, [B], from one forward."""
-    logits_NV = alignment.runner(batch.input_ids_BT, batch.attention_BT, logits_at_BT=batch.answer_BT).logits_NV
+    logits_NV = alignment.runner(batch, logits_at_BT=batch.answer_BT).logits_NV
     assert logits_NV is not None
-    label_N = batch.input_ids_BT[:, 1:][batch.answer_BT[:, :-1]]
+    label_N = batch.expected(batch.answer_BT)
     loss_N = F.cross_entropy(logits_NV.float(), label_N, reduction="none")
     return torch.stack([own.mean() for own in loss_N.split(batch.answer_BT.sum(1).tolist())])
 

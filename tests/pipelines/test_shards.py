@@ -29,7 +29,7 @@ class Share:
 
 def steps(lengths: list[int], batch_size: int, workers: int, number: int, start: int = 0) -> list[set[Key]]:
     """The rows of each step, over all workers."""
-    batches, *shares = _arrange(batch_size, 0, workers, block(lengths))
+    batches, *shares = _arrange(batch_size, 0, workers, False, block(lengths))
     streams = [islice(batches_of(Share(share), batches, start), number) for share in shares]  # pyright: ignore
     return [{(row["set"], row["row"]) for rows in step for row in rows} for step in zip(*streams, strict=True)]
 
@@ -60,13 +60,13 @@ def test_rows_of_like_length_form_a_batch() -> None:
 
 def test_the_order_is_a_function_of_the_seed() -> None:
     table = block(list(range(1, 41)))
-    first, again, other = (_arrange(2, seed, 1, table)[1]["row"].to_pylist() for seed in (1, 1, 2))
+    first, again, other = (_arrange(2, seed, 1, False, table)[1]["row"].to_pylist() for seed in (1, 1, 2))
     assert first == again
     assert first != other
 
 
 def test_blocks_of_several_sets_are_one_stream() -> None:
-    batches, share = _arrange(2, 0, 1, block([3, 1]), block([2, 4], "utility"))
+    batches, share = _arrange(2, 0, 1, False, block([3, 1]), block([2, 4], "utility"))
     assert batches == 2
     assert sorted(zip(share["set"].to_pylist(), share["row"].to_pylist(), strict=True)) == [
         ("retain", 0),
@@ -77,6 +77,6 @@ def test_blocks_of_several_sets_are_one_stream() -> None:
 
 
 def test_rows_out_of_order_are_an_error_not_a_loss() -> None:
-    _, share = _arrange(2, 0, 1, block([3, 1, 2, 5]))
+    _, share = _arrange(2, 0, 1, False, block([3, 1, 2, 5]))
     with pytest.raises(AssertionError, match="order of rows"):
         list(islice(batches_of(Share(share.take([2, 3, 0, 1])), 2), 3))  # pyright: ignore

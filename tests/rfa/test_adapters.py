@@ -61,12 +61,12 @@ def test_lora_on_multihead_attentions_projection_is_refused() -> None:
         block.self_attn = AttentionThatReadsWeights(block.self_attn)
     model = attach(base, rank=2, alpha=4, targets=("out_proj", "down_proj"), layers=(1, 1))
     with pytest.raises(ValueError, match=r"no gradient reaches .*layers\.1\.self_attn\.inner\.out_proj\.lora_A"):
-        check_gradients(model, IDS)
+        check_gradients(model, {"input_ids": IDS})
 
 
 def test_the_gradient_check_works_without_weights() -> None:
     with torch.device("meta"):
         base = tiny_model()
     model = attach(base, rank=2, alpha=4, targets=("o_proj",))
-    check_gradients(model, IDS.to("meta"))
+    check_gradients(model, {"input_ids": IDS.to("meta")})
     assert all(p.grad is None for p in model.parameters())

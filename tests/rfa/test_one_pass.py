@@ -45,7 +45,7 @@ def recorded(alignment: ResidualAlignment, layer: Any, batch: UnlearnBatch) -> t
     found: list[tuple[Tensor, Tensor]] = []
     handle = layer.base_layer.register_forward_hook(lambda _m, args, out: found.append((args[0], out)))
     with torch.no_grad():
-        alignment.runner(batch.input_ids_BT, batch.attention_BT)
+        alignment.runner(batch)
     handle.remove()
     return found[0]
 
