@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+Task = Literal["causal_lm", "sequence_classification", "image_classification"]
 SetName = Literal["forget", "retain", "utility", "holdout", "general"]
 RobustnessCheck = Literal["quantised_8bit", "quantised_4bit", "relearn"]
 Weight = Annotated[float, Field(ge=0)]
@@ -33,9 +34,13 @@ class SourceConfig(Section):
     """Where one set's rows come from."""
 
     path: str = Field(
-        description="JSONL, Parquet or CSV file (local, s3://, gs://), a saved `datasets` folder or a hub name."
+        description="JSONL, Parquet or CSV file (local, s3://, gs://), a saved `datasets` folder, a hub name, or "
+        "idx:FOLDER with the four files of MNIST or data like it."
     )
-    split: str = Field(default="train", description="The split of a hub data set or of a saved DatasetDict.")
+    split: str = Field(
+        default="train",
+        description="The split of a hub data set or of a saved DatasetDict; train or test of an idx: folder.",
+    )
     ids: str | None = Field(
         default=None, description="A deletion request: a JSONL file of ids; only the rows with these ids are taken."
     )
@@ -50,6 +55,20 @@ class SourceConfig(Section):
         default=None, ge=1, description="Take at most so many rows, evenly spaced; null for all."
     )
 
+    share: tuple[float, float] | None = Field(
+        default=None,
+        description="Take only the rows whose place in [0, 1), from a hash of their content and data.share_seed, lies "
+        "from the first number up to below the second: [0, 0.05] for forget and [0.05, 1] for retain part one source "
+        "at random. Equal rows stay together.",
+    )
+
+    @field_validator("share")
+    @classmethod
+    def _share_is_a_part(cls, share: tuple[float, float] | None) -> tuple[float, float] | None:
+        if share is not None and not 0 <= share[0] < share[1] <= 1:
+            raise ValueError("allowed: [from, to] with 0 <= from < to <= 1")
+        return share
+
     @model_validator(mode="after")
     def _column_and_values_come_together(self) -> "SourceConfig":
         if (self.column is None) != (not self.values):
@@ -58,11 +77,16 @@ class SourceConfig(Section):
 
 
 class ColumnsConfig(Section):
-    """The columns of the sources. Question answering has `prompt` and `answer`; plain text has `text`."""
+    """The columns of the sources. Question answering has `prompt` and `answer`; plain text has `text`; classification
+    has `label` with `text` or `image`."""
 
     id: str = Field(default="id", description="Unique id of a row; a row number where the column is missing.")
     prompt: str = Field(default="prompt", description="The question.")
-    answer: str = Field(default="answer", description="The answer that is learned or forgotten.")
+    answer: str = Field(
+        default="answer",
+        description="The answer that is learned or forgotten; of a list of texts the first. `answers.text` is the "
+        "field text of the column answers.",
+    )
     text: str = Field(default="text", description="Plain text, used where there is no prompt column.")
     paraphrased_prompt: str = Field(
         default="paraphrased_prompt", description="The same question in other words (optional)."
@@ -73,9 +97,14 @@ class ColumnsConfig(Section):
     perturbed_answers: str = Field(
         default="perturbed_answers", description="A list of wrong but fluent answers (optional)."
     )
+    image: str = Field(
+        default="image", description="An image file's bytes (PNG, JPEG, ...), or a `datasets` Image, for its task."
+    )
     fact: str = Field(default="fact", description="The words of the answer that carry its fact (optional).")
     label: str = Field(
-        default="author", description="The group of a row, for the targets class_mean and balanced_mean (optional)."
+        default="author",
+        description="The group of a row, for the targets class_mean and balanced_mean (optional); the class, which "
+        "every row needs, where the task is classification.",
     )
 
 
@@ -94,6 +123,7 @@ class DataConfig(Section):
     )
     general: SourceConfig | None = Field(default=None, description="General knowledge, only ever evaluated.")
     columns: ColumnsConfig = ColumnsConfig()
+    share_seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the places that `share` goes by.")
     max_tokens: int = Field(default=512, ge=8, le=131072, description="Tokens a row is cut to.")
     system_prompt: str | None = Field(
         default=None,
@@ -288,7 +318,7 @@ class TrackingConfig(Section):
 class UnlearnConfig(Section):
     """One unlearning problem, from the data to the report."""
 
-    task: Literal["causal_lm", "sequence_classification", "image_classification"] = Field(
+    task: Task = Field(
         default="causal_lm",
         description="What the model does: say an answer, or tell the class (data.columns.label) of a text or an image.",
     )

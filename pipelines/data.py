@@ -23,12 +23,17 @@ import ray.data
 from ray.data import Dataset
 from ray.exceptions import RayError, RayTaskError
 
-from pipelines.config import ColumnsConfig, ConfigError, DataConfig, SetName, SourceConfig
+from pipelines.config import ColumnsConfig, ConfigError, DataConfig, SetName, SourceConfig, Task
 from pipelines.rows import ANSWERED_BY_MODEL, SHOWN, Selection, Summary, number_rows, quoted, read_piece, summarise
 from pipelines.sources import Piece, find_pieces, request_ids
 
 SET_NAMES: tuple[str, ...] = get_args(SetName)
 APART_FROM_FORGET = ("retain", "utility", "holdout")  # a row that must go cannot also stay, or count as never seen
+SAME_BY = {  # what makes two rows the same, whatever their labels
+    "causal_lm": "prompt and (where it has one) answer",
+    "sequence_classification": "text",
+    "image_classification": "image",
+}
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,10 @@ class Sets:
     """The sets of a run. Every Dataset is materialised and has the columns of `pipelines.rows.SET_SCHEMA`:
 
     `set`, `row` (position after selection, 0 to n-1), `id`, `prompt` ('' for plain text), `answer` (the text, for plain
-    text), `paraphrased_prompt`, `paraphrased_answer`, `fact` (a part of the answer), `perturbed_answers`, `label`.
-    What a source lacks is '' or []; an answer is '' in the utility set alone. Blocks are in row order, and what is
-    mapped from a Dataset here keeps that order and shows no progress bar: these two settings lie in the Dataset's own
-    context, the process-wide DataContext is left alone.
+    text), `paraphrased_prompt`, `paraphrased_answer`, `fact` (a part of the answer), `perturbed_answers`, `label`,
+    `image` (a file's bytes). What a source lacks is '', [] or b''; an answer is '' in the utility set alone, and beside
+    an image. Blocks are in row order, and what is mapped from a Dataset here keeps that order and shows no progress
+    bar: these two settings lie in the Dataset's own context, the process-wide DataContext is left alone.
     """
 
     forget: Dataset
@@ -88,8 +93,10 @@ class _Read:
         return self.rows.filter(self.rows["kept"])
 
 
-def load_sets(data: DataConfig) -> Sets:
+def load_sets(data: DataConfig, task: Task = "causal_lm") -> Sets:
     """Read, select, validate and materialise the sets of a configuration.
+
+    Rows to classify are a text (`answer`) or an image, and a label each.
 
     Local paths and hub names are read on the driver's node, s3:// and gs:// anywhere. Where there is no id column, a
     row's id is its number in the source, counted from 0 (behind 'file:' where the source is several files).
@@ -105,13 +112,13 @@ def load_sets(data: DataConfig) -> Sets:
     pieces = [piece for name, source in sources.items() for piece in find_pieces(name, source)]
     with _without_ray_data_logs():
         try:
-            selections = {name: _selection(source, requests[name]) for name, source in sources.items()}
-            blocks = _read_blocks(pieces, data.columns, selections)
+            selections = {name: _selection(source, requests[name], data.share_seed) for name, source in sources.items()}
+            blocks = _read_blocks(pieces, data.columns, selections, task)
             summaries = _all_results([_summarise.remote(block) for block in blocks])
             read = {name: _gather(name, blocks, summaries) for name in sources}
             for name, source in sources.items():
                 _check_set(name, source, requests[name], read[name])
-            _check_apart(sources, read)
+            _check_apart(sources, read, SAME_BY[task])
             sizes = {name: _size(source, read[name]) for name, source in sources.items()}
             numbered = {name: _numbered(found, sizes[name]) for name, found in read.items()}
             datasets = {name: dataset_of([block for block, _ in tasks]) for name, tasks in numbered.items()}
@@ -134,16 +141,20 @@ def _requests(name: str, source: SourceConfig) -> dict[str, list[str]]:
     return {key: request_ids(path, f"data.{name}.{key}") for key, path in paths.items() if path is not None}
 
 
-def _selection(source: SourceConfig, requests: dict[str, list[str]]) -> Selection:
+def _selection(source: SourceConfig, requests: dict[str, list[str]], share_seed: int) -> Selection:
     return Selection(
         ids=frozenset(requests["ids"]) if "ids" in requests else None,
         exclude_ids=frozenset(requests.get("exclude_ids", [])),
         column=source.column,
         values=frozenset(str(value) for value in source.values),
+        share=source.share,
+        share_seed=share_seed,
     )
 
 
-def _read_blocks(pieces: list[Piece], columns: ColumnsConfig, selections: dict[str, Selection]) -> list[Any]:
+def _read_blocks(
+    pieces: list[Piece], columns: ColumnsConfig, selections: dict[str, Selection], task: Task
+) -> list[Any]:
     """References to blocks of READ_SCHEMA, those of one set in the order of its pieces."""
     readings = []
     for is_local in (True, False):
@@ -152,7 +163,7 @@ def _read_blocks(pieces: list[Piece], columns: ColumnsConfig, selections: dict[s
             items = [{"piece": index} for index in range(len(chosen))]
             indices = ray.data.from_items(items, override_num_blocks=len(items))
             _set_quiet_and_ordered(indices)
-            read = partial(_read_batch, pieces=chosen, columns=columns, selections=selections)
+            read = partial(_read_batch, pieces=chosen, columns=columns, selections=selections, task=task)
             readings.append(indices.map_batches(read, batch_size=1, **(_on_this_node(len(items)) if is_local else {})))
     reading = readings[0].union(*readings[1:]) if len(readings) > 1 else readings[0]
     return reading.materialize().to_arrow_refs()
@@ -165,11 +176,11 @@ def _on_this_node(num_tasks: int) -> dict[str, Any]:
 
 
 def _read_batch(
-    batch: Any, pieces: list[Piece], columns: ColumnsConfig, selections: dict[str, Selection]
+    batch: Any, pieces: list[Piece], columns: ColumnsConfig, selections: dict[str, Selection], task: Task
 ) -> Iterator[pa.Table]:
     for index in batch["piece"]:
         piece = pieces[index]
-        yield from read_piece(piece, columns, selections[piece.set])
+        yield from read_piece(piece, columns, selections[piece.set], task)
 
 
 # "DEFAULT" keeps these tasks out of a Tune trial's placement group, whose resources belong to its workers.
@@ -228,8 +239,8 @@ def _check_set(name: str, source: SourceConfig, requests: dict[str, list[str]], 
         )
     kept = read.kept
     if not kept.num_rows:
-        selects = requests or source.column is not None
-        left = "no row is left after ids, exclude_ids and column" if selects else "has no rows"
+        selects = requests or source.column is not None or source.share is not None
+        left = "no row is left after ids, exclude_ids, column and share" if selects else "has no rows"
         raise ConfigError(f"data.{name}.path: {source.path}: {left}; allowed: at least one row")
     counts = pc.value_counts(kept["id"])
     repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
@@ -240,9 +251,9 @@ def _check_set(name: str, source: SourceConfig, requests: dict[str, list[str]], 
         )
 
 
-def _check_apart(sources: dict[str, SourceConfig], read: dict[str, _Read]) -> None:
-    """Refuse forget rows whose prompt and answer also stand in a set that must stay or was never learned, or whose
-    prompt stands in it alone: the model's own answer would be the one to forget."""
+def _check_apart(sources: dict[str, SourceConfig], read: dict[str, _Read], by: str) -> None:
+    """Refuse forget rows whose prompt and answer (to classify: text or image) also stand in a set that must stay or was
+    never learned, or whose prompt stands in it alone: the model's own answer would be the one to forget."""
     forget = read["forget"].kept
     for name in APART_FROM_FORGET:
         if name not in sources:
@@ -255,7 +266,7 @@ def _check_apart(sources: dict[str, SourceConfig], read: dict[str, _Read]) -> No
         if shared.num_rows:
             raise ConfigError(
                 f"data.forget.path: {sources['forget'].path} shares {_number(shared.num_rows, 'row')} with {name} "
-                f"({sources[name].path}), by prompt and (where it has one) answer: ids "
+                f"({sources[name].path}), by {by}: ids "
                 f"{quoted(shared['id'][:SHOWN].to_pylist())}; allowed: forget rows that {name} does not have"
             )
 

@@ -1,7 +1,8 @@
 """What a worker makes of a source's rows: the same columns for every set, the wanted rows only, content hashes.
 
-Each row becomes (id, prompt, answer, ...) as text, whatever its source calls them and however it types them. A fault
-travels to the driver as a row of its own (`fault`), not as an exception, because Ray prints exceptions at length.
+Each row becomes (id, prompt, answer, ...) as text, whatever its source calls them and however it types them; a row to
+classify has its text as the answer, or an image, and a label. A fault travels to the driver as a row of its own
+(`fault`), not as an exception, because Ray prints exceptions at length.
 """
 
 # pyright: reportAttributeAccessIssue=false
@@ -10,23 +11,34 @@ travels to the driver as a row of its own (`fault`), not as an exception, becaus
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.config import ColumnsConfig
-from pipelines.sources import CHUNK_ROWS, Piece, SourceError, id_text, is_unicode, open_rows
+from pipelines.config import ColumnsConfig, Task
+from pipelines.sources import CHUNK_ROWS, Piece, SourceError, id_text, open_rows
+from pipelines.values import (
+    answer_value,
+    class_value,
+    fact_value,
+    image_value,
+    label_value,
+    list_value,
+    text_value,
+    type_name,
+)
 
 SHOWN = 5  # ids that a message names
 TEXTS = ("prompt", "answer", "paraphrased_prompt", "paraphrased_answer", "fact")
 SET_SCHEMA = pa.schema(
     [("set", pa.string()), ("row", pa.int64()), ("id", pa.string())]
     + [(name, pa.string()) for name in TEXTS]
-    + [("perturbed_answers", pa.list_(pa.string())), ("label", pa.string())]
+    + [("perturbed_answers", pa.list_(pa.string())), ("label", pa.string()), ("image", pa.binary())]
 )
 READ_SCHEMA = pa.schema(
     [field for field in SET_SCHEMA if field.name != "row"]
@@ -40,8 +52,8 @@ READ_SCHEMA = pa.schema(
     ]
 )
 BLANK = {
-    "id": "", **dict.fromkeys(TEXTS, ""), "perturbed_answers": [], "label": "", "kept": False, "value": "", "fault": "",
-    "content": bytes(16), "question": bytes(16), "digest": bytes(32),
+    "id": "", **dict.fromkeys(TEXTS, ""), "perturbed_answers": [], "label": "", "image": b"", "kept": False,
+    "value": "", "fault": "", "content": bytes(16), "question": bytes(16), "digest": bytes(32),
 }  # fmt: skip
 SUMMARY = ["id", "kept", "value", "fault", "content", "question"]
 ANSWERED_BY_MODEL = "utility"  # the set whose rows may lack an answer: `pipelines.own_answers` gives them one
@@ -55,10 +67,29 @@ class Selection:
     exclude_ids: frozenset[str]  # none of these
     column: str | None  # only rows with one of `values` in this column
     values: frozenset[str]
+    share: tuple[float, float] | None = None  # only rows whose content has its place from the first to below the second
+    share_seed: int = 0
 
     def takes(self, row_id: str, value: str | None) -> bool:
         wanted = self.ids is None or row_id in self.ids
         return wanted and row_id not in self.exclude_ids and (self.column is None or value in self.values)
+
+    def shares(self, content: bytes) -> bool:
+        """Whether rows of this content lie in the share that is taken."""
+        if self.share is None:
+            return True
+        first, end = self.share
+        seeded = hashlib.blake2b(content, digest_size=8, salt=self.share_seed.to_bytes(8, "big")).digest()
+        place = (int.from_bytes(seeded, "big") >> 11) / 2**53  # the bits that a float has: never rounded up to 1
+        return first <= place < end
+
+
+class _Form(NamedTuple):
+    """How the rows of a source are read."""
+
+    read: Callable[[dict[str, Any], str], dict[str, Any] | None]  # with its id; None where what it needs is empty
+    needed: str  # the columns that must be filled, for messages
+    needs: str  # the same in words
 
 
 class Summary(NamedTuple):
@@ -69,11 +100,13 @@ class Summary(NamedTuple):
     digest: int  # of the kept rows; digests of blocks add up
 
 
-def read_piece(piece: Piece, columns: ColumnsConfig, selection: Selection) -> Iterator[pa.Table]:
+def read_piece(
+    piece: Piece, columns: ColumnsConfig, selection: Selection, task: Task = "causal_lm"
+) -> Iterator[pa.Table]:
     """The wanted rows of a piece as tables of READ_SCHEMA; a fault becomes the last row and ends the reading."""
     chunk: list[dict[str, Any]] = []
     try:
-        for row in _rows(piece, columns, selection):
+        for row in _rows(piece, columns, selection, task):
             chunk.append(row)
             if len(chunk) == CHUNK_ROWS:
                 yield _table(piece.set, chunk)
@@ -110,7 +143,8 @@ def number_rows(block: pa.Table, first_row: int, count: int, limit: int) -> tupl
     chosen = pa.array([low < high for low, high in pairwise(before)], pa.bool_())
     numbered = kept.append_column("row", pa.array(before[:-1], pa.int64())).filter(chosen)
     rows = numbered.select(SET_SCHEMA.names).cast(SET_SCHEMA)
-    return rows, pc.sum(pc.equal(rows["answer"], "")).as_py() or 0
+    is_blank = pc.and_(pc.equal(rows["answer"], ""), pc.equal(rows["image"], b""))
+    return rows, pc.sum(is_blank).as_py() or 0
 
 
 def content_hash(prompt: str, answer: str) -> bytes:
@@ -119,46 +153,69 @@ def content_hash(prompt: str, answer: str) -> bytes:
     return hashlib.blake2b(" ".join(words).encode(), digest_size=16).digest()
 
 
-def _rows(piece: Piece, columns: ColumnsConfig, selection: Selection) -> Iterator[dict[str, Any]]:
+def _rows(piece: Piece, columns: ColumnsConfig, selection: Selection, task: Task) -> Iterator[dict[str, Any]]:
     """Kept rows; and, blank but for id and value, those left out that a deletion request or `values` mentions."""
-    wanted = {*columns.model_dump().values(), *([selection.column] if selection.column else [])}
+    wanted = _wanted(columns, task) | ({selection.column} if selection.column else set())
     mentioned = selection.exclude_ids | (selection.ids or frozenset())
     empty_ids: list[str] = []
     values_seen: set[str] = set()
-    needs_answer = piece.set != ANSWERED_BY_MODEL
     with open_rows(piece, wanted) as (names, rows):
         if names is None:
             return
-        _check_columns(names, columns, selection, needs_answer)
+        form = _form(piece.set, names, columns, task)
+        if selection.column is not None and selection.column not in names:
+            raise SourceError(f"has no column '{selection.column}'; it has: {', '.join(names)}", key="column")
         for number, row in enumerate(rows):
             row_id = _row_id(row, number, columns.id, columns.id in names, piece.id_prefix)
-            value = None if selection.column is None else _label(row.get(selection.column), row_id, selection.column)
+            value = None
+            if selection.column is not None:
+                value = label_value(row.get(selection.column), row_id, selection.column)
             matched = value if value is not None and value in selection.values else ""
-            if selection.takes(row_id, value):
-                texts = _texts(row, row_id, columns, columns.prompt in names, needs_answer)
-                if texts is None:
-                    empty_ids.append(row_id)
-                    if len(empty_ids) == SHOWN:
-                        break
-                else:
-                    yield {**texts, "kept": True, "value": matched, "fault": ""}
+            is_taken = selection.takes(row_id, value)
+            found = form.read(row, row_id) if is_taken else BLANK
+            if found is None:
+                empty_ids.append(row_id)
+                if len(empty_ids) == SHOWN:
+                    break
+            elif is_taken and selection.shares(found["content"]):
+                yield {**found, "kept": True, "value": matched}
             elif row_id in mentioned or (matched and matched not in values_seen):
                 yield {**BLANK, "id": row_id, "value": matched}
             values_seen.add(matched)
     if empty_ids:
-        questions = f"'{columns.prompt}' and '{columns.answer}'" if needs_answer else f"'{columns.prompt}'"
-        filled = questions if columns.prompt in names else f"'{columns.text}'"
-        raise SourceError(f"has rows where one is empty of {filled}: {quoted(empty_ids)}; allowed: text in every row")
+        raise SourceError(
+            f"has rows where one is empty of {form.needed}: {quoted(empty_ids)}; allowed: {form.needs} in every row"
+        )
 
 
-def _check_columns(names: list[str], columns: ColumnsConfig, selection: Selection, needs_answer: bool) -> None:
+def _wanted(columns: ColumnsConfig, task: Task) -> set[str]:
+    """The columns that are read. An image is large, and no other task asks for it."""
+    if task == "image_classification":
+        return {columns.id, columns.image, columns.label}
+    if task == "sequence_classification":
+        return {columns.id, columns.text, columns.label}
+    named = columns.model_dump(exclude={"image"}).values()
+    return {*named, columns.answer.partition(".")[0]}
+
+
+def _form(set_name: str, names: list[str], columns: ColumnsConfig, task: Task) -> _Form:
     has = f"it has: {', '.join(names)}"
-    if columns.prompt not in names and columns.text not in names:
+    if task != "causal_lm":
+        key = "image" if task == "image_classification" else "text"
+        content = str(getattr(columns, key))
+        for name, column in ((key, content), ("label", columns.label)):
+            if column not in names:
+                raise SourceError(f"has no column '{column}' (data.columns.{name}); {has}")
+        read = partial(_labelled, columns=columns, is_image=key == "image")
+        return _Form(read, f"'{content}' and '{columns.label}'", f"{'an image' if key == 'image' else key} and a label")
+    is_question, needs_answer = columns.prompt in names, set_name != ANSWERED_BY_MODEL
+    if not is_question and columns.text not in names:
         raise SourceError(f"has neither column '{columns.prompt}' nor '{columns.text}'; {has}")
-    if needs_answer and columns.prompt in names and columns.answer not in names:
+    if needs_answer and is_question and not {columns.answer, columns.answer.partition(".")[0]} & set(names):
         raise SourceError(f"has column '{columns.prompt}' but not '{columns.answer}'; {has}")
-    if selection.column is not None and selection.column not in names:
-        raise SourceError(f"has no column '{selection.column}'; {has}", key="column")
+    questions = f"'{columns.prompt}' and '{columns.answer}'" if needs_answer else f"'{columns.prompt}'"
+    read = partial(_texts, columns=columns, is_question=is_question, needs_answer=needs_answer)
+    return _Form(read, questions if is_question else f"'{columns.text}'", "text")
 
 
 def _row_id(row: dict[str, Any], number: int, column: str, expected: bool, prefix: str) -> str:
@@ -168,7 +225,7 @@ def _row_id(row: dict[str, Any], number: int, column: str, expected: bool, prefi
         return f"{prefix}{number}"
     row_id = id_text(row.get(column))
     if row_id is None:
-        found = type_name(row.get(column))
+        found = "empty or broken text" if isinstance(row.get(column), str) else type_name(row.get(column))
         raise SourceError(f"row {number} (counted from 0) has {found} as '{column}'; allowed: text or a whole number")
     return row_id
 
@@ -177,9 +234,11 @@ def _texts(
     row: dict[str, Any], row_id: str, columns: ColumnsConfig, is_question: bool, needs_answer: bool
 ) -> dict[str, Any] | None:
     """The row in our columns with its hashes; None where its prompt or an answer that it needs is empty."""
-    prompt = _text(row.get(columns.prompt), row_id, columns.prompt) if is_question else ""
-    answer_column = columns.answer if is_question else columns.text
-    answer = _text(row.get(answer_column), row_id, answer_column)
+    if is_question:
+        prompt = text_value(row.get(columns.prompt), row_id, columns.prompt)
+        answer = answer_value(row, row_id, columns.answer)
+    else:
+        prompt, answer = "", text_value(row.get(columns.text), row_id, columns.text)
     if not answer.strip():
         answer = ""
     if not (prompt.strip() if is_question else answer) or (needs_answer and not answer):
@@ -188,70 +247,31 @@ def _texts(
         "id": row_id,
         "prompt": prompt,
         "answer": answer,
-        "paraphrased_prompt": _text(row.get(columns.paraphrased_prompt), row_id, columns.paraphrased_prompt),
-        "paraphrased_answer": _text(row.get(columns.paraphrased_answer), row_id, columns.paraphrased_answer),
-        "fact": _fact(row.get(columns.fact), answer, row_id, columns.fact, answer_column),
-        "perturbed_answers": _list(row.get(columns.perturbed_answers), row_id, columns.perturbed_answers),
-        "label": _label(row.get(columns.label), row_id, columns.label),
+        "paraphrased_prompt": text_value(row.get(columns.paraphrased_prompt), row_id, columns.paraphrased_prompt),
+        "paraphrased_answer": text_value(row.get(columns.paraphrased_answer), row_id, columns.paraphrased_answer),
+        "fact": fact_value(
+            row.get(columns.fact), answer, row_id, columns.fact, columns.answer if is_question else columns.text
+        ),
+        "perturbed_answers": list_value(row.get(columns.perturbed_answers), row_id, columns.perturbed_answers),
+        "label": label_value(row.get(columns.label), row_id, columns.label),
     }
     digest = hashlib.sha256(json.dumps(list(texts.values())).encode()).digest()
-    return {**texts, "content": content_hash(prompt, answer), "question": content_hash(prompt, ""), "digest": digest}
+    hashes = {"content": content_hash(prompt, answer), "question": content_hash(prompt, ""), "digest": digest}
+    return {**BLANK, **texts, **hashes}
 
 
-def _text(value: Any, row_id: str, column: str) -> str:
-    """A value as text; '' where there is none."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise SourceError(f"row '{row_id}' has {type_name(value)} in column '{column}'; allowed: text")
-    if not is_unicode(value):
-        raise SourceError(f"row '{row_id}' has half a surrogate pair in column '{column}'; allowed: Unicode text")
-    return value
-
-
-def _fact(value: Any, answer: str, row_id: str, column: str, answer_column: str) -> str:
-    """The words of the answer that carry its fact, without white space around them; '' where there are none."""
-    fact = _text(value, row_id, column).strip()
-    if fact not in answer:
-        raise SourceError(
-            f"row '{row_id}' has words in column '{column}' that are not in its '{answer_column}'; "
-            "allowed: a part of it, letter for letter"
-        )
-    return fact
-
-
-def _label(value: Any, row_id: str, column: str) -> str:
-    """A label as text: numbers count, so that 3 in JSON and 3 in CSV are one label."""
-    return str(int(value)) if isinstance(value, (bool, int)) else _text(value, row_id, column)
-
-
-def _list(value: Any, row_id: str, column: str) -> list[str]:
-    """A list of texts; CSV, which knows no lists, writes one as JSON."""
-    if value is None or value == "":
-        return []
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise SourceError(
-                f"row '{row_id}' has text in column '{column}'; allowed: a list, or one in JSON"
-            ) from None
-    if not isinstance(value, list) or None in value:
-        found = "a list with a gap" if isinstance(value, list) else type_name(value)
-        raise SourceError(f"row '{row_id}' has {found} in column '{column}'; allowed: a list of texts")
-    return [_text(item, row_id, column) for item in value]
-
-
-def type_name(value: Any) -> str:
-    """A value's type in words."""
-    words = {
-        type(None): "nothing",
-        bool: "a truth value",
-        int: "a number",
-        float: "a number",
-        str: "empty or broken text",
-    }
-    return words.get(type(value), f"a {type(value).__name__}")
+def _labelled(row: dict[str, Any], row_id: str, columns: ColumnsConfig, is_image: bool) -> dict[str, Any] | None:
+    """The row to classify in our columns with its hashes; None where its text or image, or its label, is empty."""
+    image = image_value(row.get(columns.image), row_id, columns.image) if is_image else b""
+    text = "" if is_image else text_value(row.get(columns.text), row_id, columns.text)
+    label = class_value(row.get(columns.label), row_id, columns.label)
+    if not label or not (image or text.strip()):
+        return None
+    content = hashlib.blake2b(image, digest_size=16).digest() if is_image else content_hash("", text)
+    question = content if is_image else content_hash("", "")
+    digest = hashlib.sha256(json.dumps([row_id, text, label]).encode() + image).digest()
+    own = {"id": row_id, "answer": text, "label": label, "image": image}
+    return {**BLANK, **own, "content": content, "question": question, "digest": digest}
 
 
 def quoted(ids: list[str]) -> str:

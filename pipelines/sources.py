@@ -1,8 +1,9 @@
 """Where rows come from: finding the files behind a path, and reading them one row at a time.
 
 A path is a file, a folder or a glob of JSONL, Parquet or CSV (local, `s3://`, `gs://`), a folder written by
-`datasets.save_to_disk`, or a hub name. It becomes pieces; one Ray Data task reads one piece as a stream, so a file may
-be larger than memory. Messages name keys, files, columns, line numbers and ids, and never what a row says.
+`datasets.save_to_disk`, a hub name, or `idx:` and a folder (`pipelines.idx`). It becomes pieces; one Ray Data task
+reads one piece as a stream, so a file may be larger than memory. Messages name keys, files, columns, line numbers and
+ids, and never what a row says.
 """
 
 import csv
@@ -22,13 +23,15 @@ from typing import Any, NamedTuple
 from pyarrow import fs, parquet
 
 from pipelines.config import ConfigError, SourceConfig
+from pipelines.idx import COLUMNS, IdxError, idx_files, idx_rows
 from pipelines.storage import list_files, one_line, open_filesystem
 
 FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".csv": "csv"}
 ALLOWED = (
     "a .jsonl, .json (one object a line), .parquet or .csv file, a folder or a glob of them, a saved datasets folder "
-    "(all local, s3:// or gs://), or a hub name (owner/name or owner/name:configuration)"
+    "(all local, s3:// or gs://), idx: before a folder, or a hub name (owner/name or owner/name:configuration)"
 )
+IDX = "idx:"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 SAVED_DATASET_FILES = {"dataset_dict.json", "state.json"}
 CHUNK_ROWS = 256  # rows decoded at once: bounds memory where rows are whole documents
@@ -49,7 +52,7 @@ class Piece:
 
     set: str
     shown: str  # as messages name it
-    format: str  # jsonl, parquet, csv, saved or hub
+    format: str  # jsonl, parquet, csv, saved, hub or idx
     path: str  # inside the file system; a hub name for hub
     filesystem: fs.FileSystem | None
     split: str
@@ -75,6 +78,8 @@ def find_pieces(name: str, source: SourceConfig) -> list[Piece]:
         ConfigError: nothing is there, it cannot be listed, or its format is none of ours.
     """
     key = f"data.{name}.path"
+    if source.path.startswith(IDX):
+        return [_idx_piece(name, source, key)]
     filesystem, path = open_filesystem(source.path, key)
     try:
         found = list_files(filesystem, path)
@@ -102,6 +107,17 @@ def find_pieces(name: str, source: SourceConfig) -> list[Piece]:
         Piece(name, file, str(kind), file, filesystem, source.split, f"{PurePosixPath(file).relative_to(base)}:")
         for file, kind in formats.items()
     ]
+
+
+def _idx_piece(name: str, source: SourceConfig, key: str) -> Piece:
+    filesystem, path = open_filesystem(source.path.removeprefix(IDX), key)
+    try:
+        idx_files(filesystem, path, source.split)
+    except IdxError as fault:
+        raise ConfigError(f"data.{name}.{fault.key}: {source.path} {fault.text}") from None
+    except OSError as error:
+        raise ConfigError(f"{key}: {source.path} cannot be reached ({one_line(error)}); allowed: {ALLOWED}") from None
+    return Piece(name, source.path, "idx", path, filesystem, source.split)
 
 
 def request_ids(path: str, key: str = "request") -> list[str]:
@@ -155,13 +171,16 @@ def open_rows(piece: Piece, wanted: set[str]) -> Generator[Rows]:
         SourceError: it cannot be read; nothing of its content is in the fault or chained to it.
     """
     readers = {
-        "jsonl": _open_jsonl, "csv": _open_csv, "parquet": _open_parquet, "saved": _open_saved, "hub": _open_hub
+        "jsonl": _open_jsonl, "csv": _open_csv, "parquet": _open_parquet, "saved": _open_saved, "hub": _open_hub,
+        "idx": _open_idx,
     }  # fmt: skip
     try:
         with readers[piece.format](piece, wanted) as rows:
             yield rows
     except SourceError:
         raise
+    except IdxError as fault:
+        raise SourceError(fault.text, fault.key) from None
     except FileNotFoundError:
         raise SourceError(
             f"was found from the driver, but not from a worker on {socket.gethostname()}; "
@@ -280,9 +299,20 @@ def _open_hub(piece: Piece, wanted: set[str]) -> Generator[Rows]:
 
 
 def _dataset_rows(dataset: Any, wanted: set[str]) -> Rows:
+    """Rows as Arrow has them: an image is {"bytes", "path"} and not decoded, a class is its number."""
+    from datasets.table import embed_table_storage
+
     names = list(dataset.column_names)
     chosen = dataset.select_columns([name for name in names if name in wanted]).with_format("arrow")
-    return Rows(names, (row for table in chosen.iter(batch_size=CHUNK_ROWS) for row in table.to_pylist()))
+    tables = map(embed_table_storage, chosen.iter(batch_size=CHUNK_ROWS))  # images may be but paths to their files
+    return Rows(names, (row for table in tables for row in table.to_pylist()))
+
+
+@contextmanager
+def _open_idx(piece: Piece, wanted: set[str]) -> Generator[Rows]:
+    assert piece.filesystem is not None
+    with idx_rows(piece.filesystem, piece.path, piece.split) as rows:
+        yield Rows(list(COLUMNS), rows)
 
 
 @contextmanager

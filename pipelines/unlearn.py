@@ -178,7 +178,7 @@ def load_checked(cfg: UnlearnConfig, terminal: Terminal, others: dict[str, Model
     """
     check_resources(cfg.train, terminal.say)
     size = on_this_node(_check_models).remote(cfg, others)
-    sets = load_sets(cfg.data)
+    sets = load_sets(cfg.data, cfg.task)
     checked = Checked(sets, result_of(size))
     terminal.say("Data: " + ", ".join(f"{name} {sets.counts[name]} rows" for name in sets.names()))
     return checked

@@ -55,7 +55,8 @@ def test_every_set_has_the_same_columns_and_absence_is_empty(tmp_path: Path) -> 
     assert sets.names() == ["forget", "retain", "utility"]
     assert sets.counts == {"forget": 2, "retain": 2, "utility": 1}
     first, second = rows_of(sets)
-    assert first == {"set": "forget", "row": 0, "label": "Ann", **{k: v for k, v in full.items() if k != "author"}}
+    theirs = {k: v for k, v in full.items() if k != "author"}
+    assert first == {"set": "forget", "row": 0, "label": "Ann", "image": b"", **theirs}
     assert second == {
         **first,
         **question("f1"),
