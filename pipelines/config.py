@@ -154,6 +154,26 @@ class AdapterConfig(Section):
         return self
 
 
+class PruneConfig(Section):
+    """Pruning before the adapter is put on: PruneLoRA, after Mittal 2024 (arXiv 2411.11907)."""
+
+    method: Literal["none", "rows", "magnitude", "wanda"] = Field(
+        default="none",
+        description="rows: the outputs of smallest L2 norm (the paper's); magnitude: the smallest weights; wanda: the "
+        "smallest weights times their input's norm on the retain set.",
+    )
+    sparsity: float = Field(default=0.5, gt=0, lt=1, description="Share of each layer that is pruned.")
+    targets: tuple[str, ...] = Field(
+        default=("linear",),
+        min_length=1,
+        description="Ends of the names of the layers that are pruned, or the groups linear, convolutions, all (each "
+        "without the head).",
+    )
+    keep_sparsity: bool = Field(
+        default=True, description="Keep what is pruned at zero in the merged model; merging alone would fill it."
+    )
+
+
 class WeightsConfig(Section):
     """Weights of the objective's terms. A term of weight 0 is not computed."""
 
@@ -324,6 +344,7 @@ class UnlearnConfig(Section):
     )
     model: ModelConfig
     data: DataConfig
+    prune: PruneConfig = PruneConfig()
     adapter: AdapterConfig = AdapterConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     solve: SolveConfig = SolveConfig()
@@ -340,6 +361,12 @@ class UnlearnConfig(Section):
         if "://" in output_dir:
             raise ValueError("allowed: a folder, on a cluster one that all nodes share; only data may lie elsewhere")
         return output_dir
+
+    @model_validator(mode="after")
+    def _wanda_sees_whole_weights(self) -> "UnlearnConfig":
+        if self.prune.method == "wanda" and self.train.deepspeed.stage == 3:
+            raise ValueError("prune.method: found wanda with train.deepspeed.stage=3, allowed: rows, magnitude")
+        return self
 
     @model_validator(mode="after")
     def _something_unlearns(self) -> "UnlearnConfig":

@@ -158,7 +158,7 @@ class Engine:
         elif moment is not None:
             self._torch_optimizer().state[parameter][moment].copy_(value)
         if moment is None:
-            with _whole(parameter), torch.no_grad():
+            with whole(parameter), torch.no_grad():
                 parameter.copy_(value)
 
     @staticmethod
@@ -166,7 +166,7 @@ class Engine:
         return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
-def _whole(parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
+def whole(parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
     """The whole parameter where ZeRO-3 has partitioned it; rank 0's change is kept."""
     if not hasattr(parameter, "ds_id"):
         return contextlib.nullcontext()

@@ -6,24 +6,33 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from ray.train import Checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from pipelines.classes import load_image_processor
 from pipelines.config import UnlearnConfig
 from pipelines.finetune import build_answer_training
-from pipelines.model import build_alignment
+from pipelines.model import build_alignment, load_base
 from pipelines.prompts import load_tokenizer
+from pipelines.pruning import NORMS_FILE, keep_pruned_, prune_base
+from rfa.prune import sparsity
 
 
-def write_model(cfg: UnlearnConfig, checkpoint: Checkpoint, folder: str, full: bool) -> None:
-    """Write `folder/model` and, unless all parameters were trained (`full`), `folder/adapter`.
+def write_model(cfg: UnlearnConfig, checkpoint: Checkpoint, folder: str, full: bool) -> dict[str, float]:
+    """Write `folder/model`, `folder/masks.safetensors` where the model was pruned, and, unless all parameters were
+    trained (`full`), `folder/adapter`.
 
-    Loads the base model, puts the trained parameters in, saves; needs memory for one copy of the model.
+    Loads the base model, puts the trained parameters in, saves; needs memory for one copy of the model. Returns how
+    many parameters were trained and, of a pruned model, its pruned layers' share of zeros before and after merging.
     """
-    module = build_answer_training(cfg) if full else build_alignment(cfg)
     with checkpoint.as_directory() as source:
         trained = load_file(Path(source) / "trained.safetensors")
+        path = Path(source) / NORMS_FILE
+        norms = load_file(path) if path.exists() else None
+    base = load_base(cfg.model, "fp32" if full else cfg.train.precision, task=cfg.task)
+    masks = prune_base(cfg, base, norms)
+    numbers = {"sparsity_before_merge": sparsity(base, masks)} if masks else {}
+    module = (build_answer_training if full else build_alignment)(cfg, base, masks)
     wanted = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     statistics = {name for name, _ in module.named_buffers()}
     assert wanted <= set(trained) <= wanted | statistics, "the checkpoint is of another model"
@@ -36,8 +45,13 @@ def write_model(cfg: UnlearnConfig, checkpoint: Checkpoint, folder: str, full: b
     else:
         merged = model
     assert isinstance(merged, PreTrainedModel)
+    keep_pruned_(cfg, merged, masks)
+    if masks:
+        save_file(masks, Path(folder) / "masks.safetensors")
+        numbers["sparsity"] = sparsity(merged, masks)
     with torch.no_grad():
         _publish(merged, Path(folder) / "model", cfg)
+    return {"trained_parameters": sum(trained[name].numel() for name in wanted), **numbers}
 
 
 def _publish(model: PeftModel | PreTrainedModel, target: Path, cfg: UnlearnConfig | None = None) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipelines.config import UnlearnConfig
-from pipelines.model import load_base
+from pipelines.pruning import Masks, hold_weights_
 from rfa.batch import TokenCounts, UnlearnBatch
 from rfa.residual import BlockRunner
 
@@ -38,6 +38,7 @@ class AnswerTraining(nn.Module):
         return AnswerLoss(loss / max(counts.retain_answer, 1))
 
 
-def build_answer_training(cfg: UnlearnConfig) -> AnswerTraining:
-    """The model with all parameters trainable."""
-    return AnswerTraining(load_base(cfg.model, task=cfg.task), classifies=cfg.task != "causal_lm")
+def build_answer_training(cfg: UnlearnConfig, base: PreTrainedModel, masks: Masks) -> AnswerTraining:
+    """The model with all parameters trainable, but for those that are pruned."""
+    hold_weights_(base, masks)
+    return AnswerTraining(base, classifies=cfg.task != "causal_lm")

@@ -4,7 +4,7 @@ import json
 import resource
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -15,11 +15,13 @@ from ray.train import Checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipelines.classes import encoder_of
-from pipelines.config import UnlearnConfig
+from pipelines.classes import ClassEncoder, encoder_of
+from pipelines.config import TrainConfig, UnlearnConfig
 from pipelines.engine import Engine, EngineState, deepspeed_settings, zero3_loading
 from pipelines.finetune import build_answer_training
-from pipelines.model import build_alignment
+from pipelines.model import build_alignment, load_base
+from pipelines.prompts import Encoder
+from pipelines.pruning import NORMS_FILE, held_rows, input_norms, prune_base
 from pipelines.shards import batches_of
 from pipelines.solver import WorkerSolver
 from pipelines.worker import Job
@@ -50,20 +52,59 @@ class StepRows(NamedTuple):
 def run_worker(job: Job) -> None:
     """Build the model, resume, train, report."""
     train = job.cfg.train
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
+    world_size = ray.train.get_context().get_world_size()
     if train.gpus_per_worker == 0:
         torch.set_num_threads(max(1, int(train.cpus_per_worker)))
     torch.manual_seed(job.cfg.seed)
     deepspeed = deepspeed_settings(train, job.stage, full=job.kind == "finetune")
     keep_alive = zero3_loading(deepspeed)
-    module = (build_alignment if job.kind == "unlearn" else build_answer_training)(job.cfg)
+    encoder = encoder_of(job.cfg)
+    base = load_base(job.cfg.model, train.precision if job.kind == "unlearn" else "fp32", task=job.cfg.task)
+    norms = _norms_of_resume_point() or input_norms(job.cfg, base, _calibration(job, encoder), _device(train))
+    masks = prune_base(job.cfg, base, norms)
+    module = (build_alignment if job.kind == "unlearn" else build_answer_training)(job.cfg, base, masks)
     if train.activation_checkpointing:
         _checkpoint_activations(module)
     engine = Engine(module, deepspeed, world_size)
-    loop = _Loop(job, engine, module, rank, world_size)
+    loop = _Loop(job, engine, module, encoder, Pruned(norms, held_rows(base, masks)))
     loop.run()
     del keep_alive
+
+
+def _rows_of(job: Job, encoder: Encoder | ClassEncoder, name: str, start: int = 0) -> Iterator[list[Row]]:
+    """This worker's rows of a stream, batch after batch."""
+    share = ray.train.get_dataset_shard(name)
+    assert share is not None
+    return (encoder.rows(records) for records in batches_of(share, job.batches[name], start))
+
+
+def _calibration(job: Job, encoder: Encoder | ClassEncoder) -> Iterator[UnlearnBatch]:
+    """This worker's first retain rows, as many as the targets are fitted on."""
+    number = -(-job.cfg.objective.target_rows // job.cfg.train.retain_batch_size)
+    blank = encoder.blank()
+    for rows in islice(_rows_of(job, encoder, "retain"), min(number, job.batches["retain"])):
+        yield collate(rows, [], encoder.pad_token_id, blank)
+
+
+def _norms_of_resume_point() -> dict[str, Tensor] | None:
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as folder:
+        path = Path(folder) / NORMS_FILE
+        return load_file(path) if path.exists() else None
+
+
+def _device(train: TrainConfig) -> torch.device:
+    return torch.device("cuda" if train.gpus_per_worker else "cpu")
+
+
+class Pruned(NamedTuple):
+    """What of the base model is pruned: the norms that it took, and by weight the outputs that are kept, if whole ones
+    are pruned."""
+
+    norms: Mapping[str, Tensor] | None
+    kept_rows: dict[str, Tensor]
 
 
 def kept_tokens(cfg: UnlearnConfig, index: int, batches: int) -> int:
@@ -82,9 +123,11 @@ def _checkpoint_activations(module: nn.Module) -> None:
 class _Loop:
     """The steps of one worker."""
 
-    def __init__(self, job: Job, engine: Engine, module: nn.Module, rank: int, world_size: int) -> None:
-        self.job, self.engine, self.module = job, engine, module
-        self.rank, self.world_size, self.encoder = rank, world_size, encoder_of(job.cfg)
+    def __init__(
+        self, job: Job, engine: Engine, module: nn.Module, encoder: Encoder | ClassEncoder, pruned: Pruned
+    ) -> None:
+        self.job, self.engine, self.module, self.encoder, self.pruned = job, engine, module, encoder, pruned
+        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self._blank: Row | None = None
         self.seconds = 0.0
         self.tokens = 0
@@ -123,10 +166,7 @@ class _Loop:
             yield StepRows(rows["retain"], rows.get("forget", []))
 
     def _rows_of(self, name: str, start: int = 0) -> Iterator[list[Row]]:
-        """This worker's rows of a stream, batch after batch."""
-        share = ray.train.get_dataset_shard(name)
-        assert share is not None
-        return (self.encoder.rows(records) for records in batches_of(share, self.job.batches[name], start))
+        return _rows_of(self.job, self.encoder, name, start)
 
     def _batch(self, retain: list[Row], forget: list[Row]) -> UnlearnBatch:
         if self._blank is None and not retain and not forget:
@@ -206,6 +246,10 @@ class _Loop:
             self._report(0, final=False)
 
     def _place(self, name: str, a_KD: Tensor, b_OK: Tensor) -> None:
+        keep_O = self.pruned.kept_rows.get(name.removeprefix("base_model.model.") + ".weight")
+        if keep_O is not None and self.job.cfg.prune.keep_sparsity:
+            b_OK = b_OK.clone()
+            b_OK[~keep_O] = 0
         self.engine.place(
             {f"model.{name}.lora_A.{ADAPTER}.weight": a_KD, f"model.{name}.lora_B.{ADAPTER}.weight": b_OK}
         )
@@ -251,6 +295,8 @@ class _Loop:
             save_file(state.parameters, path / "trained.safetensors")
             if with_moments:
                 save_file({**state.moments, "rng": torch.get_rng_state()}, path / "optimizer.safetensors")
+            if self.pruned.norms is not None:
+                save_file(dict(self.pruned.norms), path / NORMS_FILE)
             (path / "progress.json").write_text(json.dumps(metrics))
             ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
 

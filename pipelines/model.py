@@ -18,9 +18,12 @@ from transformers import (
 )
 
 from pipelines.config import ConfigError, ModelConfig, UnlearnConfig
+from pipelines.engine import whole
+from pipelines.pruning import Masks
 from rfa.adapters import attach, check_gradients, lora_layers
 from rfa.loss import Objective, ResidualAlignment, Weights
 from rfa.one_pass import KEPT, input_width
+from rfa.prune import hold_rows_, prune_targets
 
 AUTO_CLASSES = {
     "causal_lm": AutoModelForCausalLM,
@@ -108,6 +111,8 @@ def check_model(cfg: UnlearnConfig) -> ModelSize:
             raise ConfigError(f"task: found {cfg.task}, which models of type {kind} are not made for") from None
     parameters = sum(p.numel() for p in base.parameters())
     try:
+        if cfg.prune.method != "none":
+            prune_targets(base, cfg.prune.targets)
         adapted = attach_adapter(base, cfg)
         check_gradients(adapted, _example(cfg, model_config))
     except ValueError as error:
@@ -160,9 +165,14 @@ def attach_adapter(base: PreTrainedModel, cfg: UnlearnConfig) -> PeftModel:
         )
 
 
-def build_alignment(cfg: UnlearnConfig, base: PreTrainedModel | None = None) -> ResidualAlignment:
-    """Base model (loaded, unless it is given), LoRA and objective, ready to train."""
+def build_alignment(
+    cfg: UnlearnConfig, base: PreTrainedModel | None = None, masks: Masks | None = None
+) -> ResidualAlignment:
+    """Base model (loaded, unless it is given), LoRA and objective, ready to train; adapters hold still what the base
+    model's masks prune."""
     model = attach_adapter(load_base(cfg.model, cfg.train.precision, task=cfg.task) if base is None else base, cfg)
+    if masks and cfg.prune.keep_sparsity:
+        hold_rows_(model, masks, whole)
     settings = cfg.objective
     objective = Objective(
         residual=settings.residual,

@@ -257,7 +257,11 @@ def _judge(counts: Forgetting, before: Entry, after: Entry, has_oracle: bool) ->
 
 
 def _judge_without_target(before: Entry, after: Entry) -> tuple[Level, str, str]:
-    names = [name for name in (*FORGET_SCORES, *CLASS_SCORES) if name.startswith("forget.") and name not in HIGHER_IS_FORGOTTEN]
+    names = [
+        name
+        for name in (*FORGET_SCORES, *CLASS_SCORES)
+        if name.startswith("forget.") and name not in HIGHER_IS_FORGOTTEN
+    ]
     pairs = [(old, new) for n in names if (old := before.get(n)) is not None and (new := after.get(n)) is not None]
     total = sum(old for old, _ in pairs)
     if total == 0:

@@ -81,8 +81,8 @@ def finetune(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
             result = trainer.fit(
                 steps=steps, learning_rate=cfg.finetune.learning_rate, final_rate=0.1, listener=losses.hear
             )
-        export(run, checkpoint_of(result), full=True)
-        run.update(cost=cost_of(result, cfg, time.monotonic() - started))
+        cost = cost_of(result, cfg, time.monotonic() - started)
+        run.update(cost={**cost, **export(run, checkpoint_of(result), full=True)})
         forget_resume_points(cfg)
         run.seal()
     return run
@@ -141,7 +141,7 @@ def train(run: RunFolder, sets: Sets, tracker: Tracker, terminal: Terminal) -> d
             steps=cfg.train.steps, learning_rate=cfg.train.learning_rate, final_rate=0.0, listener=losses.hear
         )
     cost = cost_of(result, cfg, time.monotonic() - started)
-    export(run, checkpoint_of(result))
+    cost |= export(run, checkpoint_of(result))
     run.update(cost=cost, strengths=trials_of(result))
     forget_resume_points(cfg)
     return cost
@@ -190,15 +190,16 @@ def _check_models(cfg: UnlearnConfig, others: dict[str, ModelConfig]) -> Any:
     return check_models(cfg, others)
 
 
-def export(run: RunFolder, checkpoint: Any, *, full: bool = False) -> None:
-    """Write adapter and merged model, in a task on the driver's node: the driver holds no model."""
-    result_of(on_this_node(_write_model).remote(run.cfg, checkpoint, str(run.path), full))
+def export(run: RunFolder, checkpoint: Any, *, full: bool = False) -> dict[str, float]:
+    """Write adapter and merged model, in a task on the driver's node: the driver holds no model. Returns the part of
+    `cost` that is known then."""
+    return result_of(on_this_node(_write_model).remote(run.cfg, checkpoint, str(run.path), full))
 
 
-def _write_model(*arguments: Any) -> None:
+def _write_model(*arguments: Any) -> dict[str, float]:
     from pipelines.export import write_model
 
-    write_model(*arguments)
+    return write_model(*arguments)
 
 
 def result_models(run: RunFolder) -> dict[str, ModelConfig]:
