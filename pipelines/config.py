@@ -181,7 +181,7 @@ class WeightsConfig(Section):
     forget: Weight = Field(default=1.0, description="Shifted residual features on the forget set.")
     kl: Weight = Field(default=0.0, description="KL(base || adapted) of next-token distributions on the retain set.")
     task: Weight = Field(default=0.0, description="Cross-entropy on the retain set's answers.")
-    output: Weight = Field(default=0.0, description="Unlikelihood of the forget set's answers.")
+    output: Weight = Field(default=0.0, description="What objective.output asks of the forget set's answers.")
 
 
 class ObjectiveConfig(Section):
@@ -201,6 +201,11 @@ class ObjectiveConfig(Section):
     clusters: int = Field(default=32, ge=1, le=4096, description="Number of centroids for cluster_mean.")
     target_rows: int = Field(
         default=512, ge=1, description="Rows of the retain set that the targets are fitted on, at most."
+    )
+    output: Literal["unlikelihood", "ascent", "random_label", "bad_teacher", "scrub"] = Field(
+        default="unlikelihood",
+        description="What weights.output pushes: the answer to be unlikely, its loss up (ascent), another label, a "
+        "uniform guess (bad_teacher), or away from the base model's own output (scrub).",
     )
     weights: WeightsConfig = WeightsConfig()
 

@@ -180,6 +180,7 @@ def build_alignment(
         distance=settings.distance,
         tokens=settings.tokens,
         clusters=settings.clusters,
+        output=settings.output,
         weights=Weights(**settings.weights.model_dump()),
     )
     return ResidualAlignment(model, objective, seed=cfg.seed)

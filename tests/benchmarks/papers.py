@@ -1,0 +1,200 @@
+"""Both papers' experiments on real data: PruneLoRA (arXiv 2411.11907) and RFA (arXiv 2411.08443), all arms, in one go.
+
+Usage: python -m tests.benchmarks.papers [--seeds 3] [--problems vit-class,...] [--arms rfa,...] [--out docs/papers.md]
+
+Every arm is the product's own `finetune` or `run` with other settings; a model that is there already is not made again.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+
+from pipelines.config import UnlearnConfig
+from pipelines.config_file import load_config
+from pipelines.console import Terminal
+from pipelines.trainer import worker_environment
+from pipelines.unlearn import evaluate_model, finetune, unlearn
+from tests.benchmarks.paper_data import fashion_mnist, fresh_model
+
+FOLDER = Path("outputs/papers").absolute()
+DOCS = Path(__file__).parents[2] / "docs" / "papers.md"
+OFF = ["solve.mode=off"]
+NO_RFA = [*OFF, "objective.weights.retain=0", "objective.weights.forget=0"]
+
+
+class Arm(NamedTuple):
+    """One method: `finetune` trains all parameters from the fresh model or the target, `run` unlearns the target."""
+
+    command: str
+    changes: list[str]
+    start: str = "target"
+    epochs: float = 0.0  # of the retain set, in steps of `run`
+
+
+ARMS = {
+    "retrain": Arm("finetune", ["finetune.sets=[retain]"], start="fresh"),
+    "fine-tune on retain": Arm("finetune", ["finetune.sets=[retain]", "finetune.epochs=1"]),
+    "prune + fine-tune": Arm("finetune", ["finetune.sets=[retain]", "finetune.epochs=1", "prune.method=rows"]),
+    "LoRA on retain": Arm("run", [*NO_RFA, "objective.weights.task=1"], epochs=1),
+    "PruneLoRA": Arm("run", [*NO_RFA, "objective.weights.task=1", "prune.method=rows"], epochs=1),
+    "RFA, one pass": Arm("run", []),
+    "RFA, by gradient": Arm("run", [*OFF, "objective.weights.task=1"], epochs=0.5),
+    "gradient ascent": Arm("run", [*NO_RFA, "objective.weights.output=1", "objective.output=ascent"], epochs=0.05),
+    "random labels": Arm(
+        "run", [*NO_RFA, "objective.weights={task: 1, output: 1, retain: 0, forget: 0}", "objective.output=random_label"],
+        epochs=0.5,
+    ),
+    "bad teacher": Arm(
+        "run", [*NO_RFA, "objective.weights={kl: 1, output: 1, retain: 0, forget: 0}", "objective.output=bad_teacher"],
+        epochs=0.5,
+    ),
+    "SCRUB": Arm(
+        "run", [*NO_RFA, "objective.weights={kl: 1, task: 1, output: 0.1, retain: 0, forget: 0}", "objective.output=scrub"],
+        epochs=0.5,
+    ),
+}  # fmt: skip
+
+
+class Problem(NamedTuple):
+    """A model, data, and what of it must go."""
+
+    title: str
+    preset: str
+    model: str
+    changes: list[str]
+    arms: dict[str, list[str]]  # more changes of single arms, by name
+
+
+VIT_LORA = ["adapter.targets=[o_proj, classifier]", "adapter.rank=16", "adapter.alpha=32", "adapter.dropout=0.1"]
+CONVOLUTIONS = ["adapter.targets=[convolution, classifier.1]", "adapter.rank=8", "adapter.alpha=16"]
+SHARES = ["data.forget.share=[0, 0.05]", "data.retain.share=[0.05, 1]"]
+WHOLE = [f"data.{name}.{key}" for name in ("forget", "retain", "general") for key in ("column=null", "values=[]")]
+PROBLEMS = {
+    "vit-class": Problem(
+        "Fashion-MNIST, a ViT forgets class 3 (dresses)", "rfa_image", "vit", [],
+        {"LoRA on retain": VIT_LORA, "PruneLoRA": [*VIT_LORA, "prune.targets=[layers.3.attention.o_proj, classifier]"],
+         "prune + fine-tune": ["prune.targets=[layers.3.attention.o_proj, classifier]"]},
+    ),
+    "resnet-class": Problem(
+        "Fashion-MNIST, a ResNet forgets class 3 (dresses)", "rfa_image", "resnet", ["adapter.targets=[classifier.1]"],
+        {"LoRA on retain": CONVOLUTIONS, "PruneLoRA": [*CONVOLUTIONS, "prune.targets=[convolutions]"],
+         "prune + fine-tune": ["prune.targets=[convolutions]"]},
+    ),
+    "resnet-sample": Problem(
+        "Fashion-MNIST, a ResNet forgets 5 % of its rows", "rfa_image", "resnet",
+        ["adapter.targets=[classifier.1]", *WHOLE, *SHARES],
+        {"LoRA on retain": CONVOLUTIONS, "PruneLoRA": [*CONVOLUTIONS, "prune.targets=[convolutions]"],
+         "prune + fine-tune": ["prune.targets=[convolutions]"]},
+    ),
+}  # fmt: skip
+
+
+def configure(problem: Problem, seed: int, arm: Arm | None, name: str) -> UnlearnConfig:
+    """The configuration of one arm (of the target, without one)."""
+    images = f"idx:{fashion_mnist(FOLDER)}"
+    folder = FOLDER / problem_name(problem) / str(seed)
+    fresh = fresh_model(problem.model, FOLDER, seed)
+    start = fresh if arm is None or arm.start == "fresh" else folder / "target" / "model"
+    changes = [f"data.{key}.path={images}" for key in ("forget", "retain", "general")]
+    changes += [f"model.path={start}", f"output_dir={folder / slug(name)}", f"seed={seed}", f"data.share_seed={seed}"]
+    changes += [*problem.changes, *(arm.changes if arm else []), *problem.arms.get(name, [])]
+    if arm is not None and name != "retrain":
+        changes.append(f"evaluation.oracle={folder / 'retrain' / 'model'}")
+    return load_config(problem.preset, changes)
+
+
+def problem_name(problem: Problem) -> str:
+    return next(name for name, own in PROBLEMS.items() if own is problem)
+
+
+def slug(name: str) -> str:
+    return name.replace(", ", "-").replace(" + ", "-").replace(" ", "-").lower()
+
+
+def run_arm(problem: Problem, seed: int, name: str, arm: Arm | None, rows: int) -> dict[str, Any]:
+    """Scores and cost of one arm; what has been run before is read."""
+    cfg = configure(problem, seed, arm, name)
+    record = Path(f"{cfg.output_dir}.json")
+    if record.exists():
+        return json.loads(record.read_text())
+    terminal = Terminal()
+    if arm is not None and arm.command == "run":
+        steps = int(arm.epochs * rows / cfg.train.retain_batch_size)
+        cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"steps": steps})})
+        run = unlearn(cfg, terminal)
+        found = {"scores": run.scores()["models"]["after"], "cost": run.scores()["cost"]}
+        found["before"] = run.scores()["models"]["before"]
+    else:
+        run = finetune(cfg, terminal)
+        scores = evaluate_model(cfg, cfg.model.model_copy(update={"path": str(run.path / "model")}), terminal)
+        found = {"scores": scores["model"], "cost": run.manifest()["cost"]}
+    record.write_text(json.dumps(found, indent=1))
+    return found
+
+
+COLUMNS = {
+    "UA %": lambda own: 100 * (1 - own["scores"]["forget.accuracy"]),
+    "RA %": lambda own: 100 * own["scores"]["retain.accuracy"],
+    "TA %": lambda own: 100 * own["scores"]["general.accuracy"],
+    "MIA efficacy %": lambda own: 100 * own["scores"]["mia_efficacy"],
+    "activation distance": lambda own: own["scores"].get("activation_distance") or 0.0,
+    "feature distance": lambda own: own["scores"].get("feature_distance") or 0.0,
+    "training s": lambda own: own["cost"]["train_s"] + own["cost"]["solve_s"],
+    "trained parameters": lambda own: own["cost"]["trained_parameters"],
+    "sparsity": lambda own: own["cost"].get("sparsity", 0.0),
+    "peak GiB": lambda own: own["cost"]["peak_memory_bytes"] / 2**30,
+}
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """Arms by columns: mean, and half the range over the seeds."""
+    yield f"| | {' | '.join(COLUMNS)} |"
+    yield f"|---|{'---:|' * len(COLUMNS)}"
+    for name, runs in found.items():
+        cells = []
+        for column in COLUMNS.values():
+            values = [float(column(own)) for own in runs]
+            spread = (max(values) - min(values)) / 2
+            digits = 0 if values[0] >= 1000 else 1 if values[0] >= 10 else 3
+            cells.append(f"{statistics.mean(values):,.{digits}f}" + (f" ± {spread:.{digits}f}" if spread else ""))
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Run what is asked for, and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--problems", default=",".join(PROBLEMS))
+    parser.add_argument("--arms", default=",".join(map(slug, ARMS)), help="retrain always runs")
+    parser.add_argument("--out", type=Path, default=DOCS)
+    options = parser.parse_args()
+    asked = [name for name in ARMS if slug(name) in ["retrain", *options.arms.split(",")]]
+    cfg = load_config("rfa_image", [])
+    ray.init("local", include_dashboard=False, runtime_env={"env_vars": worker_environment(cfg.train)})
+    sections = []
+    for key in options.problems.split(","):
+        problem = PROBLEMS[key]
+        found: dict[str, list[dict[str, Any]]] = {}
+        for seed in map(int, options.seeds.split(",")):
+            found.setdefault("before", []).append(run_arm(problem, seed, "target", None, 0))
+            rows = json.loads((FOLDER / key / str(seed) / "target" / "manifest.json").read_text())["sets"]["retain"][
+                "rows"
+            ]
+            for name in asked:
+                found.setdefault(name, []).append(run_arm(problem, seed, name, ARMS[name], rows))
+                print("\n".join(table(found)), flush=True)
+        sections.append("\n".join([f"## {problem.title}", "", *table(found), ""]))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "ray", "deepspeed", "peft", "transformers"))
+    sections.append(f"{platform.machine()}, 2 threads, {versions}.")
+    options.out.write_text("\n".join(sections) + "\n")
+
+
+if __name__ == "__main__":
+    main()
