@@ -21,12 +21,17 @@ from pipelines.config_file import load_config
 from pipelines.console import Terminal
 from pipelines.trainer import worker_environment
 from pipelines.unlearn import evaluate_model, finetune, unlearn
-from tests.benchmarks.paper_data import fashion_mnist, fresh_model
+from tests.benchmarks.paper_data import fashion_mnist, fresh_model, movie_reviews
 
 FOLDER = Path("outputs/papers").absolute()
 DOCS = Path(__file__).parents[2] / "docs" / "papers.md"
 OFF = ["solve.mode=off"]
 NO_RFA = [*OFF, "objective.weights.retain=0", "objective.weights.forget=0"]
+
+
+def weights(**values: float) -> list[str]:
+    """Weights of the objective's terms, as changes."""
+    return [f"objective.weights.{name}={value}" for name, value in values.items()]
 
 
 class Arm(NamedTuple):
@@ -47,19 +52,10 @@ ARMS = {
     "RFA, one pass": Arm("run", []),
     "RFA, by gradient": Arm("run", [*OFF, "objective.weights.task=1"], epochs=0.5),
     "gradient ascent": Arm("run", [*NO_RFA, "objective.weights.output=1", "objective.output=ascent"], epochs=0.05),
-    "random labels": Arm(
-        "run", [*NO_RFA, "objective.weights={task: 1, output: 1, retain: 0, forget: 0}", "objective.output=random_label"],
-        epochs=0.5,
-    ),
-    "bad teacher": Arm(
-        "run", [*NO_RFA, "objective.weights={kl: 1, output: 1, retain: 0, forget: 0}", "objective.output=bad_teacher"],
-        epochs=0.5,
-    ),
-    "SCRUB": Arm(
-        "run", [*NO_RFA, "objective.weights={kl: 1, task: 1, output: 0.1, retain: 0, forget: 0}", "objective.output=scrub"],
-        epochs=0.5,
-    ),
-}  # fmt: skip
+    "random labels": Arm("run", [*NO_RFA, *weights(task=1, output=1), "objective.output=random_label"], epochs=0.5),
+    "bad teacher": Arm("run", [*NO_RFA, *weights(kl=1, output=1), "objective.output=bad_teacher"], epochs=0.5),
+    "SCRUB": Arm("run", [*NO_RFA, *weights(kl=1, task=1, output=0.1), "objective.output=scrub"], epochs=0.5),
+}
 
 
 class Problem(NamedTuple):
@@ -73,41 +69,70 @@ class Problem(NamedTuple):
 
 
 VIT_LORA = ["adapter.targets=[o_proj, classifier]", "adapter.rank=16", "adapter.alpha=32", "adapter.dropout=0.1"]
-CONVOLUTIONS = ["adapter.targets=[convolution, classifier.1]", "adapter.rank=8", "adapter.alpha=16"]
-SHARES = ["data.forget.share=[0, 0.05]", "data.retain.share=[0.05, 1]"]
-WHOLE = [f"data.{name}.{key}" for name in ("forget", "retain", "general") for key in ("column=null", "values=[]")]
+VIT_PRUNED = ["prune.targets=[layers.3.attention.o_proj, classifier]"]
+ALL_CONVOLUTIONS = ["adapter.targets=[convolution, classifier.1]", "adapter.rank=8", "adapter.alpha=16"]
+CONVOLUTIONS_PRUNED = ["prune.targets=[convolutions]"]
+ENCODER_LORA = ["adapter.targets=[attention.output.dense, classifier]", "adapter.rank=8", "adapter.alpha=16"]
+ENCODER_PRUNED = ["prune.targets=[layer.5.attention.output.dense]"]
+
+
+def arms_of(lora: list[str], pruned: list[str]) -> dict[str, list[str]]:
+    """What the paper's arms prune and adapt in a model; all others adapt what its preset says."""
+    return {"LoRA on retain": lora, "PruneLoRA": [*lora, *pruned], "prune + fine-tune": pruned}
+
+
+VIT, RESNET = arms_of(VIT_LORA, VIT_PRUNED), arms_of(ALL_CONVOLUTIONS, CONVOLUTIONS_PRUNED)
+BY_CLASS = ["data.forget.max_rows=2000", "data.retain.max_rows=18000", "finetune.epochs=4"]
+WHOLE = [f"data.{name}.{change}" for name in ("forget", "retain", "general") for change in ("column=null", "values=[]")]
+BY_ROW = [
+    *WHOLE, "data.forget.share=[0, 0.05]", "data.retain.share=[0.05, 1]", "data.forget.max_rows=1000",
+    "data.retain.max_rows=19000", "data.holdout.split=test", "data.holdout.max_rows=1000", "solve.strength=auto",
+    "finetune.epochs=4",
+]  # fmt: skip
+HEAD = ["adapter.targets=[classifier.1]"]
 PROBLEMS = {
-    "vit-class": Problem(
-        "Fashion-MNIST, a ViT forgets class 3 (dresses)", "rfa_image", "vit", [],
-        {"LoRA on retain": VIT_LORA, "PruneLoRA": [*VIT_LORA, "prune.targets=[layers.3.attention.o_proj, classifier]"],
-         "prune + fine-tune": ["prune.targets=[layers.3.attention.o_proj, classifier]"]},
-    ),
+    "vit-class": Problem("Fashion-MNIST, a ViT forgets a class", "rfa_image", "vit", BY_CLASS, VIT),
     "resnet-class": Problem(
-        "Fashion-MNIST, a ResNet forgets class 3 (dresses)", "rfa_image", "resnet", ["adapter.targets=[classifier.1]"],
-        {"LoRA on retain": CONVOLUTIONS, "PruneLoRA": [*CONVOLUTIONS, "prune.targets=[convolutions]"],
-         "prune + fine-tune": ["prune.targets=[convolutions]"]},
+        "Fashion-MNIST, a ResNet forgets a class", "rfa_image", "resnet", [*BY_CLASS, *HEAD], RESNET
     ),
-    "resnet-sample": Problem(
-        "Fashion-MNIST, a ResNet forgets 5 % of its rows", "rfa_image", "resnet",
-        ["adapter.targets=[classifier.1]", *WHOLE, *SHARES],
-        {"LoRA on retain": CONVOLUTIONS, "PruneLoRA": [*CONVOLUTIONS, "prune.targets=[convolutions]"],
-         "prune + fine-tune": ["prune.targets=[convolutions]"]},
+    "resnet-rows": Problem(
+        "Fashion-MNIST, a ResNet forgets 5 % of its rows", "rfa_image", "resnet", [*BY_ROW, *HEAD], RESNET
+    ),
+    "reviews-rows": Problem(
+        "Movie reviews, MiniLM forgets 10 % of rows", "rfa_text", "minilm",
+        ["data.retain.max_rows=4500", "data.forget.max_rows=500", "data.holdout.max_rows=500", "data.max_tokens=48",
+         "data.general.split=train", "data.holdout.split=train", "train.cpus_per_worker=2"],
+        arms_of(ENCODER_LORA, ENCODER_PRUNED),
     ),
 }  # fmt: skip
 
 
-def configure(problem: Problem, seed: int, arm: Arm | None, name: str) -> UnlearnConfig:
-    """The configuration of one arm (of the target, without one)."""
-    images = f"idx:{fashion_mnist(FOLDER)}"
+def configure(problem: Problem, seed: int, arm: Arm | None, name: str, rows: int) -> UnlearnConfig:
+    """The configuration of one arm (of the target, without one); the retain set has so many `rows`."""
     folder = FOLDER / problem_name(problem) / str(seed)
     fresh = fresh_model(problem.model, FOLDER, seed)
     start = fresh if arm is None or arm.start == "fresh" else folder / "target" / "model"
-    changes = [f"data.{key}.path={images}" for key in ("forget", "retain", "general")]
-    changes += [f"model.path={start}", f"output_dir={folder / slug(name)}", f"seed={seed}", f"data.share_seed={seed}"]
-    changes += [*problem.changes, *(arm.changes if arm else []), *problem.arms.get(name, [])]
+    changes = [f"model.path={start}", f"output_dir={folder / slug(name)}", f"seed={seed}", f"data.share_seed={seed}"]
+    changes += [*problem.changes, *sources(problem, seed), *(arm.changes if arm else []), *problem.arms.get(name, [])]
     if arm is not None and name != "retrain":
+        changes.append(
+            f"train.steps={int(arm.epochs * rows / load_config(problem.preset, []).train.retain_batch_size)}"
+        )
         changes.append(f"evaluation.oracle={folder / 'retrain' / 'model'}")
     return load_config(problem.preset, changes)
+
+
+def sources(problem: Problem, seed: int) -> list[str]:
+    """Where the sets lie: Fashion-MNIST's two splits, or two files of reviews."""
+    if problem.model == "minilm":
+        folder = movie_reviews(FOLDER, seed)
+        train, test = str(folder / "train.jsonl"), str(folder / "test.jsonl")
+    else:
+        train = test = f"idx:{fashion_mnist(FOLDER)}"
+    names = {"forget": train, "retain": train, "general": test}
+    if any(change.startswith("data.holdout") for change in problem.changes):
+        names["holdout"] = test
+    return [f"data.{name}.path={path}" for name, path in names.items()]
 
 
 def problem_name(problem: Problem) -> str:
@@ -120,14 +145,12 @@ def slug(name: str) -> str:
 
 def run_arm(problem: Problem, seed: int, name: str, arm: Arm | None, rows: int) -> dict[str, Any]:
     """Scores and cost of one arm; what has been run before is read."""
-    cfg = configure(problem, seed, arm, name)
+    cfg = configure(problem, seed, arm, name, rows)
     record = Path(f"{cfg.output_dir}.json")
     if record.exists():
         return json.loads(record.read_text())
     terminal = Terminal()
     if arm is not None and arm.command == "run":
-        steps = int(arm.epochs * rows / cfg.train.retain_batch_size)
-        cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"steps": steps})})
         run = unlearn(cfg, terminal)
         found = {"scores": run.scores()["models"]["after"], "cost": run.scores()["cost"]}
         found["before"] = run.scores()["models"]["before"]
