@@ -5,7 +5,7 @@ MODEL := models/SmolLM2-135M-Instruct
 # One process with both cores: all parameters are trained, and exchanging their gradients would cost more than it gains.
 FINETUNE := model.path=$(MODEL) train.num_workers=1 train.cpus_per_worker=2 data.utility.max_rows=40
 
-.PHONY: demo test model clean
+.PHONY: demo test model papers clean
 .DELETE_ON_ERROR:
 
 demo: model            ## teach a real model fictitious authors, make it forget some, show the proof
@@ -19,6 +19,9 @@ test: .venv/.test model  ## everything CI checks
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 	$(BIN)/pytest
+
+papers: .venv/.test    ## both papers' experiments, all arms: docs/papers.md
+	$(BIN)/python -m tests.benchmarks.papers
 
 model: $(MODEL)/config.json  ## SmolLM2-135M-Instruct as a plain model folder
 

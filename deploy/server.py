@@ -24,8 +24,11 @@ def serve_run(settings: Settings, host: str, port: int, terminal: Terminal) -> N
     run_dir = Path(settings.run_dir)
     if not (run_dir / "model").is_dir():
         raise ConfigError(f"RUN_DIR: {run_dir / 'model'} not found, allowed: the output_dir of a finished run")
+    cfg = load_config(str(run_dir / "config.yaml"))
+    if cfg.task != "causal_lm":
+        raise ConfigError(f"RUN_DIR: {run_dir} holds a run with task={cfg.task}, allowed: causal_lm")
     _refuse_taken_port(host, port)
-    with session(load_config(str(run_dir / "config.yaml")), run_dir / "serve.log", terminal):
+    with session(cfg, run_dir / "serve.log", terminal):
         result_of(on_this_node(_check_model).remote(settings.model))
         have = ray.cluster_resources().get("GPU", 0)
         if settings.gpus > have:

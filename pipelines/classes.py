@@ -9,9 +9,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import ray
 
 from pipelines.config import ConfigError, ModelConfig, UnlearnConfig
+from pipelines.data import Sets
 from pipelines.prompts import Encoder, load_tokenizer
+from pipelines.tasks import result_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,8 +116,28 @@ def class_number(label: str, known: Mapping[str, int]) -> int:
         ConfigError: the model has no such class.
     """
     if label not in known:
-        raise ConfigError(f"data.columns.label: found '{label}', allowed: {', '.join(list(known)[:12])}")
+        raise ConfigError(
+            f"data.columns.label: found '{label}', allowed: the model's classes, {', '.join(list(known)[:12])}"
+        )
     return known[label]
+
+
+def check_labels(cfg: UnlearnConfig, sets: Sets) -> None:
+    """Refuse rows of a class that the model does not have, before anything is trained.
+
+    Raises:
+        ConfigError: names the label.
+    """
+    if cfg.task != "causal_lm":
+        blocks = [block for _, rows in sets.items() for block in rows.to_arrow_refs()]
+        result_of(ray.remote(_check_labels).remote(cfg.model, *blocks))
+
+
+def _check_labels(model: ModelConfig, *blocks: Any) -> None:
+    known = class_numbers(model)
+    for block in blocks:
+        for label in block["label"].unique().to_pylist():
+            class_number(label, known)
 
 
 def load_class_config(model: ModelConfig) -> Any:

@@ -368,6 +368,13 @@ class UnlearnConfig(Section):
         return output_dir
 
     @model_validator(mode="after")
+    def _language_models_alone(self) -> "UnlearnConfig":
+        if self.task != "causal_lm" and self.evaluation.robustness:
+            found = self.evaluation.robustness[0]
+            raise ValueError(f"evaluation.robustness: found {found}, allowed with task={self.task}: []")
+        return self
+
+    @model_validator(mode="after")
     def _wanda_sees_whole_weights(self) -> "UnlearnConfig":
         if self.prune.method == "wanda" and self.train.deepspeed.stage == 3:
             raise ValueError("prune.method: found wanda with train.deepspeed.stage=3, allowed: rows, magnitude")

@@ -42,9 +42,17 @@ def input_norms(
         return None
     runner = BlockRunner(base)
     base.to(device)  # pyright: ignore[reportArgumentType]
-    with collecting_norms(base, prune_targets(base, cfg.prune.targets)) as norms:
+    names, running = prune_targets(base, cfg.prune.targets), None
+
+    def real_tokens() -> Tensor:
+        assert running is not None
+        return running.attention_BT
+
+    reads_images = cfg.task == "image_classification"
+    with collecting_norms(base, names, None if reads_images else real_tokens) as norms:
         for batch in batches:
-            runner(batch.to(device), logits_at_BT=batch.answer_BT.to(device))
+            running = batch.to(device)
+            runner(running, logits_at_BT=running.answer_BT)
     for value in norms.values():
         torch.distributed.all_reduce(value)
     return {name: value.cpu() for name, value in norms.items()}

@@ -13,6 +13,7 @@ import ray
 from ray.data import DataContext
 
 from pipelines.artifact import RunFolder, weight_bytes
+from pipelines.classes import check_labels
 from pipelines.config import ModelConfig, UnlearnConfig, check_strength
 from pipelines.console import Terminal
 from pipelines.data import Sets, load_sets
@@ -180,6 +181,7 @@ def load_checked(cfg: UnlearnConfig, terminal: Terminal, others: dict[str, Model
     size = on_this_node(_check_models).remote(cfg, others)
     sets = load_sets(cfg.data, cfg.task)
     checked = Checked(sets, result_of(size))
+    check_labels(cfg, sets)
     terminal.say("Data: " + ", ".join(f"{name} {sets.counts[name]} rows" for name in sets.names()))
     return checked
 

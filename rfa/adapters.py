@@ -60,7 +60,7 @@ def target_names(
     found = [name for name in found if everywhere or name.startswith(f"{prefix}.")]
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in found):
-            choices = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in found}))
+            choices = ", ".join(sorted({ending(name) for name in found}))
             whose = "this model has" if everywhere else "this model's blocks have"
             raise ValueError(f"adapter.targets: no linear layer ends with '{target}'; {whose}: {choices}")
     own = [name for name in found if any(f".{name}".endswith(f".{target}") for target in targets)]
@@ -70,6 +70,12 @@ def target_names(
             f"adapter.layers: blocks {first} to {last} have no layer that ends with one of {list(targets)}"
         )
     return chosen
+
+
+def ending(name: str) -> str:
+    """The last part of a name, with the part before it where the last is a number, as in `nn.Sequential`."""
+    parts = name.rsplit(".", 2)
+    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
 
 
 def attach(

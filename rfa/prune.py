@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
+from rfa.adapters import ending
 from rfa.residual import removed
 
 Method = Literal["rows", "magnitude", "wanda"]
@@ -54,7 +55,7 @@ def prune_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
         matched = _matches(model, layers, target)
         if not matched:
             groups = [group for group in GROUPS if _matches(model, layers, group)]
-            choices = ", ".join(groups + sorted({_ending(name) for name in layers}))
+            choices = ", ".join(groups + sorted({ending(name) for name in layers}))
             raise ValueError(f"prune.targets: no layer ends with '{target}'; this model has: {choices}")
         chosen |= matched
     names = [name for name in layers if name in chosen]
@@ -205,7 +206,7 @@ def _named(model: nn.Module, names: Iterable[str]) -> dict[str, Layer]:
     found = {name: layers.get(name.removesuffix(".weight")) for name in names}
     for name, layer in found.items():
         if layer is None:
-            choices = ", ".join(sorted({_ending(other) for other in layers}))
+            choices = ", ".join(sorted({ending(other) for other in layers}))
             raise ValueError(f"masks: no layer for '{name}' in this model, whose layers end with: {choices}")
     return {name: layer for name, layer in found.items() if layer is not None}
 
@@ -219,12 +220,6 @@ def _matches(model: nn.Module, layers: Mapping[str, Layer], target: str) -> set[
     head = root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None
     names = {name for name, layer in layers.items() if isinstance(layer, GROUPS[target]) and layer is not head}
     return {name for name in names if name.startswith(inside)}
-
-
-def _ending(name: str) -> str:
-    """The last part of a name, with the part before it where the last is a number, as in `nn.Sequential`."""
-    parts = name.rsplit(".", 2)
-    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
 
 
 def _refuse_shared(model: nn.Module, layers: Mapping[str, Layer]) -> None:
@@ -252,7 +247,7 @@ def _squares(name: str, layer: Layer, input_: Tensor, chosen: Tensor | None) -> 
     """The sum of squares of each input over all positions, [D] in float64, and the positions' number."""
     if not isinstance(layer, nn.Conv2d):
         input_ND = input_.reshape(-1, input_.shape[-1])
-        if chosen is not None:
+        if chosen is not None and len(input_ND) != len(chosen):  # pooled: one position a row
             if chosen.numel() != len(input_ND):
                 raise ValueError(f"prune.targets: '{name}' sees {len(input_ND)} positions of {chosen.numel()} tokens")
             input_ND = input_ND[chosen.reshape(-1).to(input_ND.device)]

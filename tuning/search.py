@@ -90,6 +90,9 @@ def search(cfg: UnlearnConfig, wish: Wish, terminal: Terminal) -> Found:
         ConfigError: something the user can mend; nothing has been run.
         RuntimeError: no trial keeps the constraints; the page is written.
     """
+    if cfg.task != "causal_lm" or cfg.prune.method != "none":
+        key, found = ("task", cfg.task) if cfg.task != "causal_lm" else ("prune.method", cfg.prune.method)
+        raise ConfigError(f"{key}: found {found}, allowed in a search: {'causal_lm' if key == 'task' else 'none'}")
     if cfg.solve.mode != "off" and cfg.train.deepspeed.stage == 3:
         raise ConfigError("train.deepspeed.stage: found 3, allowed in a search: a model that one worker holds")
     run = RunFolder(cfg, "tune")

@@ -50,7 +50,7 @@ ARMS = {
     "LoRA on retain": Arm("run", [*NO_RFA, "objective.weights.task=1"], epochs=1),
     "PruneLoRA": Arm("run", [*NO_RFA, "objective.weights.task=1", "prune.method=rows"], epochs=1),
     "RFA, one pass": Arm("run", []),
-    "RFA, by gradient": Arm("run", [*OFF, "objective.weights.task=1"], epochs=0.5),
+    "RFA, by gradient": Arm("run", [*OFF, "objective.weights.task=1", "train.learning_rate=0.02"], epochs=0.5),
     "gradient ascent": Arm("run", [*NO_RFA, "objective.weights.output=1", "objective.output=ascent"], epochs=0.05),
     "random labels": Arm("run", [*NO_RFA, *weights(task=1, output=1), "objective.output=random_label"], epochs=0.5),
     "bad teacher": Arm("run", [*NO_RFA, *weights(kl=1, output=1), "objective.output=bad_teacher"], epochs=0.5),
@@ -69,7 +69,8 @@ class Problem(NamedTuple):
 
 
 VIT_LORA = ["adapter.targets=[o_proj, classifier]", "adapter.rank=16", "adapter.alpha=32", "adapter.dropout=0.1"]
-VIT_PRUNED = ["prune.targets=[layers.3.attention.o_proj, classifier]"]
+# A head's pruned rows are classes that could never be told again: merging fills them, as in the paper's own code.
+VIT_PRUNED = ["prune.targets=[layers.3.attention.o_proj, classifier]", "prune.keep_sparsity=false"]
 ALL_CONVOLUTIONS = ["adapter.targets=[convolution, classifier.1]", "adapter.rank=8", "adapter.alpha=16"]
 CONVOLUTIONS_PRUNED = ["prune.targets=[convolutions]"]
 ENCODER_LORA = ["adapter.targets=[attention.output.dense, classifier]", "adapter.rank=8", "adapter.alpha=16"]
@@ -116,7 +117,7 @@ def configure(problem: Problem, seed: int, arm: Arm | None, name: str, rows: int
     changes += [*problem.changes, *sources(problem, seed), *(arm.changes if arm else []), *problem.arms.get(name, [])]
     if arm is not None and name != "retrain":
         changes.append(
-            f"train.steps={int(arm.epochs * rows / load_config(problem.preset, []).train.retain_batch_size)}"
+            f"train.steps={round(arm.epochs * rows / load_config(problem.preset, []).train.retain_batch_size)}"
         )
         changes.append(f"evaluation.oracle={folder / 'retrain' / 'model'}")
     return load_config(problem.preset, changes)

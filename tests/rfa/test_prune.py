@@ -218,9 +218,9 @@ def test_padding_that_is_not_chosen_counts_for_nothing() -> None:
         model(input_ids=ids_BT[1:, :2])
     for name in names:
         torch.testing.assert_close(padded[name], alone[name], rtol=1e-4, atol=1e-8)
-    expected = r"'model.layers.0.self_attn.o_proj' sees 2 positions of 8 tokens"
+    expected = r"'model.layers.0.self_attn.o_proj' sees 3 positions of 8 tokens"
     with pytest.raises(ValueError, match=expected), collecting_norms(model, names, chosen=attention_BT.bool):
-        model(input_ids=ids_BT[1:, :2])
+        model(input_ids=ids_BT[1:, :3])
 
 
 def test_equal_scores_are_pruned_in_the_order_of_their_index() -> None:

@@ -1,0 +1,138 @@
+"""Classifiers through the whole flow: learned, a class or a share of rows forgotten, pruned, scored."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
+
+from pipelines.artifact import RunFolder
+from pipelines.config import UnlearnConfig
+from pipelines.config_file import load_config
+from pipelines.console import Terminal
+from pipelines.unlearn import finetune, unlearn
+from tests.flow.conftest import Command
+from tests.tiny_classifiers import write_image_model, write_images, write_text_model, write_texts
+
+Quick = Callable[..., UnlearnConfig]
+SMALL = ["train.retain_batch_size=32", "train.forget_batch_size=32", "evaluation.max_rows=null", "tracking.uri=null"]
+LEARN = ["finetune.batch_size=16", "finetune.learning_rate=3e-3", "train.cpus_per_worker=1"]
+PRUNE = ["solve.mode=off", "objective.weights={retain: 0, forget: 0, task: 1}", "prune.method=rows", "train.steps=40"]
+
+
+def images(folder: Path, *changes: str) -> list[str]:
+    """Changes of the preset `rfa_image`: class 2 of the tiny images goes."""
+    source = write_images(folder / "images")
+    paths = [f"data.{name}.path=idx:{source}" for name in ("forget", "retain", "general")]
+    kept = [f"data.{name}.values=[0, 1, 3]" for name in ("retain", "general")]
+    head = "adapter.targets=[classifier.1]"
+    return [*paths, "data.forget.values=[2]", *kept, *SMALL, *LEARN, head, *changes]
+
+
+def scores_of(run: RunFolder) -> tuple[dict[str, float], dict[str, Any]]:
+    scores = run.scores()
+    return scores["models"]["after"], scores["cost"]
+
+
+@pytest.fixture(scope="module")
+def resnet(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `images` and a ResNet that has learned them, `target`."""
+    folder = tmp_path_factory.mktemp("resnet")
+    fresh = write_image_model("resnet", folder / "fresh")
+    changes = [f"model.path={fresh}", f"output_dir={folder}/target", "finetune.epochs=6", "train.num_workers=2"]
+    finetune(load_config("rfa_image", images(folder, *changes)), Terminal())
+    return folder
+
+
+def test_what_a_classifier_learns_lies_in_its_folder_batch_statistics_included(resnet: Path) -> None:
+    model = AutoModelForImageClassification.from_pretrained(resnet / "target" / "model").eval()
+    assert float(model.resnet.embedder.embedder.normalization.running_mean.abs().max()) > 0.01
+    raw = (resnet / "images" / "t10k-images-idx3-ubyte").read_bytes()[16:]
+    pixels = torch.tensor(list(raw), dtype=torch.float32).view(-1, 1, 8, 8) / 127.5 - 1
+    with torch.no_grad():
+        right = model(pixels).logits.argmax(1) == torch.arange(80) % 4
+    assert float(right.float().mean()) > 0.9
+
+
+def test_a_class_is_forgotten_in_one_pass(resnet: Path) -> None:
+    changes = [f"model.path={resnet}/target/model", f"output_dir={resnet}/rfa"]
+    run = unlearn(load_config("rfa_image", images(resnet, *changes)), Terminal())
+    scores, cost = scores_of(run)
+    before = run.scores()["models"]["before"]
+    assert before["forget.accuracy"] > 0.9
+    assert scores["forget.accuracy"] < 0.05
+    assert scores["retain.accuracy"] > 0.9
+    assert scores["mia_efficacy"] == 1
+    assert cost["trained_parameters"] == 8 * (32 + 4)
+    page = (run.path / "report.html").read_text()
+    assert "Accuracy" in page
+    assert "MIA efficacy" in page
+
+
+def test_prunelora_keeps_pruned_filters_at_zero(resnet: Path) -> None:
+    changes = [f"model.path={resnet}/target/model", f"output_dir={resnet}/pruned", "train.num_workers=2"]
+    changes += [*PRUNE, "prune.targets=[convolutions]", "adapter.targets=[convolution, classifier.1]"]
+    run = unlearn(load_config("rfa_image", images(resnet, *changes)), Terminal())
+    masks = load_file(run.path / "masks.safetensors")
+    merged = load_file(run.path / "model" / "model.safetensors")
+    assert len(masks) == 6
+    for name, mask in masks.items():
+        filters = mask.flatten(1)
+        assert int(filters.all(1).sum()) == int(filters.any(1).sum()) == len(mask) // 2
+        assert not merged[name][~mask].any()
+        assert merged[name][mask].all()
+    _, cost = scores_of(run)
+    assert cost["sparsity"] == cost["sparsity_before_merge"] == 0.5
+    assert json.loads((run.path / "manifest.json").read_text())["cost"]["sparsity"] == 0.5
+
+
+def test_a_share_of_texts_is_forgotten_from_the_command_line(problem: Path, command: Command, tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "texts")
+    fresh = write_text_model(tmp_path / "fresh", problem / "model")
+    paths = [f"data.{name}.path={texts}/train.jsonl" for name in ("forget", "retain")]
+    paths += [f"data.{name}={{path: {texts}/test.jsonl}}" for name in ("holdout", "general")]
+    shared = [*paths, *SMALL, *LEARN, "data.max_tokens=48", "finetune.epochs=20", "finetune.learning_rate=1e-3"]
+    learned = command("finetune", "rfa_text", *shared, f"model.path={fresh}", f"output_dir={tmp_path}/target")
+    assert learned.returncode == 0, learned.stderr
+    options = [f"model.path={tmp_path}/target/model", f"output_dir={tmp_path}/out", "train.num_workers=2"]
+    done = command("run", "rfa_text", *shared, *options)
+    assert done.returncode == 0, done.stderr
+    assert "Unseen rows: accuracy" in done.stderr
+    results = json.loads((tmp_path / "out" / "scores.json").read_text())["models"]
+    assert set(results["after"]) >= {"forget.accuracy", "mia.loss", "mia_efficacy"}
+    assert results["before"]["general.accuracy"] > 0.9
+    text = "near the river"
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not [path for path in files if text.encode() in path.read_bytes()]
+
+
+def test_a_class_that_the_model_does_not_have_is_refused(resnet: Path, command: Command) -> None:
+    fresh = write_image_model("vit", resnet / "vit")
+    config = json.loads((fresh / "config.json").read_text())
+    config["id2label"] = {"0": "a", "1": "b"}
+    (fresh / "config.json").write_text(json.dumps({**config, "label2id": {"a": 0, "b": 1}}))
+    done = command(
+        "check",
+        "rfa_image",
+        *images(resnet, f"model.path={fresh}", f"output_dir={resnet}/none", "adapter.targets=[fc2]"),
+    )
+    assert (done.returncode, done.stderr.splitlines()[-1][:31]) == (2, "data.columns.label: found '2', "), done.stderr
+
+
+def test_wanda_prunes_alike_on_one_worker_and_two(ray_session: None, quick: Quick, tmp_path: Path) -> None:
+    changes = ["solve.mode=off", "prune.method=wanda", "prune.sparsity=0.3", "prune.targets=[o_proj,down_proj]"]
+    found = []
+    for workers in (1, 2):
+        own = [f"output_dir={tmp_path}/{workers}", f"train.num_workers={workers}", "tracking.uri=null"]
+        run = unlearn(quick(*changes, *own, "evaluation.quick=true", "evaluation.max_rows=2"), Terminal())
+        found.append(load_file(run.path / "masks.safetensors"))
+        merged = load_file(run.path / "model" / "model.safetensors")
+        assert all(not merged[name][~mask].any() for name, mask in found[-1].items())
+    assert len(found[0]) == 8
+    for name, mask in found[0].items():
+        assert float((mask != found[1][name]).float().mean()) < 1e-3  # sums in another order may swap equals
+        assert abs(float(mask.float().mean()) - 0.7) < 0.02
