@@ -22,6 +22,7 @@ from pipelines.model import build_alignment
 from pipelines.prompts import load_tokenizer
 from pipelines.shards import batches_of
 from pipelines.solver import WorkerSolver
+from pipelines.storage import send_file
 from pipelines.worker import Job
 from rfa.adapters import ADAPTER
 from rfa.batch import Row, TokenCounts, UnlearnBatch, collate
@@ -97,6 +98,15 @@ def _checkpoint_activations(module: nn.Module) -> None:
     model: Any = module.model
     base = model.get_base_model() if isinstance(module, ResidualAlignment) else model
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _send_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:
+    """To an object store as Ray would, but for `copy_files`, which does not tell of a file that could not be sent."""
+    storage: Any = ray.train.get_context().get_storage()
+    path = storage.build_checkpoint_path_from_name(name)
+    for file in Path(checkpoint.path).iterdir():
+        send_file(file, storage.storage_filesystem, f"{path}/{file.name}")
+    return Checkpoint(path, storage.storage_filesystem)
 
 
 class _Loop:
@@ -265,7 +275,8 @@ class _Loop:
             if with_moments:
                 save_file({**state.moments, "rng": torch.get_rng_state()}, path / "optimizer.safetensors")
             (path / "progress.json").write_text(json.dumps(metrics))
-            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+            upload = _send_checkpoint if "://" in self.job.cfg.output_dir else None
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder), checkpoint_upload_fn=upload)
 
     def _peak_memory(self) -> int:
         """Most memory any worker has held: GPU memory, or the process's resident memory on CPUs."""

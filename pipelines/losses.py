@@ -10,7 +10,7 @@ from pipelines.place import Place
 from pipelines.tracking import Tracker
 
 FILE_NAME = "losses.jsonl"
-KEEP_S = 30.0  # between two times that the file is kept where the results lie
+KEEP_S = 10.0  # between two times that the file is kept where the results lie
 
 
 class LossLog:

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -19,7 +20,7 @@ from pyarrow import fs
 
 from pipelines.config import ConfigError
 from pipelines.config_file import short_hash
-from pipelines.storage import one_line, open_filesystem
+from pipelines.storage import one_line, open_filesystem, send_file
 
 NOT_SEALED = (
     "report.html",
@@ -213,11 +214,9 @@ class Store(Place):
             raise ConfigError(f"{self._key}: {self.url}/{name} cannot be read ({one_line(error)})") from None
 
     def _send(self, file: Path, name: str) -> None:
-        """All of the file or nothing: an upload that breaks off leaves what was there before."""
-        fs.copy_files(
-            str(file), f"{self._base}/{name}",
-            source_filesystem=fs.LocalFileSystem(), destination_filesystem=self._filesystem, use_threads=False,
-        )  # fmt: skip
+        """In a thread, which Ctrl-C does not interrupt: pyarrow would take what has been written for the whole file."""
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(send_file, file, self._filesystem, f"{self._base}/{name}").result()
 
     def _send_changed(self, wanted: Callable[[str], bool]) -> None:
         for name in _files_in(self.folder):

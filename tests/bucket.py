@@ -1,5 +1,6 @@
 """An S3 server on this machine whose requests can be made to fail."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +62,18 @@ class Bucket:
         """A copy of a file."""
         target.write_bytes(self.read(path))
         return target
+
+    def resume_point(self, folder: str) -> int:
+        """The step of an unfinished run's last resume point; 0 while there is none."""
+        points = [name for name in self.files(f"{folder}/checkpoints") if name.endswith("progress.json")]
+        try:
+            return max(json.loads(self.read(f"{folder}/checkpoints/{name}"))["step"] for name in points)
+        except (ValueError, FileNotFoundError):  # none yet, or just replaced
+            return 0
+
+    def steps(self, folder: str) -> list[int]:
+        """The steps that the driver of a run has heard of, in that order."""
+        return [json.loads(line)["step"] for line in self.read(f"{folder}/losses.jsonl").splitlines()]
 
 
 @contextmanager

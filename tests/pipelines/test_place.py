@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_an_upload_that_fails_leaves_no_complete_run_and_the_next_one_completes_
     place = open_place(URL)
     with place.at_work():
         write(place, config="a", manifest_json='{"schema": 1, "status": "running", "created": "2026"}')
-    bucket.refuses = lambda method, path: method in {"PUT", "POST"} and path.endswith(name)
+    bucket.refuses = lambda method, path: method == "PUT" and path.endswith(name)
     with pytest.raises(OSError, match=name):
         finish(open_place(URL))
     assert len(bucket.refused) > 1, "pyarrow tries again"
@@ -124,6 +125,23 @@ def test_another_machine_goes_on_with_the_files_of_the_first(
         assert (again.folder / "losses").read_text() == "0"
         (again.folder / "answers").unlink()
     assert bucket.files("runs/one") == ["config", "losses", "manifest.json"], "what a run drops is dropped there"
+
+
+def test_ctrl_c_leaves_no_half_of_a_file(bucket: Bucket, tmp_path: Path) -> None:
+    size = 64 * 2**20
+    (tmp_path / "large").write_bytes(bytes(size))
+    place = open_place(URL)
+
+    def interrupt(method: str, _path: str) -> bool:
+        if method == "PUT":
+            bucket.refuses = lambda _method, _path: False
+            signal.raise_signal(signal.SIGINT)  # to the main thread, which waits for the upload
+        return False
+
+    bucket.refuses = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        place.put(tmp_path / "large")
+    assert bucket.s3.get_file_info("bucket/runs/one/large").size == size
 
 
 def test_nothing_of_a_run_that_never_began_is_left(bucket: Bucket) -> None:
