@@ -40,9 +40,12 @@ def gate(
 
     def action(terminal: Terminal) -> None:
         from deploy.gate import parse_requirement, reasons_to_refuse
+        from pipelines.place import open_place
+        from pipelines.report import RUN_FILES
 
         requirements = [parse_requirement(text) for text in require or ()]
-        reasons = reasons_to_refuse(run_dir, requirements, verdict or ["forgotten"])
+        with open_place(run_dir, "RUN_DIR").copied(*RUN_FILES) as folder:
+            reasons = reasons_to_refuse(folder, requirements, verdict or ["forgotten"])
         for reason in reasons:
             terminal.say(reason)
         if reasons:
@@ -66,13 +69,15 @@ def serve(
     """Serve a run's merged model with Ray Serve: POST /v1/completions as OpenAI's, GET /healthz."""
 
     def action(terminal: Terminal) -> None:
+        if "://" in run_dir:
+            raise ConfigError(f"RUN_DIR: found '{run_dir}', allowed: a folder with a copy of it")
         try:
             from deploy.serve import Settings
             from deploy.server import serve_run
         except ImportError as error:
             raise ConfigError(f"serve: {error}; allowed: ray-unlearn installed with its extra, cluster") from None
         limits = {"max_tokens": max_tokens, "max_queue": max_queue, "max_body_bytes": max_body_bytes}
-        settings = Settings(run_dir=str(run_dir.resolve()), gpus=gpus, **limits)
+        settings = Settings(run_dir=str(Path(run_dir).resolve()), gpus=gpus, **limits)
         try:
             serve_run(settings, host, port, terminal)
         except KeyboardInterrupt:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from deploy.job import CODE, ENVIRONMENT_FILE
 from pipelines.config import ConfigError
 from pipelines.config_file import read_config
+from pipelines.place import refuse_store
 
 COMMANDS = ("run", "tune", "check", "finetune", "evaluate")
 OVERRIDE = re.compile(r"[\w.]+=")
@@ -67,10 +68,12 @@ def _shipped_command(command: Sequence[str]) -> tuple[list[str], dict[str, Path]
     for text in (*rest, f"tracking.uri={cfg.tracking.uri}"):
         if PASSWORD.search(text):
             raise ConfigError(f"{text.split('=')[0]}: holds a password, allowed: passwords in --env-file")
-    if not Path(cfg.output_dir).is_absolute():
+    if name == "tune":
+        refuse_store(cfg.output_dir)
+    if "://" not in cfg.output_dir and not Path(cfg.output_dir).is_absolute():
         raise ConfigError(
-            f"output_dir: found '{cfg.output_dir}', allowed in a job: an absolute path that all nodes share; "
-            "a relative one would go with the job"
+            f"output_dir: found '{cfg.output_dir}', allowed in a job: an absolute path that all nodes share, "
+            "s3:// or gs://; a relative one would go with the job"
         )
     spaces = [text for option, text in pairwise(rest) if option == "--space"]
     local = {text: Path(text) for text in (config, *spaces) if Path(text).is_file()}

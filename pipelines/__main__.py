@@ -46,7 +46,7 @@ def run(config: Config, overrides: Overrides = None, debug: Debug = False) -> No
 
         done = unlearn(cfg, terminal)
         terminal.scores(done.scores()["models"])
-        terminal.say(f"Report: {done.path / 'report.html'}")
+        terminal.say(f"Report: {done.place.url}/report.html")
 
     guarded(action, debug=debug)
 
@@ -72,7 +72,7 @@ def finetune(config: Config, overrides: Overrides = None, debug: Debug = False) 
         cfg = load_config(config, overrides)
         from pipelines.unlearn import finetune as train_model
 
-        terminal.say(f"Model: {train_model(cfg, terminal).path / 'model'}")
+        terminal.say(f"Model: {train_model(cfg, terminal).place.url}/model")
 
     guarded(action, debug=debug)
 
@@ -145,9 +145,13 @@ def report(run_dir: RunDir, debug: Debug = False) -> None:
     """Rebuild a run's page, report.html, from the files beside it."""
 
     def action(terminal: Terminal) -> None:
-        from pipelines.report import write_report
+        from pipelines.place import open_place
+        from pipelines.report import RUN_FILES, write_report
 
-        terminal.say(f"Report: {write_report(run_dir)}")
+        place = open_place(run_dir, "RUN_DIR")
+        with place.copied(*RUN_FILES) as folder:
+            place.put(write_report(folder))
+        terminal.say(f"Report: {place.url}/report.html")
 
     guarded(action, debug=debug)
 
@@ -161,9 +165,10 @@ def verify(run_dir: RunDir, debug: Debug = False) -> None:
     """
 
     def action(terminal: Terminal) -> None:
+        from pipelines.place import open_place
         from pipelines.verify import differences
 
-        found = differences(run_dir)
+        found = differences(open_place(run_dir, "RUN_DIR"))
         for line in found:
             terminal.say(line)
         if found:

@@ -16,53 +16,47 @@ import yaml
 from pipelines.config import ConfigError, UnlearnConfig
 from pipelines.config_file import changed_keys, short_hash, to_yaml
 from pipelines.data import Sets
+from pipelines.place import file_digest, file_digests, open_place
+from pipelines.storage import one_line
 
 PACKAGES = ("ray-unlearn", "torch", "ray", "deepspeed", "peft", "transformers", "datasets", "mlflow", "numpy")
-NOT_SEALED = (
-    "report.html",
-    "manifest.json",
-    "run.log",
-    "serve.log",
-    "mlflow.db",
-    "mlartifacts",
-    "checkpoints",
-    "tracking_unsent.jsonl",
-)
 
 
 class RunFolder:
-    """One run's output folder. Opening it refuses a folder that holds something else."""
+    """One run's output folder. Opening it refuses a folder that holds something else.
+
+    `path` is where the run works; where its results end, `place` knows.
+    """
 
     def __init__(self, cfg: UnlearnConfig, purpose: str) -> None:
-        """Check the folder; nothing is written.
+        """Check the place; nothing is written there.
 
         Raises:
-            ConfigError: it holds a different run or other files, or its disk is too full.
+            ConfigError: it holds a different run or other files, its disk is too full, or it cannot be reached.
         """
         self.cfg, self.purpose = cfg, purpose
-        self.path = Path(os.path.abspath(cfg.output_dir))
+        self.place = open_place(cfg.output_dir)
+        self.path = self.place.folder
         self.key = short_hash(f"{purpose}\n{to_yaml(cfg)}")
         self._refuse_other_run()
         self._refuse_full_disk()
 
     def _refuse_other_run(self) -> None:
-        if not self.path.exists():
-            return
-        if not self.path.is_dir():
-            raise ConfigError(f"output_dir: {self.path} is a file, allowed: a folder")
-        names = sorted(entry.name for entry in self.path.iterdir() if entry.name != "run.log")
-        if not names:
+        names = sorted(self.place.names() - {"run.log"})
+        self.place.read_state()
+        config = self.path / "config.yaml"
+        if not names or (names == [config.name] and config.read_bytes() == to_yaml(self.cfg).encode()):
             return
         if "config.yaml" not in names or "manifest.json" not in names:
             raise ConfigError(
-                f"output_dir: {self.path} holds other files ({names[0]}, ...), allowed: a new or empty folder"
+                f"output_dir: {self.place.url} holds other files ({names[0]}, ...), allowed: a new or empty folder"
             )
-        old = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        old = yaml.safe_load(config.read_text(encoding="utf-8"))
         changed = changed_keys(old, self.cfg.model_dump(mode="json"))
         if changed or self.manifest().get("purpose") != self.purpose:
             what = ", ".join(changed[:4]) or "the command"
             raise ConfigError(
-                f"output_dir: {self.path} holds a different run (it differs in: {what}), "
+                f"output_dir: {self.place.url} holds a different run (it differs in: {what}), "
                 "allowed: a new folder, or the same configuration to continue it"
             )
 
@@ -91,7 +85,7 @@ class RunFolder:
         """Write config.yaml and the manifest's first form, or check that the inputs are those the run began with.
 
         Raises:
-            ConfigError: the model or a set has changed since.
+            ConfigError: the model or a set has changed since, or the place cannot be written.
         """
         inputs = {
             "model": {"path": self.cfg.model.path, "digest": model_digest(self.cfg.model.path)},
@@ -102,7 +96,7 @@ class RunFolder:
             changed = changed_keys({key: old.get(key) for key in inputs}, inputs)
             if changed:
                 raise ConfigError(
-                    f"output_dir: {self.path} was begun with other inputs (changed since: {changed[0]}), "
+                    f"output_dir: {self.place.url} was begun with other inputs (changed since: {changed[0]}), "
                     "allowed: a new folder, or the same inputs to continue"
                 )
             return
@@ -121,6 +115,10 @@ class RunFolder:
             **inputs,
         }
         self._write("manifest.json", json.dumps(manifest, indent=2))
+        try:
+            self.place.keep()
+        except OSError as error:
+            raise ConfigError(f"output_dir: {self.place.url} cannot be written ({one_line(error)})") from None
 
     def update(self, **fields: Any) -> None:
         """Add fields to the manifest."""
@@ -171,18 +169,6 @@ def model_digest(path: str) -> str | None:
         digest.update(file.name.encode())
         digest.update(file_digest(file).encode())
     return digest.hexdigest()
-
-
-def file_digests(run_dir: Path) -> dict[str, str]:
-    """Digests of a run folder's results, by their paths in it."""
-    files = sorted(p for p in run_dir.rglob("*") if p.is_file() and p.relative_to(run_dir).parts[0] not in NOT_SEALED)
-    return {str(p.relative_to(run_dir)): file_digest(p) for p in files}
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def weight_bytes(path: str) -> int:

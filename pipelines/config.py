@@ -357,14 +357,14 @@ class UnlearnConfig(Section):
     finetune: FinetuneConfig = FinetuneConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
-    output_dir: str = Field(description="Folder of the run's results; created if missing.")
+    output_dir: str = Field(description="Folder of the run's results, created if missing; or s3:// or gs://.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of everything random.")
 
     @field_validator("output_dir")
     @classmethod
-    def _results_lie_in_a_folder(cls, output_dir: str) -> str:
-        if "://" in output_dir:
-            raise ValueError("allowed: a folder, on a cluster one that all nodes share; only data may lie elsewhere")
+    def _results_lie_in_a_folder_or_a_bucket(cls, output_dir: str) -> str:
+        if "://" in output_dir and not output_dir.startswith(("s3://", "gs://")):
+            raise ValueError("allowed: a folder, on a cluster one that all nodes share, or s3:// or gs://")
         return output_dir
 
     @model_validator(mode="after")

@@ -108,7 +108,9 @@ def with_values(cfg: UnlearnConfig, values: dict[str, Any]) -> UnlearnConfig:
 
 
 def _with_absolute_paths(cfg: UnlearnConfig) -> UnlearnConfig:
-    update: dict[str, Any] = {"output_dir": os.path.abspath(Path(cfg.output_dir).expanduser())}
+    update: dict[str, Any] = {}
+    if "://" not in cfg.output_dir:
+        update["output_dir"] = os.path.abspath(Path(cfg.output_dir).expanduser())
     if Path(cfg.model.path).expanduser().exists():
         path = os.path.abspath(Path(cfg.model.path).expanduser())
         update["model"] = cfg.model.model_copy(update={"path": path})

@@ -15,7 +15,7 @@ from rich.table import Table
 from pipelines.config import ConfigError
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The output_dir of a finished run.")]
+RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="The output_dir of a finished run.")]
 
 SHOWN_SCORES = (
     ("forget.rouge", "Forget: ROUGE-L recall"),

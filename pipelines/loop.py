@@ -24,6 +24,7 @@ from pipelines.prompts import Encoder
 from pipelines.pruning import NORMS_FILE, held_rows, input_norms, prune_base
 from pipelines.shards import batches_of
 from pipelines.solver import WorkerSolver
+from pipelines.storage import send_file
 from pipelines.worker import Job
 from rfa.adapters import ADAPTER
 from rfa.batch import Row, TokenCounts, UnlearnBatch, collate
@@ -118,6 +119,15 @@ def _checkpoint_activations(module: nn.Module) -> None:
     model: Any = module.model
     base = model.get_base_model() if isinstance(module, ResidualAlignment) else model
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _send_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:
+    """To an object store as Ray would, but for `copy_files`, which does not tell of a file that could not be sent."""
+    storage: Any = ray.train.get_context().get_storage()
+    path = storage.build_checkpoint_path_from_name(name)
+    for file in Path(checkpoint.path).iterdir():
+        send_file(file, storage.storage_filesystem, f"{path}/{file.name}")
+    return Checkpoint(path, storage.storage_filesystem)
 
 
 class _Loop:
@@ -298,7 +308,8 @@ class _Loop:
             if self.pruned.norms is not None:
                 save_file(dict(self.pruned.norms), path / NORMS_FILE)
             (path / "progress.json").write_text(json.dumps(metrics))
-            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+            upload = _send_checkpoint if "://" in self.job.cfg.output_dir else None
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder), checkpoint_upload_fn=upload)
 
     def _peak_memory(self) -> int:
         """Most memory any worker has held: GPU memory, or the process's resident memory on CPUs."""

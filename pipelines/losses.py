@@ -1,23 +1,28 @@
 """What is heard from the workers step by step: the progress bar, losses.jsonl, MLflow."""
 
 import json
-from pathlib import Path
+import time
 from types import TracebackType
 from typing import Any
 
 from pipelines.console import Terminal
+from pipelines.place import Place
 from pipelines.tracking import Tracker
+
+FILE_NAME = "losses.jsonl"
+KEEP_S = 10.0  # between two times that the file is kept where the results lie
 
 
 class LossLog:
     """Receives every step's metrics; a restart may tell of a step twice, the last one counts."""
 
     def __init__(
-        self, folder: Path, title: str, steps: int, terminal: Terminal, tracker: Tracker | None = None
+        self, place: Place, title: str, steps: int, terminal: Terminal, tracker: Tracker | None = None
     ) -> None:
         self._bar = terminal.bar(title, steps or None)
         self._steps = steps
-        self._stream = (folder / "losses.jsonl").open("a", encoding="utf-8")
+        self._stream = (place.folder / FILE_NAME).open("a", encoding="utf-8")
+        self._place, self._keep_at_s = place, 0.0
         self._tracker = tracker
 
     def __enter__(self) -> "LossLog":
@@ -38,6 +43,9 @@ class LossLog:
             return
         self._stream.write(json.dumps(message) + "\n")
         self._stream.flush()
+        if time.monotonic() >= self._keep_at_s:
+            self._place.note(FILE_NAME)
+            self._keep_at_s = time.monotonic() + KEEP_S
         step = int(message["step"])
         self._bar.at(step + 1, note=f"loss {message['loss']:.3f}", total=self._steps)
         if self._tracker is not None:

@@ -66,6 +66,7 @@ RULE = {"min_gap": MIN_GAP, "forgotten": FORGOTTEN_SHARE, "partly": PARTLY_SHARE
     "overshoot_share": OVERSHOOT_SHARE,
 }
 
+RUN_FILES = ("config.yaml", "scores.json", "losses.jsonl", "manifest.json")  # what the page is made from
 KEPT_SETS = ("retain", "general", "utility")
 COST_KEYS = ("solve_s", "train_s", "evaluate_s", "tokens", "tokens_per_s", "peak_memory_bytes", "num_workers")
 MANIFEST_KEYS = (

@@ -1,6 +1,7 @@
 """Where files lie: the file system behind a path (local, `s3://`, `gs://`) and the files of a file, folder or glob."""
 
 import os
+import shutil
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -10,6 +11,7 @@ from pyarrow import fs
 from pipelines.config import ConfigError
 
 MESSAGE_CHARS = 300
+CHUNK_BYTES = 16 * 2**20
 
 
 def open_filesystem(path: str, key: str) -> tuple[fs.FileSystem, str]:
@@ -70,6 +72,13 @@ def list_files(filesystem: fs.FileSystem, path: str) -> list[str]:
     selector = fs.FileSelector(str(PurePosixPath(*parts[: globs[0]])), recursive=True, allow_not_found=True)
     entries = filesystem.get_file_info(selector)
     return sorted(entry.path for entry in entries if entry.is_file and PurePosixPath(entry.path).match(path))
+
+
+def send_file(source: Path, filesystem: fs.FileSystem, path: str) -> None:
+    """Copy a file here to a file system. OSError where that fails, which pyarrow 25's `copy_files` keeps to itself: a
+    file smaller than a part of an upload is then missing, and nobody knows."""
+    with source.open("rb") as file, filesystem.open_output_stream(path) as target:
+        shutil.copyfileobj(file, target, CHUNK_BYTES)
 
 
 def one_line(error: BaseException) -> str:

@@ -1,17 +1,15 @@
 """A Ray Train run of the worker loop, for unlearning and for fine-tuning alike."""
 
-import os
 import queue
-import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import ray
+from pyarrow import fs
 from ray.autoscaler.sdk import request_resources
 from ray.data import Dataset
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
@@ -22,6 +20,7 @@ from pipelines.artifact import weight_bytes
 from pipelines.classes import encoder_of
 from pipelines.config import ConfigError, TrainConfig, UnlearnConfig
 from pipelines.shards import ShardByRank, plan_stream
+from pipelines.storage import open_filesystem
 from pipelines.tasks import this_node
 from pipelines.worker import Job, train_worker
 
@@ -120,6 +119,7 @@ class Trainer:
     def fit(self, *, steps: int, learning_rate: float, final_rate: float, listener: Listener) -> Result:
         """Train to the end, resuming from this output folder's last resume point; `listener` hears of every step."""
         cfg, train = self.cfg, self.cfg.train
+        filesystem, checkpoints = checkpoint_folder(cfg)
         messages = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node()})  # outlives workers' nodes
         job = Job(
             cfg=cfg,
@@ -141,7 +141,8 @@ class Trainer:
             ),
             run_config=RunConfig(
                 name="train",
-                storage_path=str(checkpoint_folder(cfg)),
+                storage_path=checkpoints,
+                storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=train.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
                 worker_runtime_env={"env_vars": worker_environment(train)},
@@ -154,9 +155,10 @@ class Trainer:
             return trainer.fit()
 
 
-def checkpoint_folder(cfg: UnlearnConfig) -> Path:
-    """Where resume points are kept while a run is unfinished."""
-    return Path(os.path.abspath(cfg.output_dir)) / "checkpoints"
+def checkpoint_folder(cfg: UnlearnConfig) -> tuple[fs.FileSystem, str]:
+    """Where resume points are kept while a run is unfinished: beside the results, on an object store too."""
+    filesystem, path = open_filesystem(cfg.output_dir, "output_dir")
+    return filesystem, f"{path}/checkpoints"
 
 
 def worker_environment(train: TrainConfig) -> dict[str, str]:
@@ -210,4 +212,6 @@ def _listening(messages: Queue, listener: Listener) -> Iterator[None]:
 
 def forget_resume_points(cfg: UnlearnConfig) -> None:
     """Remove the resume points of a run that is complete."""
-    shutil.rmtree(checkpoint_folder(cfg), ignore_errors=True)
+    filesystem, path = checkpoint_folder(cfg)
+    with suppress(OSError):
+        filesystem.delete_dir(path)

@@ -21,7 +21,7 @@ from pipelines.evaluate import evaluate, evaluation_work
 from pipelines.losses import LossLog
 from pipelines.own_answers import answered_only, check_answered, drop_answers, with_own_answers
 from pipelines.report import write_report
-from pipelines.tasks import on_this_node, result_of
+from pipelines.tasks import on_every_node, on_this_node, result_of
 from pipelines.tracking import Tracker, check_tracking, open_tracker, preload
 from pipelines.trainer import Trainer, check_resources, forget_resume_points, worker_environment
 
@@ -49,13 +49,14 @@ def unlearn(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
         return run
     check_strength(cfg)
     check_tracking(cfg.tracking, run.path)
-    with session(cfg, run.path / "run.log", terminal):
+    with run.place.at_work(), session(cfg, run.path / "run.log", terminal):
         sets, _ = load_checked(cfg, terminal, oracle_of(cfg, "evaluation.oracle"))
         run.begin(sets)
         sets = with_own_answers(cfg, sets, run.path, terminal)
         with tracked(run, sets, terminal) as tracker:
             cost = run.manifest().get("cost") or train(run, sets, tracker, terminal)
-            scores, evaluate_s = score(cfg, result_models(run), sets, terminal)
+            with on_every_node(run.place, "model"):
+                scores, evaluate_s = score(cfg, result_models(run), sets, terminal)
             run.write_scores(scores, {**cost, "evaluate_s": evaluate_s})
             record(run, tracker)
     return run
@@ -70,7 +71,7 @@ def finetune(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
     run = RunFolder(cfg, "finetune")
     if run.is_complete:
         return run
-    with session(cfg, run.path / "run.log", terminal):
+    with run.place.at_work(), session(cfg, run.path / "run.log", terminal):
         sets, _ = load_checked(cfg, terminal, {})
         rows = sets.union(cfg.finetune.sets)
         check_answered(cfg, sets)
@@ -78,14 +79,15 @@ def finetune(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
         trainer = Trainer(cfg, "finetune", {"retain": (rows, cfg.finetune.batch_size)})
         steps = cfg.finetune.epochs * trainer.batches["retain"]
         started = time.monotonic()
-        with LossLog(run.path, "Fine-tuning", steps, terminal) as losses:
+        with LossLog(run.place, "Fine-tuning", steps, terminal) as losses:
             result = trainer.fit(
                 steps=steps, learning_rate=cfg.finetune.learning_rate, final_rate=0.1, listener=losses.hear
             )
         cost = cost_of(result, cfg, time.monotonic() - started)
         run.update(cost={**cost, **export(run, checkpoint_of(result), full=True)})
-        forget_resume_points(cfg)
         run.seal()
+        run.place.keep()
+        forget_resume_points(cfg)
     return run
 
 
@@ -109,7 +111,7 @@ def check(cfg: UnlearnConfig, terminal: Terminal) -> list[tuple[str, str]]:
         have = ray.cluster_resources()
     weights = weight_bytes(cfg.model.path)
     return [
-        ("output_dir", f"{run.path}{' (to be continued)' if run.manifest() else ''}"),
+        ("output_dir", f"{run.place.url}{' (to be continued)' if run.manifest() else ''}"),
         ("model", f"{cfg.model.path}, {size.parameters / 1e6:,.1f} M parameters, {weights / 2**30:.2f} GiB of weights"),
         (
             "adapter",
@@ -137,13 +139,14 @@ def train(run: RunFolder, sets: Sets, tracker: Tracker, terminal: Terminal) -> d
         streams["holdout"] = (sets.holdout, cfg.train.forget_batch_size)
     trainer = Trainer(cfg, "unlearn", streams)
     started = time.monotonic()
-    with LossLog(run.path, "Unlearning", cfg.train.steps, terminal, tracker) as losses:
+    with LossLog(run.place, "Unlearning", cfg.train.steps, terminal, tracker) as losses:
         result = trainer.fit(
             steps=cfg.train.steps, learning_rate=cfg.train.learning_rate, final_rate=0.0, listener=losses.hear
         )
     cost = cost_of(result, cfg, time.monotonic() - started)
     cost |= export(run, checkpoint_of(result))
     run.update(cost=cost, strengths=trials_of(result))
+    run.place.keep()
     forget_resume_points(cfg)
     return cost
 

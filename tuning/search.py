@@ -22,6 +22,7 @@ from pipelines.config import ConfigError, UnlearnConfig, check_strength
 from pipelines.config_file import to_yaml, with_values
 from pipelines.console import Terminal
 from pipelines.own_answers import with_own_answers
+from pipelines.place import refuse_store
 from pipelines.tasks import result_of
 from pipelines.tracking import Tracker, check_tracking
 from pipelines.trainer import forget_resume_points
@@ -95,6 +96,7 @@ def search(cfg: UnlearnConfig, wish: Wish, terminal: Terminal) -> Found:
         raise ConfigError(f"{key}: found {found}, allowed in a search: {'causal_lm' if key == 'task' else 'none'}")
     if cfg.solve.mode != "off" and cfg.train.deepspeed.stage == 3:
         raise ConfigError("train.deepspeed.stage: found 3, allowed in a search: a model that one worker holds")
+    refuse_store(cfg.output_dir)
     run = RunFolder(cfg, "tune")
     if run.manifest() and not wish.resume:
         raise ConfigError(f"output_dir: {run.path} holds a search, allowed: a new folder, or --resume to go on with it")

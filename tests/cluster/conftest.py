@@ -15,10 +15,9 @@ from typing import NamedTuple
 
 import psutil
 import pytest
-from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
-SECRET = "wJalrXUtnFEMI-K7MDENG"
+from tests.bucket import Bucket, running_bucket
 
 
 def free_ports(count: int) -> list[int]:
@@ -44,7 +43,8 @@ class Head(NamedTuple):
     def environment(self) -> dict[str, str]:
         """What talks to the cluster has this in its environment."""
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an activated environment
-        return {**os.environ, "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "COLUMNS": "200"}
+        own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "XDG_CACHE_HOME": f"{self.folder}/cache"}
+        return {**os.environ, **own, "PATH": path, "COLUMNS": "200"}
 
     def get(self, path: str) -> str:
         """What the job server answers to a GET."""
@@ -111,19 +111,16 @@ def head() -> Iterator[Head]:
 
 
 @pytest.fixture(scope="session")
-def keys(problem: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The problem's data in s3://bucket/data of an S3 server; a file of the variables that it takes to read it."""
-    server = ThreadedMotoServer("127.0.0.1", 0)
-    server.start()
-    host, port = server.get_host_and_port()
-    s3 = fs.S3FileSystem(
-        scheme="http", endpoint_override=f"{host}:{port}", access_key="key", secret_key=SECRET,
-        allow_bucket_creation=True, background_writes=False,
-    )  # fmt: skip
-    s3.create_dir("bucket")
-    fs.copy_files(str(problem / "data"), "bucket/data", destination_filesystem=s3)
+def bucket(problem: Path) -> Iterator[Bucket]:
+    """An S3 server, with the problem's data in s3://bucket/data."""
+    with running_bucket() as server:
+        fs.copy_files(str(problem / "data"), "bucket/data", destination_filesystem=server.s3)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def keys(bucket: Bucket, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of the variables that it takes to use the bucket."""
     file = tmp_path_factory.mktemp("keys") / "keys.env"
-    own = f"AWS_ACCESS_KEY_ID=key\nAWS_SECRET_ACCESS_KEY={SECRET}\nAWS_DEFAULT_REGION=us-east-1\n"
-    file.write_text(f"AWS_ENDPOINT_URL_S3=http://{host}:{port}\n{own}")
-    yield file
-    server.stop()
+    file.write_text("".join(f"{name}={value}\n" for name, value in bucket.environment.items()))
+    return file

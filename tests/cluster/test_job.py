@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import SECRET, Head
+from tests.bucket import SECRET
+from tests.cluster.conftest import Head
 
 PROBE = """
 import hashlib, os, ray

@@ -1,4 +1,4 @@
-"""The whole story: three nodes, a job from outside, data in S3, an MLflow server, a node that dies in the middle."""
+"""The whole story: three nodes, a job from outside, data and results in S3, an MLflow server, a node that dies."""
 
 import json
 import subprocess
@@ -12,9 +12,10 @@ from pathlib import Path
 import mlflow
 import psutil
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch.testing import assert_close
 
+from tests.bucket import Bucket
 from tests.cluster.conftest import Head, kill_tree, running_head
 from tests.pipelines.test_tracking import Server
 
@@ -40,18 +41,17 @@ def tracking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.kill()
 
 
-def steps_of(run_dir: Path) -> list[int]:
-    """The steps that the driver has heard of, in that order."""
-    path = run_dir / "losses.jsonl"
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def trains(node: psutil.Process) -> bool:
     return any("RayTrainWorker" in " ".join(one.cmdline()) for one in node.children(recursive=True))
 
 
 def test_a_job_outlives_a_node(
-    cluster: tuple[Head, list[psutil.Process]], keys: Path, tracking: str, overrides: list[str], tmp_path: Path
+    cluster: tuple[Head, list[psutil.Process]],
+    bucket: Bucket,
+    keys: Path,
+    tracking: str,
+    overrides: list[str],
+    tmp_path: Path,
 ) -> None:
     head, nodes = cluster
     changes = [
@@ -72,27 +72,27 @@ def test_a_job_outlives_a_node(
         *changes,
     ]
 
-    whole = head.ray_unlearn(*options, f"output_dir={tmp_path}/whole")
+    whole = head.ray_unlearn(*options, "output_dir=s3://bucket/whole")
     assert whole.returncode == 0, whole.stdout + whole.stderr
 
-    command = [sys.executable, "-m", "pipelines", *options, f"output_dir={tmp_path}/broken"]
+    command = [sys.executable, "-m", "pipelines", *options, "output_dir=s3://bucket/broken"]
     with (tmp_path / "told").open("w") as told:
         job = subprocess.Popen(command, env=head.environment, stdout=told, stderr=told)
-    while len(steps_of(tmp_path / "broken")) < KILL_AT and job.poll() is None:
+    while bucket.resume_point("broken") < KILL_AT and job.poll() is None:
         time.sleep(0.05)
     (lost,) = [node for node in nodes if trains(node)]
     kill_tree(lost)
     assert job.wait(timeout=240) == 0, (tmp_path / "told").read_text()
-    steps = steps_of(tmp_path / "broken")
+    steps = bucket.steps("broken")
     (again,) = [step for before, step in pairwise(steps) if step <= before]  # where it went on, and once only
     assert 0 < again < STEPS and again % CHECKPOINT_EVERY == 0
     assert set(steps) == set(range(STEPS))
 
-    verified = head.ray_unlearn("verify", str(tmp_path / "broken"))
+    verified = head.ray_unlearn("verify", "s3://bucket/broken", **bucket.environment)
     assert verified.returncode == 0, verified.stderr
-    adapters = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "broken")]
+    adapters = [load(bucket.read(f"{name}/adapter/adapter_model.safetensors")) for name in ("whole", "broken")]
     assert_close(adapters[1], adapters[0], rtol=1e-4, atol=1e-6)
-    record = json.loads((tmp_path / "broken" / "manifest.json").read_text())["mlflow"]
+    record = json.loads(bucket.read("broken/manifest.json"))["mlflow"]
     run = mlflow.MlflowClient(tracking).get_run(record["run_id"])
     assert run.info.status == "FINISHED"
     assert run.data.metrics["after.forget.probability"] > 0

@@ -37,6 +37,11 @@ def test_a_preset_needs_no_file_and_an_image_no_installation() -> None:
     assert plan.runtime_env == {}
 
 
+def test_results_may_go_to_an_object_store(config: str) -> None:
+    plan = plan_job(["run", config, "output_dir=s3://bucket/out"], None, install=False)
+    assert plan.entrypoint == "python -m deploy.job run request.yaml output_dir=s3://bucket/out"
+
+
 def test_a_search_takes_its_space_along(config: str, tmp_path: Path) -> None:
     (tmp_path / "wide.yaml").write_text("adapter.rank: {choice: [8, 16]}")
     command = ["tune", config, "--space", f"{tmp_path}/wide.yaml", "--require", "utility>=0.9", "seed=1"]
@@ -64,8 +69,12 @@ def test_secrets_travel_in_a_file_and_not_in_what_the_job_server_shows(config: s
         (["run", "{config}", "train.stepz=3"], "train.stepz: unknown key"),
         (["run", "{config}", "output_dir=out"], "output_dir: found 'out', allowed in a job: an absolute path"),
         (
-            ["run", "{config}", "output_dir=s3://bucket/out"],
-            "output_dir: found 's3://bucket/out', allowed: a folder, on",
+            ["run", "{config}", "output_dir=ftp://host/out"],
+            "output_dir: found 'ftp://host/out', allowed: a folder, on",
+        ),
+        (
+            ["tune", "{config}", "output_dir=s3://bucket/out"],
+            "output_dir: found 's3://bucket/out', allowed in a search: a folder, on",
         ),
         (["run", "{config}", "tracking.uri=http://me:hunter2@host"], "tracking.uri: holds a password, allowed: passw"),
     ],

@@ -5,7 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines.__main__ import app
-from pipelines.artifact import file_digests
+from pipelines.place import file_digests
 
 
 @pytest.fixture

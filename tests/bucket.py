@@ -1,0 +1,85 @@
+"""An S3 server on this machine whose requests can be made to fail."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moto.server import ThreadedMotoServer
+from pyarrow import fs
+
+KEY, SECRET = "key", "wJalrXUtnFEMI-K7MDENG"
+
+
+class Bucket:
+    """s3://bucket: its files, and the environment of those who use it."""
+
+    def __init__(self, server: ThreadedMotoServer) -> None:
+        host, port = server.get_host_and_port()
+        self.environment = {
+            "AWS_ENDPOINT_URL_S3": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        self.s3 = fs.S3FileSystem(
+            scheme="http", endpoint_override=f"{host}:{port}", access_key=KEY, secret_key=SECRET,
+            allow_bucket_creation=True, background_writes=False,
+        )  # fmt: skip
+        self.s3.create_dir("bucket")
+        self.refuses: Callable[[str, str], bool] = lambda _method, _path: False  # answered with 500 where true
+        self.refused: list[str] = []
+        assert server._server is not None
+        self._app, server._server.app = server._server.app, self
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        if self.refuses(method, path):
+            self.refused.append(path)
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start_response("500 Internal Server Error", [("Content-Length", "0")])
+            return [b""]
+        return self._app(environ, start_response)
+
+    def files(self, folder: str) -> list[str]:
+        """Paths of the files below s3://bucket/folder, in it."""
+        base = f"bucket/{folder}"
+        entries = self.s3.get_file_info(fs.FileSelector(base, recursive=True, allow_not_found=True))
+        return sorted(entry.path.removeprefix(f"{base}/") for entry in entries if entry.is_file)
+
+    def read(self, path: str) -> bytes:
+        """A file's content."""
+        with self.s3.open_input_stream(f"bucket/{path}") as stream:
+            return stream.read()
+
+    def write(self, path: str, content: bytes) -> None:
+        """A file, new or changed."""
+        with self.s3.open_output_stream(f"bucket/{path}") as stream:
+            stream.write(content)
+
+    def fetch(self, path: str, target: Path) -> Path:
+        """A copy of a file."""
+        target.write_bytes(self.read(path))
+        return target
+
+    def resume_point(self, folder: str) -> int:
+        """The step of an unfinished run's last resume point; 0 while there is none."""
+        points = [name for name in self.files(f"{folder}/checkpoints") if name.endswith("progress.json")]
+        try:
+            return max(json.loads(self.read(f"{folder}/checkpoints/{name}"))["step"] for name in points)
+        except (ValueError, FileNotFoundError):  # none yet, or just replaced
+            return 0
+
+    def steps(self, folder: str) -> list[int]:
+        """The steps that the driver of a run has heard of, in that order."""
+        return [json.loads(line)["step"] for line in self.read(f"{folder}/losses.jsonl").splitlines()]
+
+
+@contextmanager
+def running_bucket() -> Iterator[Bucket]:
+    """A server with an empty bucket."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    yield Bucket(server)
+    server.stop()
