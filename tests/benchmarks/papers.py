@@ -48,7 +48,7 @@ ARMS = {
     "fine-tune on retain": Arm("finetune", ["finetune.sets=[retain]", "finetune.epochs=1"]),
     "prune + fine-tune": Arm("finetune", ["finetune.sets=[retain]", "finetune.epochs=1", "prune.method=rows"]),
     "LoRA on retain": Arm("run", [*NO_RFA, "objective.weights.task=1"], epochs=1),
-    "PruneLoRA": Arm("run", [*NO_RFA, "objective.weights.task=1", "prune.method=rows"], epochs=1),
+    "PruneLoRA": Arm("run", [*NO_RFA, "objective.weights.task=1", "prune.method=rows"], epochs=2),
     "RFA, one pass": Arm("run", []),
     "RFA, by gradient": Arm("run", [*OFF, "objective.weights.task=1", "train.learning_rate=0.02"], epochs=0.5),
     "gradient ascent": Arm("run", [*NO_RFA, "objective.weights.output=1", "objective.output=ascent"], epochs=0.05),

@@ -95,7 +95,7 @@ def test_a_share_of_texts_is_forgotten_from_the_command_line(problem: Path, comm
     fresh = write_text_model(tmp_path / "fresh", problem / "model")
     paths = [f"data.{name}.path={texts}/train.jsonl" for name in ("forget", "retain")]
     paths += [f"data.{name}={{path: {texts}/test.jsonl}}" for name in ("holdout", "general")]
-    shared = [*paths, *SMALL, *LEARN, "data.max_tokens=48", "finetune.epochs=20", "finetune.learning_rate=1e-3"]
+    shared = [*paths, *SMALL, *LEARN, "data.max_tokens=48", "finetune.epochs=20"]
     learned = command("finetune", "rfa_text", *shared, f"model.path={fresh}", f"output_dir={tmp_path}/target")
     assert learned.returncode == 0, learned.stderr
     options = [f"model.path={tmp_path}/target/model", f"output_dir={tmp_path}/out", "train.num_workers=2"]
