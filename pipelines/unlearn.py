@@ -118,6 +118,7 @@ def check(cfg: UnlearnConfig, terminal: Terminal) -> list[tuple[str, str]]:
             f"{size.adapter / 1e6:,.2f} M parameters, {16 * size.adapter / 2**20:.0f} MiB with gradient and AdamW",
         ),
         *((f"data.{name}", f"{sets.counts[name]} rows") for name in sets.names()),
+        ("prune", f"{cfg.prune.method}, {cfg.prune.sparsity:.0%}" if cfg.prune.method != "none" else "none"),
         ("solver", f"{cfg.solve.mode}, strength {cfg.solve.strength}"),
         ("statistics", f"{size.statistics_bytes / 2**20:,.0f} MiB a worker, while the solver collects them"),
         (

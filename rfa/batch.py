@@ -69,10 +69,10 @@ class UnlearnBatch(NamedTuple):
         tensors = {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
         return self._replace(**{name: change(tensor) for name, tensor in tensors.items()})
 
-    def model_inputs(self) -> dict[str, Any]:
-        """What the model's forward is called with."""
+    def model_inputs(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        """What the forward of a model of that precision is called with."""
         if self.pixels_BCHW is not None:
-            return {"pixel_values": self.pixels_BCHW}
+            return {"pixel_values": self.pixels_BCHW.to(dtype)}
         inputs: dict[str, Any] = {"input_ids": self.input_ids_BT, "attention_mask": self.attention_BT.long()}
         return inputs if self.classified else {**inputs, "use_cache": False}
 

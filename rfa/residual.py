@@ -69,17 +69,18 @@ class BlockRunner:
                 stack.enter_context(
                     removed(self.blocks[start].register_forward_pre_hook(inject, prepend=True, with_kwargs=True))
                 )
+            inputs = batch.model_inputs(next(self.model.parameters()).dtype)
             if logits_at_BT is None:
-                self.backbone(**batch.model_inputs())
+                self.backbone(**inputs)
                 return BlocksOutput(last[0], None)
             if batch.classified:
-                logits_BV = self.model(**batch.model_inputs()).logits
+                logits_BV = self.model(**inputs).logits
                 return BlocksOutput(last[0], logits_BV[logits_at_BT[:, 0]])
             head: Any = self.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
             stack.enter_context(
                 removed(head.register_forward_pre_hook(lambda _m, args: (args[0][logits_at_BT][None],)))
             )
-            logits_NV = self.model(**batch.model_inputs()).logits[0]
+            logits_NV = self.model(**inputs).logits[0]
             return BlocksOutput(last[0], logits_NV)
 
     def _bypass(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:

@@ -34,7 +34,9 @@ CASES = [
     ),
     Case("wrong choice", ["objective.target=mean"], "objective.target: found 'mean', input should be 'retain_mean'"),
     Case("no override", ["train.steps"], "override 'train.steps': found no '=', allowed: key=value"),
-    Case("nothing forgets", ["objective.weights.forget=0"], "weights.forget and weights.output are both 0"),
+    Case(
+        "nothing forgets", ["objective.weights.forget=0"], "weights.forget, weights.output and weights.task are all 0"
+    ),
     Case("missing file", ["data.forget.path={folder}/no.jsonl"], "data.forget.path: {folder}/no.jsonl"),
     Case("empty file", ["data.forget.path={folder}/empty.jsonl"], "empty.jsonl"),
     Case("broken line", ["data.forget.path={folder}/broken.jsonl"], "line 2"),

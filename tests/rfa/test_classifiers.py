@@ -21,6 +21,7 @@ from rfa.batch import Row, TokenCounts, UnlearnBatch, collate
 from rfa.loss import Objective, ResidualAlignment, Weights
 from rfa.one_pass import OnePass, SolveSettings, input_places
 from rfa.outputs import output_term
+from rfa.residual import BlockRunner
 
 CLASSES = 5
 TARGETS = {
@@ -101,6 +102,17 @@ def test_task_is_the_models_own_cross_entropy(kind: str) -> None:
     with torch.no_grad():
         expected = alignment.model(**batch.model_inputs(), labels=batch.label_B).loss
     assert float(alignment(batch).task.detach()) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_lower_precision_reads_the_same_batches(kind: str) -> None:
+    batch = collate(rows(kind, 3, 4), [], 0)
+    model = classifier(kind).eval()
+    with torch.no_grad():
+        whole_BV = BlockRunner(model)(batch, logits_at_BT=batch.answer_BT).logits_NV
+        half_BV = BlockRunner(model.bfloat16())(batch, logits_at_BT=batch.answer_BT).logits_NV
+    assert half_BV is not None
+    torch.testing.assert_close(half_BV.float(), whole_BV, rtol=0.1, atol=0.05)
 
 
 @pytest.mark.parametrize("kind", KINDS)
