@@ -109,7 +109,7 @@ def test_a_single_row_leaves_nothing_to_score(cfg: UnlearnConfig, rows: list[dic
 def test_relearning_makes_the_learned_rows_more_probable(cfg: UnlearnConfig, rows: list[dict[str, Any]]) -> None:
     model, encoder = load_base(cfg.model), Encoder(cfg.model, None, 128)
     encoded = [Row(*encoder.pair(row["prompt"], row["answer"])) for row in rows]
-    training, batch = AnswerTraining(model), collate(encoded, [], pad_token_id=0)
+    training, batch = AnswerTraining(model, classifies=False), collate(encoded, [], pad_token_id=0)
     original = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     losses = {
         step: float(training(batch, batch.counts("all")).total.detach()) for step in relearn_(model, encoded, 0, seed=0)

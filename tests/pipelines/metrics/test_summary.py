@@ -200,10 +200,30 @@ def test_a_number_that_is_not_finite_becomes_none(broken: float):
 
 
 def test_every_reported_metric_has_a_version():
-    scores = summarise(full_samples(), full_samples())
+    classified = [
+        Sample(set_name=name, loss=1.0, accuracy=1.0, probabilities=(1.0,), feature=(1.0,)) for name in SET_NAMES
+    ]
+    scores = summarise(full_samples(), full_samples()) | summarise(classified, classified)
     names = {name if name in VERSIONS else name.split(".", maxsplit=1)[1] for name in scores}
     of_changed_models = {name for name in VERSIONS if name.startswith(("quantised_", "relearn."))}
     assert names == set(VERSIONS) - {"probability_normalised"} - of_changed_models
+
+
+def test_a_classifier_is_scored_by_what_it_gets_right_and_gives_away():
+    def sample(name: str, loss: float, probabilities: tuple[float, float], feature: tuple[float, float]) -> Sample:
+        right = float(probabilities[0] > 0.5)
+        return Sample(set_name=name, loss=loss, accuracy=right, probabilities=probabilities, feature=feature)
+
+    members = [sample("retain", 0.1, (0.9, 0.1), (1.0, 0.0))] * 8
+    unseen = [sample("general", 2.0, (0.1, 0.9), (1.0, 0.0))] * 8
+    forget = [sample("forget", 2.1, (0.2, 0.8), (0.0, 1.0)), sample("forget", 0.05, (1.0, 0.0), (0.0, 2.0))]
+    oracle = [sample("forget", 2.0, (0.2, 0.8), (0.0, 1.0)), sample("forget", 2.0, (0.4, 0.6), (0.0, 1.0))]
+    scores = summarise([*members, *unseen, *forget], oracle)
+    assert (scores["retain.accuracy"], scores["general.accuracy"], scores["forget.accuracy"]) == (1, 0, 0.5)
+    assert scores["mia_efficacy"] == 0.5
+    assert scores["activation_distance"] == pytest.approx(0.6 * 2**0.5 / 2)
+    assert scores["feature_distance"] == pytest.approx(0.5)
+    assert "forget_quality" not in scores
 
 
 @settings(deadline=None, max_examples=50)
