@@ -1,6 +1,6 @@
 """The gate before a deployment: a run whose verdict or scores miss what is required is refused, with the reasons.
 
-The verdict is the report's own (`pipelines.report.verdict`), so the gate and the page never disagree.
+The verdict is the report's own (`pipelines.verdict`), so the gate and the page never disagree.
 """
 
 import operator
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from pipelines.config import ConfigError
-from pipelines.report import Level, read_run, verdict
+from pipelines.report import read_run
+from pipelines.verdict import Level, verdict
 
 COMPARISONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 NUMBER = r"-?\d+(\.\d+)?(e-?\d+)?"

@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from pipelines.config import ConfigError, Section, SetName, SourceConfig, UnlearnConfig
+from pipelines.config import ConfigError, Section, UnlearnConfig
+from pipelines.config_data import SetName, SourceConfig
 
 
 def describe(section: type[BaseModel] = UnlearnConfig, prefix: str = "") -> list[tuple[str, str, str]]:

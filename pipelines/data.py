@@ -23,7 +23,8 @@ import ray.data
 from ray.data import Dataset
 from ray.exceptions import RayError, RayTaskError
 
-from pipelines.config import ColumnsConfig, ConfigError, DataConfig, SetName, SourceConfig, Task
+from pipelines.config import ConfigError
+from pipelines.config_data import ColumnsConfig, DataConfig, SetName, SourceConfig, Task
 from pipelines.rows import ANSWERED_BY_MODEL, SHOWN, Selection, Summary, number_rows, quoted, read_piece, summarise
 from pipelines.sources import Piece, find_pieces, request_ids
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.config import ColumnsConfig, Task
+from pipelines.config_data import ColumnsConfig, Task
 from pipelines.sources import CHUNK_ROWS, Piece, SourceError, id_text, open_rows
 from pipelines.values import (
     answer_value,

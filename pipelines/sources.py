@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 from pyarrow import fs, parquet
 
-from pipelines.config import ConfigError, SourceConfig
+from pipelines.config import ConfigError
+from pipelines.config_data import SourceConfig
 from pipelines.idx import COLUMNS, IdxError, idx_files, idx_rows
 from pipelines.storage import list_files, one_line, open_filesystem
 

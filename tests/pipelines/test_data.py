@@ -13,7 +13,8 @@ import pytest
 import ray
 from ray._private import worker as ray_worker
 
-from pipelines.config import ConfigError, DataConfig
+from pipelines.config import ConfigError
+from pipelines.config_data import DataConfig
 from pipelines.data import Sets, load_sets, request_ids
 
 pytestmark = pytest.mark.usefixtures("ray_session")

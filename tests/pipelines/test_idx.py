@@ -13,7 +13,8 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 from pyarrow import fs
 
-from pipelines.config import ConfigError, SourceConfig
+from pipelines.config import ConfigError
+from pipelines.config_data import SourceConfig
 from pipelines.sources import SourceError, find_pieces, open_rows
 
 NUMBERS = {"train": 600, "test": 3}  # rows of each split: of train, more than are read at once

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from pyarrow import fs
 
-from pipelines.config import ColumnsConfig, ConfigError, DataConfig, Task
+from pipelines.config import ConfigError
+from pipelines.config_data import ColumnsConfig, DataConfig, Task
 from pipelines.config_file import load_config
 from pipelines.data import Sets, load_sets
 from pipelines.rows import Selection, number_rows, read_piece

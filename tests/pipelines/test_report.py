@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from pipelines.config import ConfigError
-from pipelines.report import FORGET_SCORES, chance_margin, format_number, read_losses, verdict, write_report
+from pipelines.report import chance_margin, format_number, read_losses, write_report
+from pipelines.verdict import FORGET_SCORES, verdict
 
 KEPT = {"retain.probability": 0.94, "general.probability": 0.60}
 CONFIG = """

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import fs
 
-from pipelines.config import ColumnsConfig
+from pipelines.config_data import ColumnsConfig
 from pipelines.rows import Selection, number_rows, read_piece
 from pipelines.sources import Piece
 

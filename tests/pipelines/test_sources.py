@@ -19,7 +19,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
-from pipelines.config import ConfigError, DataConfig, SourceConfig
+from pipelines.config import ConfigError
+from pipelines.config_data import DataConfig, SourceConfig
 from pipelines.data import Sets, load_sets, request_ids
 from pipelines.sources import Piece, SourceError, find_pieces, open_rows
 
