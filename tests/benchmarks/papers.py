@@ -48,7 +48,7 @@ ARMS = {
     "fine-tune on retain": Arm("finetune", ["finetune.sets=[retain]", "finetune.epochs=1"]),
     "prune + fine-tune": Arm("finetune", ["finetune.sets=[retain]", "finetune.epochs=1", "prune.method=rows"]),
     "LoRA on retain": Arm("run", [*NO_RFA, "objective.weights.task=1"], epochs=1),
-    "PruneLoRA": Arm("run", [*NO_RFA, "objective.weights.task=1", "prune.method=rows"], epochs=2),
+    "PruneLoRA": Arm("run", [*NO_RFA, "objective.weights.task=1", "prune.method=rows"], epochs=1),
     "RFA, one pass": Arm("run", []),
     "RFA, by gradient": Arm("run", [*OFF, "objective.weights.task=1", "train.learning_rate=0.02"], epochs=0.5),
     "gradient ascent": Arm("run", [*NO_RFA, "objective.weights.output=1", "objective.output=ascent"], epochs=0.05),
@@ -83,12 +83,12 @@ def arms_of(lora: list[str], pruned: list[str]) -> dict[str, list[str]]:
 
 
 VIT, RESNET = arms_of(VIT_LORA, VIT_PRUNED), arms_of(ALL_CONVOLUTIONS, CONVOLUTIONS_PRUNED)
-BY_CLASS = ["data.forget.max_rows=2000", "data.retain.max_rows=18000", "finetune.epochs=4"]
+BY_CLASS = ["data.forget.max_rows=2000", "data.retain.max_rows=18000", "finetune.epochs=6"]
 WHOLE = [f"data.{name}.{change}" for name in ("forget", "retain", "general") for change in ("column=null", "values=[]")]
 BY_ROW = [
     *WHOLE, "data.forget.share=[0, 0.05]", "data.retain.share=[0.05, 1]", "data.forget.max_rows=1000",
     "data.retain.max_rows=19000", "data.holdout.split=test", "data.holdout.max_rows=1000", "solve.strength=auto",
-    "finetune.epochs=4",
+    "finetune.epochs=6",
 ]  # fmt: skip
 HEAD = ["adapter.targets=[classifier.1]"]
 PROBLEMS = {
