@@ -52,14 +52,25 @@ def run(config: Config, overrides: Overrides = None, debug: Debug = False) -> No
 
 
 @app.command()
-def check(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
-    """Validate configuration, model, data and resources, and show what a run would do. Trains nothing."""
+def check(
+    config: Config,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str, typer.Option(metavar="KIND", help="Plan for such GPUs, H100 for example, before there is a cluster.")
+    ] = "",
+    price: Annotated[float, typer.Option(min=0, help="Of a GPU and hour: the table then says what a run costs.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Validate configuration, model, data and resources, and plan memory, time and cost. Trains nothing.
+
+    With --gpu neither the cluster nor the data are looked at, and of the model its config.json alone.
+    """
 
     def action(terminal: Terminal) -> None:
         cfg = load_config(config, overrides)
-        from pipelines.unlearn import check as check_run
+        from pipelines.check import check as check_run
 
-        terminal.table("What a run would do", check_run(cfg, terminal))
+        terminal.table("What a run would do", check_run(cfg, terminal, gpu=gpu or None, price=price or None))
 
     guarded(action, debug=debug)
 

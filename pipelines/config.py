@@ -203,6 +203,11 @@ class EvaluationConfig(Section):
 
     oracle: str | None = Field(default=None, description="Model folder of the retrain oracle, if there is one.")
     batch_size: int = Field(default=16, ge=1, description="Rows a worker scores at once.")
+    gpus_per_worker: float | None = Field(
+        default=None,
+        gt=0,
+        description="GPUs of a worker that scores; with several, a model is spread over them. null: train's.",
+    )
     max_new_tokens: int = Field(default=200, ge=1, description="Tokens generated for an answer.")
     max_rows: int | None = Field(
         default=None, ge=1, description="Rows scored of each set, evenly spaced; null for all."

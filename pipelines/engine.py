@@ -12,6 +12,9 @@ from pipelines.config import TrainConfig
 
 os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# In parameters. LoRA matrices above DeepSpeed's default of 1e5 would be gathered at every step; its default bucket
+# would take 2 GB of each GPU for gradients of a few million; the last one is its default.
+PERSISTENT_PARAMETER, REDUCE_BUCKET, LIVE_PARAMETERS = 10_000_000, 50_000_000, 1_000_000_000
 
 
 class EngineState(NamedTuple):
@@ -24,10 +27,10 @@ class EngineState(NamedTuple):
 
 def deepspeed_settings(train: TrainConfig, stage: int, *, full: bool) -> dict[str, Any]:
     """DeepSpeed's configuration. Adapters stay fp32 beside a bf16 base: its own bf16 is for `full` training."""
-    zero: dict[str, Any] = {"stage": stage}
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": REDUCE_BUCKET}
     if stage == 3:
-        # LoRA matrices above the default of 1e5 elements would be gathered at every step.
-        zero["stage3_param_persistence_threshold"] = 10_000_000
+        zero["stage3_param_persistence_threshold"] = PERSISTENT_PARAMETER
+        zero["stage3_max_live_parameters"] = LIVE_PARAMETERS
         if train.deepspeed.offload_parameters:
             zero["offload_param"] = {"device": "cpu"}
     if stage > 0 and train.deepspeed.offload_optimizer:

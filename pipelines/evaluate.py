@@ -79,11 +79,16 @@ def evaluation_work(cfg: UnlearnConfig, models: Iterable[str], sets: Sets) -> in
 
 
 def start_workers(cfg: UnlearnConfig, models: dict[str, ModelConfig]) -> list[Any]:
-    """Actors of `_Worker`, as many and as large as the training's workers."""
-    resources = {"num_cpus": cfg.train.cpus_per_worker, "num_gpus": cfg.train.gpus_per_worker}
-    environment = {"env_vars": worker_environment(cfg.train)}
+    """Actors of `_Worker` on the resources of the training's workers: as many, unless each takes more GPUs."""
+    train = cfg.train
+    gpus = cfg.evaluation.gpus_per_worker or train.gpus_per_worker
+    number = train.num_workers
+    if train.gpus_per_worker:
+        number = max(1, min(number, int(number * train.gpus_per_worker / gpus)))
+    resources = {"num_cpus": train.cpus_per_worker, "num_gpus": gpus if train.gpus_per_worker else 0}
+    environment = {"env_vars": worker_environment(train)}
     remote = ray.remote(_Worker).options(**resources, runtime_env=environment)
-    return [remote.remote(cfg, models) for _ in range(cfg.train.num_workers)]
+    return [remote.remote(cfg, models) for _ in range(number)]
 
 
 class _Worker:

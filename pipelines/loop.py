@@ -118,7 +118,7 @@ def kept_tokens(cfg: UnlearnConfig, index: int, batches: int) -> int:
 def _checkpoint_activations(module: nn.Module) -> None:
     model: Any = module.model
     base = model.get_base_model() if isinstance(module, ResidualAlignment) else model
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _send_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:

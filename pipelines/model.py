@@ -20,9 +20,8 @@ from transformers import (
 from pipelines.config import ConfigError, ModelConfig, UnlearnConfig
 from pipelines.engine import whole
 from pipelines.pruning import Masks
-from rfa.adapters import attach, check_gradients, lora_layers
+from rfa.adapters import attach, check_gradients
 from rfa.loss import Objective, ResidualAlignment, Weights
-from rfa.one_pass import KEPT, input_width
 from rfa.prune import hold_rows_, prune_targets
 
 AUTO_CLASSES = {
@@ -88,11 +87,10 @@ def check_models(cfg: UnlearnConfig, others: dict[str, ModelConfig]) -> "ModelSi
 
 
 class ModelSize(NamedTuple):
-    """Numbers of parameters, and the bytes of the solver's statistics on each worker while they are collected."""
+    """Numbers of parameters."""
 
     parameters: int
     adapter: int
-    statistics_bytes: int
 
 
 def check_model(cfg: UnlearnConfig) -> ModelSize:
@@ -101,51 +99,67 @@ def check_model(cfg: UnlearnConfig) -> ModelSize:
     Raises:
         ConfigError: one line that names the key, what was found and what is allowed.
     """
-    model_config = load_model_config(cfg.model)
+    adapted = blank_model(cfg)
+    try:
+        check_gradients(adapted, _example(cfg, adapted.config))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    sizes = {True: 0, False: 0}
+    for parameter in adapted.parameters():
+        sizes[parameter.requires_grad] += parameter.numel()
+    return ModelSize(sizes[False], sizes[True])
+
+
+def blank_model(cfg: UnlearnConfig, model_config: PretrainedConfig | None = None) -> PeftModel:
+    """The model with its adapters on the meta device: shapes, and no weights. Without `model_config`, of `cfg.model`.
+
+    Raises:
+        ConfigError: as `check_model`.
+    """
+    model_config = model_config or load_model_config(cfg.model)
     with torch.device("meta"):
-        auto = AUTO_CLASSES[cfg.task]
+        auto, dtype = AUTO_CLASSES[cfg.task], DTYPES[cfg.train.precision]
         try:
-            base = auto.from_config(model_config, trust_remote_code=cfg.model.trust_remote_code)
+            base = auto.from_config(model_config, trust_remote_code=cfg.model.trust_remote_code, dtype=dtype)
         except ValueError:
             kind = model_config.model_type
             raise ConfigError(f"task: found {cfg.task}, which models of type {kind} are not made for") from None
-    parameters = sum(p.numel() for p in base.parameters())
     try:
         if cfg.prune.method != "none":
             prune_targets(base, cfg.prune.targets)
-        adapted = attach_adapter(base, cfg)
-        check_gradients(adapted, _example(cfg, model_config))
+        return attach_adapter(base, cfg)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    adapter = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    return ModelSize(parameters, adapter, _statistics_bytes(cfg, adapted))
-
-
-def _statistics_bytes(cfg: UnlearnConfig, adapted: PeftModel) -> int:
-    if cfg.solve.mode == "off":
-        return 0
-    widths = [input_width(layer) for _, layer in lora_layers(adapted)]
-    columns = [width if width <= cfg.solve.exact_width else cfg.solve.sketch_columns for width in widths]
-    return 4 * len(KEPT) * sum(width * own for width, own in zip(widths, columns, strict=True))
 
 
 def _example(cfg: UnlearnConfig, model_config: PretrainedConfig) -> dict[str, Tensor]:
     """Inputs of the model's forward, without content."""
     if cfg.task != "image_classification":
         return {"input_ids": torch.ones((1, 4), dtype=torch.long, device="meta")}
+    return {
+        "pixel_values": torch.ones((1, *image_shape(model_config)), device="meta", dtype=DTYPES[cfg.train.precision])
+    }
+
+
+def image_shape(model_config: PretrainedConfig) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a model reads; 64 x 64 where it takes any size."""
     side = getattr(model_config, "image_size", 64)
     height, width = (side, side) if isinstance(side, int) else side
-    return {"pixel_values": torch.ones((1, getattr(model_config, "num_channels", 3), height, width), device="meta")}
+    return getattr(model_config, "num_channels", 3), height, width
 
 
-def load_base(model: ModelConfig, precision: str = "fp32", *, task: str = "causal_lm") -> PreTrainedModel:
-    """The model with its weights, on the CPU (or partitioned, where DeepSpeed's ZeRO-3 is configured)."""
+def load_base(
+    model: ModelConfig, precision: str = "fp32", *, task: str = "causal_lm", spread: bool = False
+) -> PreTrainedModel:
+    """The model with its weights: on the CPU, partitioned, where DeepSpeed's ZeRO-3 is configured, or `spread` over
+    all GPUs of this process."""
     return AUTO_CLASSES[task].from_pretrained(
         model.path,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
         dtype=DTYPES[precision],
         use_safetensors=True,
+        device_map="auto" if spread else None,
     )
 
 

@@ -94,8 +94,10 @@ class Scorer:
             own_name, _, change = name.partition(":")
             # The small steps of relearning would be lost in bf16's 8 bits.
             precision = "fp32" if change == "relearn" else self.cfg.train.precision
-            model = load_base(self.models[own_name], precision).eval()
-            model.to(self.device)  # pyright: ignore[reportArgumentType]
+            spread = self.device == "cuda" and torch.cuda.device_count() > 1
+            model = load_base(self.models[own_name], precision, spread=spread).eval()
+            if not spread:
+                model.to(self.device)  # pyright: ignore[reportArgumentType]
             if change in BITS:
                 quantise_blocks_(model, BITS[change])
             self._loaded = name, model, BlockRunner(model)

@@ -66,14 +66,14 @@ def _lack(train: TrainConfig) -> str:
     return ""
 
 
-def zero_stage(train: TrainConfig, model_path: str, gpu_bytes: int) -> int:
-    """The ZeRO stage: as configured, or for `auto` the lowest that fits (0 on CPUs and one GPU; 2 when weights take up
-    to 60 % of a GPU; else 3)."""
+def zero_stage(train: TrainConfig, weights: int, gpu_bytes: int) -> int:
+    """The ZeRO stage: as configured, or for `auto` the lowest that fits (0 on CPUs and one GPU; 2 when the weights take
+    up to 60 % of a GPU's memory; else 3)."""
     if train.deepspeed.stage != "auto":
         return train.deepspeed.stage
     if train.gpus_per_worker == 0 or (train.num_workers == 1 and not gpu_bytes):
         return 0
-    fits = weight_bytes(model_path) <= 0.6 * gpu_bytes
+    fits = weights <= 0.6 * gpu_bytes
     if not fits:
         return 3
     return 0 if train.num_workers == 1 else 2
@@ -128,7 +128,7 @@ class Trainer:
             learning_rate=learning_rate,
             final_rate=final_rate,
             batches=self.batches,
-            stage=zero_stage(train, cfg.model.path, gpu_memory_bytes(train)),
+            stage=zero_stage(train, weight_bytes(cfg.model.path), gpu_memory_bytes(train)),
             messages=messages,
         )
         use_gpu = train.gpus_per_worker > 0

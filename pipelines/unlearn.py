@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import ray
 from ray.data import DataContext
 
-from pipelines.artifact import RunFolder, weight_bytes
+from pipelines.artifact import RunFolder
 from pipelines.classes import check_labels
 from pipelines.config import ModelConfig, UnlearnConfig, check_strength
 from pipelines.console import Terminal
@@ -100,34 +100,6 @@ def evaluate_model(cfg: UnlearnConfig, model: ModelConfig, terminal: Terminal) -
     with TemporaryDirectory() as folder, session(cfg, Path(folder) / "run.log", terminal):
         sets, _ = load_checked(cfg, terminal, {"--model": model, **oracle_of(cfg, "evaluation.oracle")})
         return score(cfg, models, answered_only(sets), terminal)[0]
-
-
-def check(cfg: UnlearnConfig, terminal: Terminal) -> list[tuple[str, str]]:
-    """Everything `unlearn` checks before it trains, and what it would do, as a table. Nothing is generated."""
-    run = RunFolder(cfg, "run")
-    check_strength(cfg)
-    with TemporaryDirectory() as folder, session(cfg, Path(folder) / "run.log", terminal):
-        sets, size = load_checked(cfg, terminal, oracle_of(cfg, "evaluation.oracle"))
-        have = ray.cluster_resources()
-    weights = weight_bytes(cfg.model.path)
-    return [
-        ("output_dir", f"{run.place.url}{' (to be continued)' if run.manifest() else ''}"),
-        ("model", f"{cfg.model.path}, {size.parameters / 1e6:,.1f} M parameters, {weights / 2**30:.2f} GiB of weights"),
-        (
-            "adapter",
-            f"{size.adapter / 1e6:,.2f} M parameters, {16 * size.adapter / 2**20:.0f} MiB with gradient and AdamW",
-        ),
-        *((f"data.{name}", f"{sets.counts[name]} rows") for name in sets.names()),
-        ("prune", f"{cfg.prune.method}, {cfg.prune.sparsity:.0%}" if cfg.prune.method != "none" else "none"),
-        ("solver", f"{cfg.solve.mode}, strength {cfg.solve.strength}"),
-        ("statistics", f"{size.statistics_bytes / 2**20:,.0f} MiB a worker, while the solver collects them"),
-        (
-            "steps",
-            f"{cfg.train.steps} of {cfg.train.forget_batch_size} forget and {cfg.train.retain_batch_size} retain rows",
-        ),
-        ("workers", f"{cfg.train.num_workers} x {cfg.train.cpus_per_worker:g} CPU, {cfg.train.gpus_per_worker:g} GPU"),
-        ("cluster", f"{have.get('CPU', 0):g} CPU, {have.get('GPU', 0):g} GPU, {have.get('memory', 0) / 2**30:.0f} GiB"),
-    ]
 
 
 def train(run: RunFolder, sets: Sets, tracker: Tracker, terminal: Terminal) -> dict[str, Any]:

@@ -77,9 +77,11 @@ class BlockRunner:
                 logits_BV = self.model(**inputs).logits
                 return BlocksOutput(last[0], logits_BV[logits_at_BT[:, 0]])
             head: Any = self.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-            stack.enter_context(
-                removed(head.register_forward_pre_hook(lambda _m, args: (args[0][logits_at_BT][None],)))
-            )
+
+            def choose(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+                return (args[0][logits_at_BT.to(args[0].device)][None],)  # a spread model's head is elsewhere
+
+            stack.enter_context(removed(head.register_forward_pre_hook(choose)))
             logits_NV = self.model(**inputs).logits[0]
             return BlocksOutput(last[0], logits_NV)
 
