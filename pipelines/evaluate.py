@@ -17,7 +17,7 @@ from pipelines.config import ModelConfig, UnlearnConfig
 from pipelines.data import Sets
 from pipelines.metrics import Sample, relearn_scores, summarise
 from pipelines.metrics.relearning import STEPS
-from pipelines.trainer import worker_environment
+from pipelines.trainer import worker_environment, workers_now
 
 ROWS_A_PIECE = 16
 TRIED = ("after", "model", "oracle")  # models whose robustness is measured, by name; the original has forgotten nothing
@@ -83,7 +83,7 @@ def start_workers(cfg: UnlearnConfig, models: dict[str, ModelConfig]) -> list[An
     resources = {"num_cpus": cfg.train.cpus_per_worker, "num_gpus": cfg.train.gpus_per_worker}
     environment = {"env_vars": worker_environment(cfg.train)}
     remote = ray.remote(_Worker).options(**resources, runtime_env=environment)
-    return [remote.remote(cfg, models) for _ in range(cfg.train.num_workers)]
+    return [remote.remote(cfg, models) for _ in range(workers_now(cfg.train))]
 
 
 class _Worker:

@@ -83,7 +83,7 @@ def finetune(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
             result = trainer.fit(
                 steps=steps, learning_rate=cfg.finetune.learning_rate, final_rate=0.1, listener=losses.hear
             )
-        cost = cost_of(result, cfg, time.monotonic() - started)
+        cost = cost_of(result, time.monotonic() - started)
         run.update(cost={**cost, **export(run, checkpoint_of(result), full=True)})
         run.seal()
         run.place.keep()
@@ -110,6 +110,8 @@ def check(cfg: UnlearnConfig, terminal: Terminal) -> list[tuple[str, str]]:
         sets, size = load_checked(cfg, terminal, oracle_of(cfg, "evaluation.oracle"))
         have = ray.cluster_resources()
     weights = weight_bytes(cfg.model.path)
+    least, most = cfg.train.min_workers, cfg.train.max_workers
+    workers = f"{most}" if least == most else f"{least} to {most}"
     return [
         ("output_dir", f"{run.place.url}{' (to be continued)' if run.manifest() else ''}"),
         ("model", f"{cfg.model.path}, {size.parameters / 1e6:,.1f} M parameters, {weights / 2**30:.2f} GiB of weights"),
@@ -125,7 +127,7 @@ def check(cfg: UnlearnConfig, terminal: Terminal) -> list[tuple[str, str]]:
             "steps",
             f"{cfg.train.steps} of {cfg.train.forget_batch_size} forget and {cfg.train.retain_batch_size} retain rows",
         ),
-        ("workers", f"{cfg.train.num_workers} x {cfg.train.cpus_per_worker:g} CPU, {cfg.train.gpus_per_worker:g} GPU"),
+        ("workers", f"{workers} x {cfg.train.cpus_per_worker:g} CPU, {cfg.train.gpus_per_worker:g} GPU"),
         ("cluster", f"{have.get('CPU', 0):g} CPU, {have.get('GPU', 0):g} GPU, {have.get('memory', 0) / 2**30:.0f} GiB"),
     ]
 
@@ -144,7 +146,7 @@ def train(run: RunFolder, sets: Sets, tracker: Tracker, terminal: Terminal) -> d
         result = trainer.fit(
             steps=cfg.train.steps, learning_rate=cfg.train.learning_rate, final_rate=0.0, listener=losses.hear
         )
-    cost = cost_of(result, cfg, time.monotonic() - started)
+    cost = cost_of(result, time.monotonic() - started)
     cost |= export(run, checkpoint_of(result))
     run.update(cost=cost, strengths=trials_of(result))
     run.place.keep()
@@ -219,7 +221,7 @@ def oracle_of(cfg: UnlearnConfig, name: str) -> dict[str, ModelConfig]:
     return {} if cfg.evaluation.oracle is None else {name: ModelConfig(path=cfg.evaluation.oracle)}
 
 
-def cost_of(result: Any, cfg: UnlearnConfig, train_s: float) -> dict[str, Any]:
+def cost_of(result: Any, train_s: float) -> dict[str, Any]:
     """The `cost` part of scores.json, but for evaluation. `solve_s` is statistics, solves and the search for the
     strength together; `train_s` is the rest, and includes starting the workers."""
     metrics = result.metrics
@@ -229,7 +231,7 @@ def cost_of(result: Any, cfg: UnlearnConfig, train_s: float) -> dict[str, Any]:
         "tokens": metrics["tokens"],
         "tokens_per_s": metrics["tokens"] / max(metrics["seconds"], 1e-9),
         "peak_memory_bytes": metrics["peak_memory_bytes"],
-        "num_workers": cfg.train.num_workers,
+        "num_workers": metrics["num_workers"],  # at the end
     }
 
 
