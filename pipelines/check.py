@@ -66,6 +66,8 @@ def check(cfg: UnlearnConfig, terminal: Terminal, *, gpu: str | None = None, pri
         have, device = ray.cluster_resources(), present_device(cfg.train)
         needs = result_of(on_this_node(plan_rows).remote(cfg, device, _row_counts(sets), price))
     weights = weight_bytes(cfg.model.path)
+    least, most = cfg.train.min_workers, cfg.train.max_workers
+    workers = f"{most}" if least == most else f"{least} to {most}"
     return [
         ("output_dir", f"{run.place.url}{' (to be continued)' if run.manifest() else ''}"),
         ("model", f"{cfg.model.path}, {size.parameters / 1e6:,.1f} M parameters, {weights / GIB:.2f} GiB of weights"),
@@ -77,7 +79,7 @@ def check(cfg: UnlearnConfig, terminal: Terminal, *, gpu: str | None = None, pri
             "steps",
             f"{cfg.train.steps} of {cfg.train.forget_batch_size} forget and {cfg.train.retain_batch_size} retain rows",
         ),
-        ("workers", f"{cfg.train.num_workers} x {cfg.train.cpus_per_worker:g} CPU, {cfg.train.gpus_per_worker:g} GPU"),
+        ("workers", f"{workers} x {cfg.train.cpus_per_worker:g} CPU, {cfg.train.gpus_per_worker:g} GPU"),
         ("cluster", f"{have.get('CPU', 0):g} CPU, {have.get('GPU', 0):g} GPU, {have.get('memory', 0) / GIB:.0f} GiB"),
         *needs,
     ]
@@ -101,7 +103,7 @@ def present_device(train: TrainConfig) -> Device:
     """What a worker of the cluster that is joined computes on."""
     have = ray.cluster_resources()
     if train.gpus_per_worker == 0:
-        return Device("CPU", "CPU", int(have.get("memory", 0) / train.num_workers), 0.0)
+        return Device("CPU", "CPU", int(have.get("memory", 0) / train.max_workers), 0.0)
     kinds = [name.removeprefix("accelerator_type:") for name in have if name.startswith("accelerator_type:")]
     operations = [GPUS[kind][1] for kind in kinds if kind in GPUS]
     return Device(", ".join(kinds) or "GPU", "GPU", gpu_memory_bytes(train), min(operations, default=0.0))
@@ -131,7 +133,7 @@ def plan_of(
     from pipelines.plan import Layout, Planner
 
     train = cfg.train
-    planner = Planner(cfg, model, train.num_workers)
+    planner = Planner(cfg, model, train.min_workers)  # what fits the fewest fits more
     stage = zero_stage(train, planner.weight_bytes, device.memory_bytes if device.kind == "GPU" else 0)
     table: Rows = []
     for each in (0, 1, 2, 3):
@@ -155,7 +157,7 @@ def plan_of(
     left_out = "start-up, factoring on the CPU and evaluation"
     table.append(("time", f"about {_duration(seconds)}{each}: {what}; without {left_out}"))
     if price is not None:
-        gpus = train.num_workers * train.gpus_per_worker
+        gpus = train.min_workers * train.gpus_per_worker
         table.append(("cost", f"about {price * gpus * seconds / 3600:,.2f} at {price:g} a GPU hour, {gpus:g} GPUs"))
     return table
 

@@ -170,7 +170,11 @@ class TrainConfig(Section):
     activation_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass to save memory."
     )
-    num_workers: int = Field(default=1, ge=1, description="Ray Train workers.")
+    num_workers: int | tuple[int, int] = Field(
+        default=1,
+        description="Ray Train workers (>= 1), or [min, max]: as many of them as the cluster has room for, more or "
+        "fewer when nodes come or go.",
+    )
     cpus_per_worker: float = Field(default=1, gt=0, description="CPU cores of a worker; also its number of threads.")
     gpus_per_worker: float = Field(default=0, ge=0, description="GPUs of a worker; 0 trains on CPUs.")
     wait_s: float = Field(
@@ -181,6 +185,25 @@ class TrainConfig(Section):
         default=3, ge=0, description="How often a run restarts from its last resume point by itself."
     )
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _a_number_or_a_range(cls, workers: Any) -> Any:
+        limits = workers if isinstance(workers, list | tuple) else [workers, workers]
+        whole = all(isinstance(limit, int) and not isinstance(limit, bool) for limit in limits)
+        if not whole or len(limits) != 2 or not 1 <= limits[0] <= limits[1]:
+            raise ValueError("allowed: a number >= 1, or [min, max] with 1 <= min <= max")
+        return workers
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that will do."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers there will be."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class FinetuneConfig(Section):

@@ -17,7 +17,7 @@ from pipelines.config import ModelConfig, UnlearnConfig
 from pipelines.data import Sets
 from pipelines.metrics import Sample, relearn_scores, summarise
 from pipelines.metrics.relearning import STEPS
-from pipelines.trainer import worker_environment
+from pipelines.trainer import worker_environment, workers_now
 
 ROWS_A_PIECE = 16
 TRIED = ("after", "model", "oracle")  # models whose robustness is measured, by name; the original has forgotten nothing
@@ -82,7 +82,7 @@ def start_workers(cfg: UnlearnConfig, models: dict[str, ModelConfig]) -> list[An
     """Actors of `_Worker` on the resources of the training's workers: as many, unless each takes more GPUs."""
     train = cfg.train
     gpus = cfg.evaluation.gpus_per_worker or train.gpus_per_worker
-    number = train.num_workers
+    number = workers_now(train)
     if train.gpus_per_worker:
         number = max(1, min(number, int(number * train.gpus_per_worker / gpus)))
     resources = {"num_cpus": train.cpus_per_worker, "num_gpus": gpus if train.gpus_per_worker else 0}

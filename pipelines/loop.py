@@ -296,6 +296,7 @@ class _Loop:
             "trials": self.trials,
             "tokens": self.tokens,
             "peak_memory_bytes": self._peak_memory(),
+            "num_workers": self.world_size,
         }
         if self.rank != 0:
             ray.train.report(metrics, checkpoint=None)

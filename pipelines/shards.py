@@ -15,36 +15,35 @@ import ray.data
 from ray.data import DataIterator, Dataset
 from ray.train import DataConfig
 
+from pipelines.tasks import this_node
+
 if TYPE_CHECKING:
     from pipelines.classes import ClassEncoder
     from pipelines.prompts import Encoder
 
 
 class Stream(NamedTuple):
-    """One kind of rows a step is made of: a share for each worker, and the number of batches they were cut into."""
+    """One kind of rows a step is made of: tokenised, in the order of batches, and the number of batches."""
 
-    shares: list[Dataset]
+    rows: Dataset
     batches: int
 
 
-def plan_stream(
-    rows: Dataset, encoder: "Encoder | ClassEncoder", batch_size: int, seed: int, num_workers: int
-) -> Stream:
-    """Tokenise rows, cut them into batches, and give worker r the rows whose place in a batch is r modulo the number of
-    workers.
+def plan_stream(rows: Dataset, encoder: "Encoder | ClassEncoder", batch_size: int, seed: int) -> Stream:
+    """Tokenise rows and cut them into batches.
 
     All of it happens before training: while the workers hold the CPUs, no other task could run. One task holds the
-    stream's token ids, 4 bytes a token.
+    stream's token ids, 4 bytes a token, and leaves them on the driver's node: they outlive the workers' nodes.
     """
     tokens = rows.map_batches(encoder.encode_batch, batch_format="numpy").materialize()
-    arrange = ray.remote(num_returns=num_workers + 1)(_arrange)
-    parts: Any = arrange.remote(batch_size, seed, num_workers, encoder.mixes, *tokens.to_arrow_refs())
-    return Stream([_in_order(share) for share in parts[1:]], ray.get(parts[0]))
+    arrange: Any = ray.remote(_arrange).options(num_returns=2, scheduling_strategy=this_node())
+    batches, table = arrange.remote(batch_size, seed, encoder.mixes, *tokens.to_arrow_refs())
+    return Stream(_in_order(ray.data.from_arrow_refs([table])), ray.get(batches))
 
 
-def _arrange(batch_size: int, seed: int, num_workers: int, mix: bool, *blocks: pa.Table) -> list[Any]:
-    """The number of batches, and each worker's rows in the order of batches, with a column `batch`. To `mix` is to
-    draw a batch's rows from the whole source, among rows of equal length: data sets are often sorted by class."""
+def _arrange(batch_size: int, seed: int, mix: bool, *blocks: pa.Table) -> tuple[int, pa.Table]:
+    """The number of batches, and the rows in the order of batches, with a column `batch`. To `mix` is to draw a
+    batch's rows from the whole source, among rows of equal length: data sets are often sorted by class."""
     table = pa.concat_tables(blocks)
     draw = np.random.default_rng(seed)
     by_length = np.lexsort([table[key].to_numpy() for key in ("row", "set", "length")])
@@ -52,34 +51,43 @@ def _arrange(batch_size: int, seed: int, num_workers: int, mix: bool, *blocks: p
         by_length = draw.permutation(by_length)
         by_length = by_length[np.argsort(table["length"].to_numpy()[by_length], kind="stable")]
     batches = np.array_split(by_length, -(-len(by_length) // batch_size))
-    order = draw.permutation(len(batches))
-    shares: list[pa.Table] = []
-    for rank in range(num_workers):
-        chosen = [batches[source][rank::num_workers] for source in order]
-        numbers = np.repeat(np.arange(len(chosen)), [len(own) for own in chosen])
-        shares.append(table.take(np.concatenate(chosen)).append_column("batch", pa.array(numbers, pa.int64())))
-    return [len(batches), *shares]
+    chosen = [batches[source] for source in draw.permutation(len(batches))]
+    numbers = np.repeat(np.arange(len(chosen)), [len(own) for own in chosen])
+    return len(chosen), table.take(np.concatenate(chosen)).append_column("batch", pa.array(numbers, pa.int64()))
 
 
-def _in_order(share: Any) -> Dataset:
-    dataset = ray.data.from_arrow_refs([share])
+def share_of(table: pa.Table, rank: int, world_size: int) -> pa.Table:
+    """The rows whose place in their batch is `rank` modulo the number of workers."""
+    batch_of_row = table["batch"].to_numpy()
+    place = np.arange(len(batch_of_row)) - np.searchsorted(batch_of_row, batch_of_row)
+    return table.filter(pa.array(place % world_size == rank))
+
+
+def _in_order(dataset: Dataset) -> Dataset:
     dataset.context.execution_options.preserve_order = True
     dataset.context.enable_progress_bars = False
     return dataset
 
 
 class ShardByRank(DataConfig):
-    """Gives each worker the shares that were made for it."""
+    """Cuts a stream into one share a worker, whenever a group of workers starts: its size may differ from the last.
 
-    def __init__(self, streams: dict[str, Stream]) -> None:
-        super().__init__()
-        self.streams = streams
+    It runs in an actor of Ray Train on the driver's node, and starts no task: the workers may hold all CPUs.
+    """
 
     def configure(
         self, datasets: dict[str, Dataset], world_size: int, *_args: Any, **_kwargs: Any
     ) -> list[dict[str, DataIterator]]:
         """One iterator a worker and stream."""
-        return [{name: self.streams[name].shares[rank].iterator() for name in datasets} for rank in range(world_size)]
+        blocks: dict[str, Any] = {name: rows.to_arrow_refs() for name, rows in datasets.items()}
+        tables = {name: pa.concat_tables(ray.get(own)) for name, own in blocks.items()}
+        return [
+            {
+                name: _in_order(ray.data.from_blocks([share_of(table, rank, world_size)])).iterator()
+                for name, table in tables.items()
+            }
+            for rank in range(world_size)
+        ]
 
 
 def batches_of(share: DataIterator, number_of_batches: int, start: int = 0) -> Iterator[list[dict[str, Any]]]:

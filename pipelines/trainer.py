@@ -30,6 +30,8 @@ Listener = Callable[[dict[str, Any]], None]
 def check_resources(train: TrainConfig, say: Callable[[str], None]) -> None:
     """Refuse more workers than the cluster can hold; an autoscaling one is asked for nodes, and has `train.wait_s`.
 
+    Of a range the fewest must fit; nodes are asked for the most.
+
     Raises:
         ConfigError: names what is asked for and what the cluster has.
     """
@@ -41,7 +43,7 @@ def check_resources(train: TrainConfig, say: Callable[[str], None]) -> None:
     if refusal and train.wait_s:
         say(f"Waiting up to {train.wait_s:g} s for nodes: {refusal}")
         each = {"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker}
-        request_resources(bundles=[{kind: count for kind, count in each.items() if count}] * train.num_workers)
+        request_resources(bundles=[{kind: count for kind, count in each.items() if count}] * train.max_workers)
         deadline_s = time.monotonic() + train.wait_s
         try:
             while refusal and time.monotonic() < deadline_s:
@@ -57,13 +59,22 @@ def _lack(train: TrainConfig) -> str:
     """What the cluster lacks for the workers; empty where it lacks nothing."""
     have = ray.cluster_resources()
     for kind, each in (("CPU", train.cpus_per_worker), ("GPU", train.gpus_per_worker)):
-        needed = train.num_workers * each
+        needed = train.min_workers * each
         if needed > have.get(kind, 0):
+            found = train.num_workers if isinstance(train.num_workers, int) else f"at least {train.min_workers}"
             return (
-                f"train.num_workers: found {train.num_workers} with {each:g} {kind} each, "
+                f"train.num_workers: found {found} with {each:g} {kind} each, "
                 f"allowed: {needed:g} {kind} or fewer in all, this cluster has {have.get(kind, 0):g}"
             )
     return ""
+
+
+def workers_now(train: TrainConfig) -> int:
+    """How many of the workers the cluster's nodes have room for; never fewer than the fewest that will do."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    each = {kind: n for kind, n in (("CPU", train.cpus_per_worker), ("GPU", train.gpus_per_worker)) if n}
+    room = sum(min(int(node.get(kind, 0) // n) for kind, n in each.items()) for node in nodes)
+    return min(max(room, train.min_workers), train.max_workers)
 
 
 def zero_stage(train: TrainConfig, weights: int, gpu_bytes: int) -> int:
@@ -71,12 +82,12 @@ def zero_stage(train: TrainConfig, weights: int, gpu_bytes: int) -> int:
     up to 60 % of a GPU's memory; else 3)."""
     if train.deepspeed.stage != "auto":
         return train.deepspeed.stage
-    if train.gpus_per_worker == 0 or (train.num_workers == 1 and not gpu_bytes):
+    if train.gpus_per_worker == 0 or (train.max_workers == 1 and not gpu_bytes):
         return 0
     fits = weights <= 0.6 * gpu_bytes
     if not fits:
         return 3
-    return 0 if train.num_workers == 1 else 2
+    return 0 if train.max_workers == 1 else 2
 
 
 def gpu_memory_bytes(train: TrainConfig) -> int:
@@ -111,8 +122,7 @@ class Trainer:
         self.kind: Literal["unlearn", "finetune"] = kind
         encoder = encoder_of(cfg)
         self.streams = {
-            name: plan_stream(rows, encoder, batch_size, cfg.seed, cfg.train.num_workers)
-            for name, (rows, batch_size) in streams.items()
+            name: plan_stream(rows, encoder, batch_size, cfg.seed) for name, (rows, batch_size) in streams.items()
         }
         self.batches = {name: stream.batches for name, stream in self.streams.items()}
 
@@ -148,8 +158,8 @@ class Trainer:
                 worker_runtime_env={"env_vars": worker_environment(train)},
             ),
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-            datasets={name: stream.shares[0] for name, stream in self.streams.items()},
-            dataset_config=ShardByRank(self.streams),
+            datasets={name: stream.rows for name, stream in self.streams.items()},
+            dataset_config=ShardByRank(),
         )
         with _listening(messages, listener), _interruptible():
             return trainer.fit()

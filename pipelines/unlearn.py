@@ -83,7 +83,7 @@ def finetune(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
             result = trainer.fit(
                 steps=steps, learning_rate=cfg.finetune.learning_rate, final_rate=0.1, listener=losses.hear
             )
-        cost = cost_of(result, cfg, time.monotonic() - started)
+        cost = cost_of(result, time.monotonic() - started)
         run.update(cost={**cost, **export(run, checkpoint_of(result), full=True)})
         run.seal()
         run.place.keep()
@@ -116,7 +116,7 @@ def train(run: RunFolder, sets: Sets, tracker: Tracker, terminal: Terminal) -> d
         result = trainer.fit(
             steps=cfg.train.steps, learning_rate=cfg.train.learning_rate, final_rate=0.0, listener=losses.hear
         )
-    cost = cost_of(result, cfg, time.monotonic() - started)
+    cost = cost_of(result, time.monotonic() - started)
     cost |= export(run, checkpoint_of(result))
     run.update(cost=cost, strengths=trials_of(result))
     run.place.keep()
@@ -191,7 +191,7 @@ def oracle_of(cfg: UnlearnConfig, name: str) -> dict[str, ModelConfig]:
     return {} if cfg.evaluation.oracle is None else {name: ModelConfig(path=cfg.evaluation.oracle)}
 
 
-def cost_of(result: Any, cfg: UnlearnConfig, train_s: float) -> dict[str, Any]:
+def cost_of(result: Any, train_s: float) -> dict[str, Any]:
     """The `cost` part of scores.json, but for evaluation. `solve_s` is statistics, solves and the search for the
     strength together; `train_s` is the rest, and includes starting the workers."""
     metrics = result.metrics
@@ -201,7 +201,7 @@ def cost_of(result: Any, cfg: UnlearnConfig, train_s: float) -> dict[str, Any]:
         "tokens": metrics["tokens"],
         "tokens_per_s": metrics["tokens"] / max(metrics["seconds"], 1e-9),
         "peak_memory_bytes": metrics["peak_memory_bytes"],
-        "num_workers": cfg.train.num_workers,
+        "num_workers": metrics["num_workers"],  # at the end
     }
 
 

@@ -70,7 +70,7 @@ def share_work(cfg: UnlearnConfig, space: Space, sets: Sets, terminal: Terminal)
     encoder = encoder_of(cfg)
 
     def rows_of(dataset: Any, batch_size: int) -> Any:
-        return plan_stream(dataset, encoder, batch_size, cfg.seed, 1).shares[0].to_arrow_refs()[0]
+        return plan_stream(dataset, encoder, batch_size, cfg.seed).rows.to_arrow_refs()[0]
 
     train = cfg.train
     kept = sets.union(("retain", "utility"), present_only=True)
@@ -84,10 +84,10 @@ def share_work(cfg: UnlearnConfig, space: Space, sets: Sets, terminal: Terminal)
         scored=[piece.rows for piece in pieces_of(cfg, _scored(sets))],
         token_kinds=token_kinds,
     )
-    bar = terminal.bar("Collecting statistics", train.num_workers + 1)
+    bar = terminal.bar("Collecting statistics", train.max_workers + 1)
     resources = {"num_cpus": train.cpus_per_worker, "num_gpus": train.gpus_per_worker}
     task = ray.remote(_collect).options(**resources)
-    parts: list[Any] = [task.remote(shared, rank, train.num_workers) for rank in range(train.num_workers)]
+    parts: list[Any] = [task.remote(shared, rank, train.max_workers) for rank in range(train.max_workers)]
     add: Any = ray.remote(num_cpus=0, num_returns=2)(_merge)
     whole, done = add.remote(*parts)
     waiting = [*parts, done]

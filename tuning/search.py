@@ -91,11 +91,7 @@ def search(cfg: UnlearnConfig, wish: Wish, terminal: Terminal) -> Found:
         ConfigError: something the user can mend; nothing has been run.
         RuntimeError: no trial keeps the constraints; the page is written.
     """
-    if cfg.task != "causal_lm" or cfg.prune.method != "none":
-        key, found = ("task", cfg.task) if cfg.task != "causal_lm" else ("prune.method", cfg.prune.method)
-        raise ConfigError(f"{key}: found {found}, allowed in a search: {'causal_lm' if key == 'task' else 'none'}")
-    if cfg.solve.mode != "off" and cfg.train.deepspeed.stage == 3:
-        raise ConfigError("train.deepspeed.stage: found 3, allowed in a search: a model that one worker holds")
+    _refuse_what_no_trial_can(cfg)
     refuse_store(cfg.output_dir)
     run = RunFolder(cfg, "tune")
     if run.manifest() and not wish.resume:
@@ -116,6 +112,17 @@ def search(cfg: UnlearnConfig, wish: Wish, terminal: Terminal) -> Found:
             if ledger.left:
                 _run_trials(shared, space, wish, ledger, references)
             return _finish(run, shared, wish, ledger, references, tracker)
+
+
+def _refuse_what_no_trial_can(cfg: UnlearnConfig) -> None:
+    if cfg.task != "causal_lm" or cfg.prune.method != "none":
+        key, found = ("task", cfg.task) if cfg.task != "causal_lm" else ("prune.method", cfg.prune.method)
+        raise ConfigError(f"{key}: found {found}, allowed in a search: {'causal_lm' if key == 'task' else 'none'}")
+    if cfg.solve.mode != "off" and cfg.train.deepspeed.stage == 3:
+        raise ConfigError("train.deepspeed.stage: found 3, allowed in a search: a model that one worker holds")
+    if not isinstance(cfg.train.num_workers, int):
+        found = list(cfg.train.num_workers)
+        raise ConfigError(f"train.num_workers: found {found}, allowed in a search: one number")
 
 
 def _space(cfg: UnlearnConfig, wish: Wish, run: RunFolder) -> Space:
@@ -158,7 +165,7 @@ def _run_trials(
             search_alg=_sampled(space, wish, shared.cfg.seed, ledger),
             scheduler=asha if by_gradient else None,
             num_samples=ledger.left,
-            max_concurrent_trials=train.num_workers,
+            max_concurrent_trials=train.max_workers,
             reuse_actors=True,
             trial_dirname_creator=_folder_name,
         ),

@@ -55,7 +55,7 @@ class Head(NamedTuple):
     def python(self, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
         """Run Python in a process of its own that has the token."""
         command, settings = [sys.executable, *arguments], {**self.environment, **changes}
-        return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=300, check=False)
+        return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=600, check=False)
 
     def ray_unlearn(self, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
         """Run the command line."""

@@ -10,27 +10,29 @@ import json, threading, time
 import ray
 from ray.cluster_utils import Cluster
 from pipelines.config import ConfigError, TrainConfig
-from pipelines.trainer import check_resources
+from pipelines.trainer import check_resources, workers_now
 
 told = []
 def outcome(**settings):
     try:
-        check_resources(TrainConfig(num_workers=3, **settings), told.append)
+        check_resources(TrainConfig(**{"num_workers": 3, **settings}), told.append)
         return "enough"
     except ConfigError as error:
         return str(error)
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0, "include_dashboard": False})
 ray.init(cluster.address)
-found = [outcome(), outcome(wait_s=1)]
+found = [outcome(), outcome(wait_s=1), outcome(num_workers=(1, 3)), outcome(num_workers=(2, 3))]
 waiting = threading.Thread(target=lambda: found.append(outcome(wait_s=60)))
 waiting.start()
 time.sleep(2)
 cluster.add_node(num_cpus=2, num_gpus=0)
 waiting.join()
+room = [workers_now(TrainConfig(num_workers=workers)) for workers in ((1, 9), (1, 2), 9)]
+room.append(workers_now(TrainConfig(num_workers=(1, 9), cpus_per_worker=2)))
 ray.shutdown()
 cluster.shutdown()
-print(json.dumps({"found": found, "told": told}))
+print(json.dumps({"found": found, "told": told, "room": room}))
 """
 
 
@@ -41,5 +43,7 @@ def test_workers_wait_for_the_nodes_of_an_autoscaling_cluster_as_long_as_they_ma
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
     refusal = "train.num_workers: found 3 with 1 CPU each, allowed: 3 CPU or fewer in all, this cluster has 1"
-    assert seen["found"] == [refusal, refusal, "enough"]
+    fewest = refusal.replace("found 3", "found at least 2").replace("allowed: 3", "allowed: 2")
+    assert seen["found"] == [refusal, refusal, "enough", fewest, "enough"]
     assert seen["told"] == [f"Waiting up to {wait_s} s for nodes: {refusal}" for wait_s in (1, 60)]
+    assert seen["room"] == [3, 2, 9, 1], "as many of a range as the nodes have room for, each on one node"

@@ -24,12 +24,15 @@ STEPS, KILL_AT, CHECKPOINT_EVERY = 160, 40, 10
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[tuple[Head, list[psutil.Process]]]:
-    """A head with one CPU, for the driver, and two nodes with two CPUs each, for the workers."""
+    """A head with one CPU, for the driver, and two nodes with room for one worker each."""
     with running_head(1) as head, ExitStack() as stack:
         nodes = []
         for name in "ab":  # each with a folder of its own, as on machines of their own
             options = ["--num-cpus", "2", "--address", f"127.0.0.1:{head.port}", "--temp-dir", str(head.folder / name)]
             nodes.append(stack.enter_context(head.ray_start(*options)))
+        while head.get("/api/v0/nodes").count('"ALIVE"') < 3:
+            assert all(node.is_running() for node in nodes), (head.folder / "nodes.log").read_text()[-2000:]
+            time.sleep(0.2)
         yield head, nodes
 
 
@@ -58,7 +61,7 @@ def test_a_job_outlives_a_node(
         override.replace(override.split("=")[1].rsplit("/", 1)[0], "s3://bucket/data") for override in overrides[1:]
     ]
     changes += [overrides[0], "solve.mode=off", f"train.steps={STEPS}", f"train.checkpoint_every={CHECKPOINT_EVERY}"]
-    changes += [f"tracking.uri={tracking}", "train.wait_s=60"]
+    changes += [f"tracking.uri={tracking}", "train.wait_s=60", "train.num_workers=[1,2]", "train.cpus_per_worker=1.5"]
     options = [
         "submit",
         "--address",
@@ -80,9 +83,9 @@ def test_a_job_outlives_a_node(
         job = subprocess.Popen(command, env=head.environment, stdout=told, stderr=told)
     while bucket.resume_point("broken") < KILL_AT and job.poll() is None:
         time.sleep(0.05)
-    (lost,) = [node for node in nodes if trains(node)]
-    kill_tree(lost)
-    assert job.wait(timeout=240) == 0, (tmp_path / "told").read_text()
+    assert all(trains(node) for node in nodes)
+    kill_tree(nodes[0])
+    assert job.wait(timeout=600) == 0, (tmp_path / "told").read_text()
     steps = bucket.steps("broken")
     (again,) = [step for before, step in pairwise(steps) if step <= before]  # where it went on, and once only
     assert 0 < again < STEPS and again % CHECKPOINT_EVERY == 0
@@ -92,6 +95,8 @@ def test_a_job_outlives_a_node(
     assert verified.returncode == 0, verified.stderr
     adapters = [load(bucket.read(f"{name}/adapter/adapter_model.safetensors")) for name in ("whole", "broken")]
     assert_close(adapters[1], adapters[0], rtol=1e-4, atol=1e-6)
+    costs = [json.loads(bucket.read(f"{name}/scores.json"))["cost"] for name in ("whole", "broken")]
+    assert [cost["num_workers"] for cost in costs] == [2, 1], "the node that was left has room for one worker"
     record = json.loads(bucket.read("broken/manifest.json"))["mlflow"]
     run = mlflow.MlflowClient(tracking).get_run(record["run_id"])
     assert run.info.status == "FINISHED"

@@ -30,7 +30,7 @@ CASES = [
     Case(
         "out of range",
         ["train.num_workers=0"],
-        "train.num_workers: found 0, input should be greater than or equal to 1",
+        "train.num_workers: found 0, allowed: a number >= 1, or [min, max] with 1 <= min <= max",
     ),
     Case("wrong choice", ["objective.target=mean"], "objective.target: found 'mean', input should be 'retain_mean'"),
     Case("no override", ["train.steps"], "override 'train.steps': found no '=', allowed: key=value"),
@@ -51,6 +51,7 @@ CASES = [
     Case("layers", ["adapter.layers=[2,9]"], "adapter.layers: found [2, 9], allowed: 0 to 3"),
     Case("layers reversed", ["adapter.layers=[2,1]"], "allowed: [first, last] with 0 <= first <= last"),
     Case("workers", ["train.num_workers=64"], "train.num_workers: found 64 with 1 CPU each"),
+    Case("fewest workers", ["train.num_workers=[64,99]"], "train.num_workers: found at least 64 with 1 CPU each"),
     Case("GPUs", ["train.gpus_per_worker=1"], "this cluster has 0"),
     Case("no model folder", ["model.path={folder}/nowhere"], "model.path: found no folder {folder}/nowhere"),
     Case("not a model", ["model.path={folder}"], "is not a model folder: found no config.json"),

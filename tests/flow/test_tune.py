@@ -161,6 +161,7 @@ def test_the_page_needs_no_other_host(resumed: Path) -> None:
         (["--space", "{folder}/space.yaml"], "space.yaml: adapter.rank: found 0, input should be greater"),
         (["--method", "grid"], "solve.strength: found loguniform, allowed with --method grid: choice or int"),
         (["train.deepspeed.stage=3"], "train.deepspeed.stage: found 3, allowed in a search"),
+        (["train.num_workers=[1,2]"], "train.num_workers: found [1, 2], allowed in a search: one number"),
         (["data.holdout=null"], "data.holdout: missing, required by solve.strength=auto"),
     ],
 )

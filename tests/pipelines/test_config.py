@@ -72,6 +72,24 @@ def test_the_solver_is_not_asked_for_what_it_cannot_do(overrides: list[str], mes
     assert "\n" not in str(caught.value)
 
 
+def test_workers_are_a_number_or_a_range(tmp_path: Path) -> None:
+    cfg = load_config("quick", ["train.num_workers=[1,3]"])
+    assert (cfg.train.num_workers, cfg.train.min_workers, cfg.train.max_workers) == ((1, 3), 1, 3)
+    (tmp_path / "config.yaml").write_text(to_yaml(cfg))
+    assert load_config(str(tmp_path / "config.yaml")) == cfg
+    fixed = load_config("quick", ["train.num_workers=3"]).train
+    assert (fixed.num_workers, fixed.min_workers, fixed.max_workers) == (3, 3, 3)
+
+
+@pytest.mark.parametrize("found", ["0", "[2, 1]", "[0, 2]", "[1, 2, 3]", "[1]", "[]", "1.5", "'many'", "None", "True"])
+def test_other_numbers_of_workers_are_refused_in_one_line(found: str) -> None:
+    given = {"'many'": "many", "None": "null"}.get(found, found)
+    with pytest.raises(ConfigError) as caught:
+        load_config("quick", [f"train.num_workers={given}"])
+    allowed = "allowed: a number >= 1, or [min, max] with 1 <= min <= max"
+    assert str(caught.value) == f"train.num_workers: found {found}, {allowed}"
+
+
 def test_a_strength_is_found_by_a_holdout_set_or_given() -> None:
     with pytest.raises(ConfigError, match=r"^data.holdout: missing, required by solve.strength=auto"):
         check_strength(load_config("quick", ["data.holdout=null"]))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.shards import _arrange, batches_of
+from pipelines.shards import _arrange, batches_of, share_of
 
 Key = tuple[str, int]
 
@@ -29,7 +29,8 @@ class Share:
 
 def steps(lengths: list[int], batch_size: int, workers: int, number: int, start: int = 0) -> list[set[Key]]:
     """The rows of each step, over all workers."""
-    batches, *shares = _arrange(batch_size, 0, workers, False, block(lengths))
+    batches, table = _arrange(batch_size, 0, False, block(lengths))
+    shares = [share_of(table, rank, workers) for rank in range(workers)]
     streams = [islice(batches_of(Share(share), batches, start), number) for share in shares]  # pyright: ignore
     return [{(row["set"], row["row"]) for rows in step for row in rows} for step in zip(*streams, strict=True)]
 
@@ -52,6 +53,15 @@ def test_an_epoch_holds_every_row_once(lengths: list[int], size: int) -> None:
     assert sorted(found) == [("retain", row) for row in range(len(lengths))]
 
 
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 9), st.integers(1, 5))
+def test_workers_hold_as_many_rows_of_a_batch_as_each_other(lengths: list[int], size: int, workers: int) -> None:
+    _, table = _arrange(size, 0, False, block(lengths))
+    for batch in set(table["batch"].to_pylist()):
+        held = [share_of(table, rank, workers)["batch"].to_pylist().count(batch) for rank in range(workers)]
+        assert held == sorted(held, reverse=True)
+        assert held[0] - held[-1] <= 1
+
+
 def test_rows_of_like_length_form_a_batch() -> None:
     lengths = [9, 1, 8, 2, 7, 3]
     spans = [{lengths[row] for _, row in rows} for rows in steps(lengths, 2, 1, 3)]
@@ -60,15 +70,15 @@ def test_rows_of_like_length_form_a_batch() -> None:
 
 def test_the_order_is_a_function_of_the_seed() -> None:
     table = block(list(range(1, 41)))
-    first, again, other = (_arrange(2, seed, 1, False, table)[1]["row"].to_pylist() for seed in (1, 1, 2))
+    first, again, other = (_arrange(2, seed, False, table)[1]["row"].to_pylist() for seed in (1, 1, 2))
     assert first == again
     assert first != other
 
 
 def test_blocks_of_several_sets_are_one_stream() -> None:
-    batches, share = _arrange(2, 0, 1, False, block([3, 1]), block([2, 4], "utility"))
+    batches, rows = _arrange(2, 0, False, block([3, 1]), block([2, 4], "utility"))
     assert batches == 2
-    assert sorted(zip(share["set"].to_pylist(), share["row"].to_pylist(), strict=True)) == [
+    assert sorted(zip(rows["set"].to_pylist(), rows["row"].to_pylist(), strict=True)) == [
         ("retain", 0),
         ("retain", 1),
         ("utility", 0),
@@ -77,6 +87,6 @@ def test_blocks_of_several_sets_are_one_stream() -> None:
 
 
 def test_rows_out_of_order_are_an_error_not_a_loss() -> None:
-    _, share = _arrange(2, 0, 1, False, block([3, 1, 2, 5]))
+    _, rows = _arrange(2, 0, False, block([3, 1, 2, 5]))
     with pytest.raises(AssertionError, match="order of rows"):
-        list(islice(batches_of(Share(share.take([2, 3, 0, 1])), 2), 3))  # pyright: ignore
+        list(islice(batches_of(Share(rows.take([2, 3, 0, 1])), 2), 3))  # pyright: ignore
