@@ -72,7 +72,7 @@ VIT_LORA = ["adapter.targets=[o_proj, classifier]", "adapter.rank=16", "adapter.
 # A head's pruned rows are classes that could never be told again: merging fills them, as in the paper's own code.
 VIT_PRUNED = ["prune.targets=[layers.3.attention.o_proj, classifier]", "prune.keep_sparsity=false"]
 ALL_CONVOLUTIONS = ["adapter.targets=[convolution, classifier.1]", "adapter.rank=8", "adapter.alpha=16"]
-CONVOLUTIONS_PRUNED = ["prune.targets=[convolutions]"]
+CONVOLUTIONS_PRUNED = ["prune.targets=[convolutions]", "prune.keep_sparsity=false"]
 ENCODER_LORA = ["adapter.targets=[attention.output.dense, classifier]", "adapter.rank=8", "adapter.alpha=16"]
 ENCODER_PRUNED = ["prune.targets=[layer.5.attention.output.dense]"]
 
@@ -91,13 +91,16 @@ BY_ROW = [
     "finetune.epochs=6",
 ]  # fmt: skip
 HEAD = ["adapter.targets=[classifier.1]"]
+# Single rows cannot be told apart in the head's inputs alone.
+ROWS_RFA = {name: ALL_CONVOLUTIONS for name in ("RFA, one pass", "RFA, by gradient")}
 PROBLEMS = {
     "vit-class": Problem("Fashion-MNIST, a ViT forgets a class", "rfa_image", "vit", BY_CLASS, VIT),
     "resnet-class": Problem(
         "Fashion-MNIST, a ResNet forgets a class", "rfa_image", "resnet", [*BY_CLASS, *HEAD], RESNET
     ),
     "resnet-rows": Problem(
-        "Fashion-MNIST, a ResNet forgets 5 % of its rows", "rfa_image", "resnet", [*BY_ROW, *HEAD], RESNET
+        "Fashion-MNIST, a ResNet forgets 5 % of its rows", "rfa_image", "resnet", [*BY_ROW, *HEAD],
+        {**RESNET, **ROWS_RFA}
     ),
     "reviews-rows": Problem(
         "Movie reviews, MiniLM forgets 10 % of rows", "rfa_text", "minilm",
