@@ -1,7 +1,6 @@
 """Where files lie: the file system behind a path (local, `s3://`, `gs://`) and the files of a file, folder or glob."""
 
 import os
-import shutil
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -12,6 +11,9 @@ from pipelines.config import ConfigError
 
 MESSAGE_CHARS = 300
 CHUNK_BYTES = 16 * 2**20
+# S3's client asks three times. Its own patience, 1 s for a connection and 3 s of silence, is short for a busy store.
+CONNECT_S = 5.0
+SILENCE_S = 15.0
 
 
 def open_filesystem(path: str, key: str) -> tuple[fs.FileSystem, str]:
@@ -42,6 +44,8 @@ def _s3(path: str) -> fs.S3FileSystem:
         secret_key=env.get("AWS_SECRET_ACCESS_KEY"),
         session_token=env.get("AWS_SESSION_TOKEN"),
         region=region,
+        connect_timeout=CONNECT_S,
+        request_timeout=SILENCE_S,  # on Linux too, whatever pyarrow's page says
         scheme=endpoint.scheme or "https",
         endpoint_override=endpoint.netloc + endpoint.path.rstrip("/") or None,
     )
@@ -78,7 +82,16 @@ def send_file(source: Path, filesystem: fs.FileSystem, path: str) -> None:
     """Copy a file here to a file system. OSError where that fails, which pyarrow 25's `copy_files` keeps to itself: a
     file smaller than a part of an upload is then missing, and nobody knows."""
     with source.open("rb") as file, filesystem.open_output_stream(path) as target:
-        shutil.copyfileobj(file, target, CHUNK_BYTES)
+        while True:
+            try:
+                piece = file.read(CHUNK_BYTES)
+            except BaseException:
+                target.close()  # makes a file of the half; pyarrow's streams have no other end
+                filesystem.delete_file(path)
+                raise
+            if not piece:
+                return
+            target.write(piece)
 
 
 def one_line(error: BaseException) -> str:

@@ -1,6 +1,11 @@
-"""An S3 server on this machine whose requests can be made to fail."""
+"""An S3 server on this machine whose answers can be late, broken off or not given."""
 
 import json
+import os
+import socket
+import struct
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +15,8 @@ from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
 KEY, SECRET = "key", "wJalrXUtnFEMI-K7MDENG"
+FAULTS = ("500", "reset", "reset midway", "silence", "silence midway")  # midway: of what is sent or is received
+LATE_S = 4.0  # pyarrow's own patience is 3 s
 
 
 class Bucket:
@@ -28,19 +35,44 @@ class Bucket:
             allow_bucket_creation=True, background_writes=False,
         )  # fmt: skip
         self.s3.create_dir("bucket")
-        self.refuses: Callable[[str, str], bool] = lambda _method, _path: False  # answered with 500 where true
-        self.refused: list[str] = []
+        self._healed = threading.Event()
+        self.heal()
         assert server._server is not None
         self._app, server._server.app = server._server.app, self
 
+    def heal(self) -> None:
+        """From now on all is well, and nothing is refused yet."""
+        self.refuses: Callable[[str, str], bool] = lambda _method, _path: False  # by method and path
+        self.fault = "500"  # what is refused gets this: one of FAULTS, or "late", and answered then
+        self.refused: list[str] = []
+        self._healed.set()
+        self._healed = threading.Event()
+
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
-        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
-        if self.refuses(method, path):
-            self.refused.append(path)
-            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        if not self.refuses(environ["REQUEST_METHOD"], environ["PATH_INFO"]):
+            return self._app(environ, start_response)
+        self.refused.append(environ["PATH_INFO"])
+        length = int(environ.get("CONTENT_LENGTH") or 0)
+        if self.fault == "late":
+            time.sleep(LATE_S)
+            return self._app(environ, start_response)
+        if self.fault == "500":
+            environ["wsgi.input"].read(length)
             start_response("500 Internal Server Error", [("Content-Length", "0")])
             return [b""]
-        return self._app(environ, start_response)
+        return self._broken_off(environ, start_response, length // 2)
+
+    def _broken_off(self, environ: dict[str, Any], start_response: Any, half: int) -> Iterator[bytes]:
+        fault, healed = self.fault, self._healed
+        if "midway" in fault and environ["REQUEST_METHOD"] == "GET":
+            whole = b"".join(self._app(environ, start_response))
+            yield whole[: len(whole) // 2]
+        elif "midway" in fault:
+            environ["wsgi.input"].read(half)
+        if "silence" in fault:
+            healed.wait()
+        reset(environ["werkzeug.socket"])
+        raise ConnectionResetError
 
     def files(self, folder: str) -> list[str]:
         """Paths of the files below s3://bucket/folder, in it."""
@@ -76,10 +108,21 @@ class Bucket:
         return [json.loads(line)["step"] for line in self.read(f"{folder}/losses.jsonl").splitlines()]
 
 
+def reset(connection: socket.socket) -> None:
+    """End a connection with RST. The server, which would end it politely, is left with one to nobody."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    here, there = socket.socketpair()
+    os.dup2(here.fileno(), connection.fileno())
+    here.close()
+    there.close()
+
+
 @contextmanager
 def running_bucket() -> Iterator[Bucket]:
     """A server with an empty bucket."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
-    yield Bucket(server)
+    bucket = Bucket(server)
+    yield bucket
+    bucket.heal()
     server.stop()

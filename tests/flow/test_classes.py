@@ -15,7 +15,7 @@ from pipelines.config import UnlearnConfig
 from pipelines.config_file import load_config
 from pipelines.console import Terminal
 from pipelines.unlearn import finetune, unlearn
-from tests.flow.conftest import Command
+from tests.flow.conftest import CommandHere
 from tests.tiny_classifiers import write_image_model, write_images, write_text_model, write_texts
 
 Quick = Callable[..., UnlearnConfig]
@@ -90,18 +90,20 @@ def test_prunelora_keeps_pruned_filters_at_zero(resnet: Path) -> None:
     assert json.loads((run.path / "manifest.json").read_text())["cost"]["sparsity"] == 0.5
 
 
-def test_a_share_of_texts_is_forgotten_from_the_command_line(problem: Path, command: Command, tmp_path: Path) -> None:
+def test_a_share_of_texts_is_forgotten_from_the_command_line(
+    problem: Path, command_here: CommandHere, tmp_path: Path
+) -> None:
     texts = write_texts(tmp_path / "texts")
     fresh = write_text_model(tmp_path / "fresh", problem / "model")
     paths = [f"data.{name}.path={texts}/train.jsonl" for name in ("forget", "retain")]
     paths += [f"data.{name}={{path: {texts}/test.jsonl}}" for name in ("holdout", "general")]
     shared = [*paths, *SMALL, *LEARN, "data.max_tokens=48", "finetune.epochs=20"]
-    learned = command("finetune", "rfa_text", *shared, f"model.path={fresh}", f"output_dir={tmp_path}/target")
-    assert learned.returncode == 0, learned.stderr
+    code, told = command_here("finetune", "rfa_text", *shared, f"model.path={fresh}", f"output_dir={tmp_path}/target")
+    assert code == 0, told
     options = [f"model.path={tmp_path}/target/model", f"output_dir={tmp_path}/out", "train.num_workers=2"]
-    done = command("run", "rfa_text", *shared, *options)
-    assert done.returncode == 0, done.stderr
-    assert "Unseen rows: accuracy" in done.stderr
+    code, told = command_here("run", "rfa_text", *shared, *options)
+    assert code == 0, told
+    assert "Unseen rows: accuracy" in told
     results = json.loads((tmp_path / "out" / "scores.json").read_text())["models"]
     assert set(results["after"]) >= {"forget.accuracy", "mia.loss", "mia_efficacy"}
     assert results["before"]["general.accuracy"] > 0.9
@@ -110,17 +112,17 @@ def test_a_share_of_texts_is_forgotten_from_the_command_line(problem: Path, comm
     assert not [path for path in files if text.encode() in path.read_bytes()]
 
 
-def test_a_class_that_the_model_does_not_have_is_refused(resnet: Path, command: Command) -> None:
+def test_a_class_that_the_model_does_not_have_is_refused(resnet: Path, command_here: CommandHere) -> None:
     fresh = write_image_model("vit", resnet / "vit")
     config = json.loads((fresh / "config.json").read_text())
     config["id2label"] = {"0": "a", "1": "b"}
     (fresh / "config.json").write_text(json.dumps({**config, "label2id": {"a": 0, "b": 1}}))
-    done = command(
+    code, told = command_here(
         "check",
         "rfa_image",
         *images(resnet, f"model.path={fresh}", f"output_dir={resnet}/none", "adapter.targets=[fc2]"),
     )
-    assert (done.returncode, done.stderr.splitlines()[-1][:31]) == (2, "data.columns.label: found '2', "), done.stderr
+    assert (code, told.splitlines()[-1][:31]) == (2, "data.columns.label: found '2', "), told
 
 
 def test_wanda_prunes_alike_on_one_worker_and_two(ray_session: None, quick: Quick, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from pipelines.__main__ import app
 from pipelines.config_file import load_config
 from pipelines.console import Terminal
-from tests.flow.conftest import Command
+from tests.flow.conftest import Command, CommandHere
 from tuning.record import read_trials
 from tuning.score import parse_constraints
 from tuning.search import Wish, search
@@ -67,11 +67,11 @@ def killed(tmp_path_factory: pytest.TempPathFactory, overrides: list[str]) -> tu
 
 
 @pytest.fixture(scope="module")
-def resumed(killed: tuple[Path, list[str], int], command: Command) -> Path:
+def resumed(killed: tuple[Path, list[str], int], command: Command, command_here: CommandHere) -> Path:
     out, arguments, before = killed
-    refused = command(*arguments)
-    assert refused.returncode == 2
-    assert "holds a search, allowed: a new folder, or --resume" in refused.stderr
+    code, told = command_here(*arguments)
+    assert code == 2
+    assert "holds a search, allowed: a new folder, or --resume" in told
     kept = {number: own for number, own in read_trials(out).items()}
     done = command(*arguments, "--resume")
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,6 @@ import json
 import pickle
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,28 +13,10 @@ from pipelines.__main__ import app
 from pipelines.config import ConfigError
 from pipelines.place import Place, Store, file_digests, open_place, work_folder
 from pipelines.report import RUN_FILES
-from tests.bucket import Bucket, running_bucket
+from tests.bucket import Bucket
 from tests.pipelines.test_report import forget_entry, scores_of, write_run
 
 URL = "s3://bucket/runs/one"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Bucket]:
-    with running_bucket() as bucket:
-        yield bucket
-
-
-@pytest.fixture
-def bucket(server: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
-    """An empty bucket that this process can reach, with a cache of this test's."""
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    yield server
-    server.refuses = lambda _method, _path: False
-    server.refused.clear()
-    server.s3.delete_dir_contents("bucket")
 
 
 def write(place: Place, **files: str) -> None:
@@ -51,10 +32,10 @@ def seal(place: Place) -> None:
     write(place, manifest_json=json.dumps(manifest))
 
 
-def finish(place: Place) -> None:
+def finish(place: Place, weights: str = "w" * 1000) -> None:
     """A whole run, as short as can be."""
     with place.at_work():
-        write(place, config="a", model__weights="w" * 1000, losses="l")
+        write(place, config="a", model__weights=weights, losses="l")
         seal(place)
 
 
@@ -92,7 +73,7 @@ def test_an_upload_that_fails_leaves_no_complete_run_and_the_next_one_completes_
     code, told = invoke("verify", URL)
     assert (code, told.count("\n")) == (2, 1)
     assert f"{URL}/manifest.json: status: found 'running', allowed: 'complete'" in told
-    bucket.refuses = lambda _method, _path: False
+    bucket.heal()
     again = open_place(URL)
     again.read_state()
     assert again.created() == "2026"
