@@ -169,8 +169,9 @@ class _Loop:
         self._report(step, final=True)
 
     def _stream(self, step: int) -> Iterator[StepRows]:
-        trained = [name for name in self.job.batches if name != "holdout"]
-        sources = {name: self._rows_of(name, step) for name in trained}
+        weights = self.job.cfg.objective.weights
+        unread = {"holdout"} if weights.forget or weights.output else {"holdout", "forget"}
+        sources = {name: self._rows_of(name, step) for name in self.job.batches if name not in unread}
         while True:
             rows = {name: next(source) for name, source in sources.items()}
             yield StepRows(rows["retain"], rows.get("forget", []))

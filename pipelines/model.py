@@ -197,4 +197,5 @@ def build_alignment(
         output=settings.output,
         weights=Weights(**settings.weights.model_dump()),
     )
-    return ResidualAlignment(model, objective, seed=cfg.seed)
+    kept_rows_alone = not (settings.weights.forget or settings.weights.output)
+    return ResidualAlignment(model, objective, seed=cfg.seed, learns_statistics=bool(masks) and kept_rows_alone)

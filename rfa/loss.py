@@ -91,10 +91,17 @@ class ResidualAlignment(nn.Module):
     the first adapted block is run once for both.
 
     Before training, `feature_sums` is collected over the retain set and `fit` makes the targets of it.
+
+    Args:
+        learns_statistics: whether batch normalisation's statistics follow the rows that are trained on, as they must
+            where pruning has changed what they describe.
     """
 
-    def __init__(self, model: PeftModel, objective: Objective, seed: int = 0) -> None:
+    def __init__(
+        self, model: PeftModel, objective: Objective, seed: int = 0, *, learns_statistics: bool = False
+    ) -> None:
         super().__init__()
+        self.learns_statistics = learns_statistics
         self.model = model
         self.objective = objective
         self.seed = seed
@@ -112,6 +119,9 @@ class ResidualAlignment(nn.Module):
         self.model.eval()
         for _, layer in lora_layers(self.model):
             layer.lora_dropout.train(mode)
+        for module in self.model.modules() if self.learns_statistics else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train(mode)
         for block in self.runner.blocks:
             block.training = mode  # this flag alone, not its children's: activation checkpointing asks for it
         return self
