@@ -73,7 +73,7 @@ def test_a_class_is_forgotten_in_one_pass(resnet: Path) -> None:
     assert "MIA efficacy" in page
 
 
-def test_prunelora_keeps_pruned_filters_at_zero(resnet: Path) -> None:
+def test_prunelora_keeps_pruned_filters_at_zero_and_sees_kept_rows_alone(resnet: Path) -> None:
     changes = [f"model.path={resnet}/target/model", f"output_dir={resnet}/pruned", "train.num_workers=2"]
     changes += [*PRUNE, "prune.targets=[convolutions]", "adapter.targets=[convolution, classifier.1]"]
     run = unlearn(load_config("rfa_image", images(resnet, *changes)), Terminal())
@@ -86,6 +86,10 @@ def test_prunelora_keeps_pruned_filters_at_zero(resnet: Path) -> None:
         assert not merged[name][~mask].any()
         assert merged[name][mask].all()
     _, cost = scores_of(run)
+    assert cost["tokens"] == 40 * 30, "forget rows, which no term reads, were run"
+    before = load_file(resnet / "target" / "model" / "model.safetensors")
+    last = "resnet.encoder.stages.1.layers.0.layer.1.normalization.running_mean"
+    assert (merged[last] - before[last]).abs().max() > 0.01, "batch statistics are those of the whole model"
     assert cost["sparsity"] == cost["sparsity_before_merge"] == 0.5
     assert json.loads((run.path / "manifest.json").read_text())["cost"]["sparsity"] == 0.5
 
