@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from tests.bucket import Bucket
 from tests.cluster.conftest import Head, kill_tree, running_head
 from tests.pipelines.test_tracking import Server
+from tuning.record import read_trials
 
 STEPS, KILL_AT, CHECKPOINT_EVERY = 160, 40, 10
 
@@ -46,6 +47,19 @@ def tracking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def trains(node: psutil.Process) -> bool:
     return any("RayTrainWorker" in " ".join(one.cmdline()) for one in node.children(recursive=True))
+
+
+def test_a_search_runs_on_nodes_that_its_driver_is_not_on(
+    cluster: tuple[Head, list[psutil.Process]], overrides: list[str], tmp_path: Path
+) -> None:
+    head, _ = cluster
+    changes = [*overrides, "train.steps=0", "train.cpus_per_worker=1.5", "train.wait_s=60"]  # the head has one CPU
+    command = ["tune", "quick", *changes, f"output_dir={tmp_path}/search", "--trials", "4"]
+    done = head.ray_unlearn("submit", "--address", head.address, "--no-install", "--", *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    trials = read_trials(tmp_path / "search")
+    assert [own.state for own in trials.values()] == ["finished"] * 4
+    assert (tmp_path / "search" / "best.yaml").exists()
 
 
 def test_a_job_outlives_a_node(

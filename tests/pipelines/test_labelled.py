@@ -324,7 +324,7 @@ def test_the_first_of_several_answers_in_a_field_is_the_answer(tmp_path: Path) -
         "subreddit": ["explainlikeimfive"] * 2, "answers": answers,
     }  # fmt: skip
     datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path))
-    columns = ColumnsConfig(id="q_id", prompt="title", answer="answers.text", label="category")
+    columns = load_config("rfa_eli5").data.columns
     found = read(piece(str(tmp_path), "saved"), columns, "causal_lm")
     assert [(row["id"], row["prompt"], row["answer"], row["label"]) for row in found] == [
         ("q0", "Why 0?", "Since 0.", "Biology"), ("q1", "Why 1?", "Since 1.", "Biology")

@@ -3,7 +3,6 @@
 import json
 import pickle
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -212,8 +211,6 @@ def test_what_cannot_be_reached_is_one_line(bucket: Bucket, monkeypatch: pytest.
     assert (code, told.count("\n")) == (2, 1)
     assert told.startswith(f"RUN_DIR: {URL} cannot be reached (")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
-    started = time.monotonic()
     code, told = invoke("verify", URL)
     assert (code, told.count("\n")) == (2, 1)
     assert told.startswith(f"RUN_DIR: {URL} cannot be reached (")
-    assert time.monotonic() - started < 60

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -217,9 +216,7 @@ def test_a_server_that_does_not_answer_is_refused_in_one_line(monkeypatch: pytes
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    started = time.monotonic()
     assert refusal("s3://bucket/rows.jsonl").startswith("data.forget.path: s3://bucket/rows.jsonl cannot be reached")
-    assert time.monotonic() - started < 30
 
 
 def test_half_a_pair_of_keys_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
