@@ -74,7 +74,9 @@ def under_torchrun(cfg: UnlearnConfig, rows: Path) -> float:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={WORKERS}", "--master-port=29511"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
     command += ["-m", "tests.benchmarks.overhead", "--worker", str(rows)]
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
     return float((rows / "seconds").read_text())
 
 
@@ -89,6 +91,7 @@ def plain_worker(rows: Path) -> None:
     from pipelines.worker import Job
     from rfa.batch import collate
     from rfa.one_pass import merged_features
+    from rfa.targets import FeatureSums
 
     cfg = UnlearnConfig.model_validate_json((rows / "config.json").read_text())
     torch.distributed.init_process_group("gloo")
@@ -100,8 +103,12 @@ def plain_worker(rows: Path) -> None:
     batches = {name: _batches(records) for name, records in tables.items()}
     module = build_alignment(cfg)
     engine = Engine(module, deepspeed_settings(cfg.train, 0, full=False), WORKERS)
-    first = collate(encoder.rows(batches["retain"][0]), [], encoder.pad_token_id)
-    module.fit(merged_features(module.feature_sums(first)))
+    features = {name: FeatureSums() for name in module.taps.names}
+    for records in batches["retain"]:
+        batch = collate(encoder.rows(records), [], encoder.pad_token_id)
+        for name, own in module.feature_sums(batch).items():
+            features[name].merge(own)
+    module.fit(merged_features(features))
     counts = {name: len(own) for name, own in batches.items()}
     job = Job(cfg, "unlearn", cfg.train.steps, cfg.train.learning_rate, 0.0, counts, 0, None)
     loop: Any = _Loop(job, engine, module, encoder, Pruned(None, {}))
