@@ -32,7 +32,7 @@ def test_a_command_of_the_page_is_understood(line: str) -> None:
 
 def test_the_page_shows_every_command_it_is_about() -> None:
     shown = {parse(shlex.split(line)[1:]).name for line in COMMANDS}
-    assert shown == {"submit", "status", "logs", "stop", "verify", "gate", "serve"}
+    assert shown == {"check", "submit", "status", "logs", "stop", "verify", "gate", "serve"}
 
 
 def test_every_file_the_page_names_is_there() -> None:
