@@ -121,9 +121,10 @@ def _row_counts(sets: Sets) -> dict[str, int | None]:
 
 def plan_rows(cfg: UnlearnConfig, device: Device, rows: dict[str, int | None], price: float | None) -> Rows:
     """Memory of a worker in each ZeRO stage, what to set where it does not fit, time and cost."""
-    from pipelines.model import blank_model
+    from pipelines.model import blank_model, load_model_config
 
-    return plan_of(cfg, blank_model(cfg), device, rows, price)
+    model_config = load_model_config(cfg.model, wants_weights=False)
+    return plan_of(cfg, blank_model(cfg, model_config), device, rows, price)
 
 
 def plan_of(

@@ -32,8 +32,8 @@ AUTO_CLASSES = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load_model_config(model: ModelConfig, key: str = "model.path") -> PretrainedConfig:
-    """The model's own configuration.
+def load_model_config(model: ModelConfig, key: str = "model.path", *, wants_weights: bool = True) -> PretrainedConfig:
+    """The model's own configuration; a local folder must hold its weights, too, unless they are not wanted.
 
     Raises:
         ConfigError: a local folder that is not a model, or a hub name that cannot be reached.
@@ -44,7 +44,7 @@ def load_model_config(model: ModelConfig, key: str = "model.path") -> Pretrained
             raise ConfigError(f"{key}: found no folder {model.path}, allowed: a model folder or a hub name")
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{key}: {model.path} is not a model folder: found no config.json in it")
-        if not list(folder.glob("*.safetensors")):
+        if wants_weights and not list(folder.glob("*.safetensors")):
             raise ConfigError(f"{key}: {model.path} holds no .safetensors weights; pickled weights are refused")
         _refuse_weights_elsewhere(folder, key)
     try:

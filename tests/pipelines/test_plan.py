@@ -135,8 +135,9 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
     ].startswith("nothing fits")
 
 
-def test_the_command_plans_without_a_cluster_and_without_the_data(problem: Path) -> None:
-    changes = [f"model.path={problem}/model", "train.gpus_per_worker=1", "data.forget.path=s3://none/forget.jsonl"]
+def test_the_command_plans_without_a_cluster_data_or_weights(problem: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((problem / "model" / "config.json").read_bytes())
+    changes = [f"model.path={tmp_path}", "train.gpus_per_worker=1", "data.forget.path=s3://none/forget.jsonl"]
     was_there = ray.is_initialized()
     done = CliRunner().invoke(
         app, ["check", "quick", *changes, "--gpu", "H100", "--price", "2"], env={"COLUMNS": "200"}
