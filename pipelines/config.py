@@ -72,6 +72,11 @@ class WeightsConfig(Section):
     task: Weight = Field(default=0.0, description="Cross-entropy on the retain set's answers.")
     output: Weight = Field(default=0.0, description="What objective.output asks of the forget set's answers.")
 
+    @property
+    def read_forget_set(self) -> bool:
+        """Whether any term looks at the forget set's rows."""
+        return self.forget > 0 or self.output > 0
+
 
 class ObjectiveConfig(Section):
     """Residual feature alignment, after Qin et al. 2024 (arXiv 2411.08443); the reconstruction is this project's."""

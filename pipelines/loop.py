@@ -169,8 +169,7 @@ class _Loop:
         self._report(step, final=True)
 
     def _stream(self, step: int) -> Iterator[StepRows]:
-        weights = self.job.cfg.objective.weights
-        unread = {"holdout"} if weights.forget or weights.output else {"holdout", "forget"}
+        unread = {"holdout"} if self.job.cfg.objective.weights.read_forget_set else {"holdout", "forget"}
         sources = {name: self._rows_of(name, step) for name in self.job.batches if name not in unread}
         while True:
             rows = {name: next(source) for name, source in sources.items()}

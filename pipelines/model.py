@@ -197,5 +197,5 @@ def build_alignment(
         output=settings.output,
         weights=Weights(**settings.weights.model_dump()),
     )
-    kept_rows_alone = not (settings.weights.forget or settings.weights.output)
-    return ResidualAlignment(model, objective, seed=cfg.seed, learns_statistics=bool(masks) and kept_rows_alone)
+    learns_statistics = bool(masks) and not settings.weights.read_forget_set
+    return ResidualAlignment(model, objective, seed=cfg.seed, learns_statistics=learns_statistics)

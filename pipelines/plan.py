@@ -8,6 +8,7 @@ that a step can take.
 Shapes: B rows, T tokens, S places, D features, V vocabulary or classes.
 """
 
+import json
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -71,15 +72,9 @@ class Layout(NamedTuple):
     def changes(self, cfg: UnlearnConfig, auto_stage: int) -> list[str]:
         """What must be written on the command line to have it."""
         own = Layout.of(cfg, auto_stage)
-        named = {
-            "train.deepspeed.stage": (self.stage, own.stage),
-            "train.activation_checkpointing": (str(self.checkpointing).lower(), str(own.checkpointing).lower()),
-            "train.accumulation": (self.accumulation, own.accumulation),
-            "train.deepspeed.offload_parameters": (
-                str(self.offload_parameters).lower(), str(own.offload_parameters).lower(),
-            ),
-        }  # fmt: skip
-        return [f"{key}={wanted}" for key, (wanted, present) in named.items() if wanted != present]
+        keys = ("deepspeed.stage", "activation_checkpointing", "accumulation", "deepspeed.offload_parameters")
+        pairs = zip(keys, self, own, strict=True)
+        return [f"train.{key}={json.dumps(wanted)}" for key, wanted, present in pairs if wanted != present]
 
 
 class Planner:
@@ -203,7 +198,9 @@ class Planner:
         if self.workers > 1:
             stages += [(3, False), (3, True)]
         for chosen, offload in stages:
-            for checkpointing in {own.checkpointing: None, True: None} if self.cfg.train.steps else [own.checkpointing]:
+            for checkpointing in dict.fromkeys(
+                [own.checkpointing, True] if self.cfg.train.steps else [own.checkpointing]
+            ):
                 accumulation = own.accumulation
                 while True:
                     layout = Layout(chosen, checkpointing, accumulation, offload)
