@@ -1,5 +1,6 @@
 """A Ray Train run of the worker loop, for unlearning and for fine-tuning alike."""
 
+import os
 import queue
 import signal
 import threading
@@ -25,6 +26,8 @@ from pipelines.tasks import this_node
 from pipelines.worker import Job, train_worker
 
 Listener = Callable[[dict[str, Any]], None]
+# How often Ray Train's controller looks what the workers report. Its own 2 s would hold up every resume point as long.
+POLL_S = 0.25
 
 
 def check_resources(train: TrainConfig, say: Callable[[str], None]) -> None:
@@ -129,6 +132,7 @@ class Trainer:
     def fit(self, *, steps: int, learning_rate: float, final_rate: float, listener: Listener) -> Result:
         """Train to the end, resuming from this output folder's last resume point; `listener` hears of every step."""
         cfg, train = self.cfg, self.cfg.train
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_S))
         filesystem, checkpoints = checkpoint_folder(cfg)
         messages = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node()})  # outlives workers' nodes
         job = Job(

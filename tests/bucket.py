@@ -1,6 +1,7 @@
 """An S3 server on this machine whose answers can be late, broken off or not given."""
 
 import json
+import logging
 import os
 import socket
 import struct
@@ -17,6 +18,7 @@ from pyarrow import fs
 KEY, SECRET = "key", "wJalrXUtnFEMI-K7MDENG"
 FAULTS = ("500", "reset", "reset midway", "silence", "silence midway")  # midway: of what is sent or is received
 LATE_S = 4.0  # pyarrow's own patience is 3 s
+logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line a request would bury why a test failed
 
 
 class Bucket:
@@ -96,12 +98,14 @@ class Bucket:
         return target
 
     def resume_point(self, folder: str) -> int:
-        """The step of an unfinished run's last resume point; 0 while there is none."""
-        points = [name for name in self.files(f"{folder}/checkpoints") if name.endswith("progress.json")]
+        """The step that an unfinished run would go on from: of the last resume point that Ray Train's controller has
+        heard of, seconds after it was written; 0 while there is none."""
         try:
-            return max(json.loads(self.read(f"{folder}/checkpoints/{name}"))["step"] for name in points)
-        except (ValueError, FileNotFoundError):  # none yet, or just replaced
+            snapshot = json.loads(self.read(f"{folder}/checkpoints/train/checkpoint_manager_snapshot.json"))
+        except FileNotFoundError:
             return 0
+        latest = snapshot["latest_checkpoint_result"]
+        return latest["metrics"]["step"] if latest else 0
 
     def steps(self, folder: str) -> list[int]:
         """The steps that the driver of a run has heard of, in that order."""

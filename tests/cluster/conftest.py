@@ -9,7 +9,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,14 @@ import pytest
 from pyarrow import fs
 
 from tests.bucket import Bucket, running_bucket
+from tests.processes import kill_tree
+
+# A lost node is noticed after 3 s, not 15, and workers that cannot start there are given up after 30 s, not 60.
+SOONER = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+}
 
 
 def free_ports(count: int) -> list[int]:
@@ -44,7 +52,7 @@ class Head(NamedTuple):
         """What talks to the cluster has this in its environment."""
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an activated environment
         own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "XDG_CACHE_HOME": f"{self.folder}/cache"}
-        return {**os.environ, **own, "PATH": path, "COLUMNS": "200"}
+        return {**os.environ, **own, **SOONER, "PATH": path, "COLUMNS": "200"}
 
     def get(self, path: str) -> str:
         """What the job server answers to a GET."""
@@ -73,13 +81,6 @@ class Head(NamedTuple):
         finally:
             kill_tree(psutil.Process(process.pid))
             process.wait(timeout=60)
-
-
-def kill_tree(process: psutil.Process) -> None:
-    """End a node at once, with all that it started; asked nicely, it would take half a minute."""
-    for one in [*process.children(recursive=True), process]:
-        with suppress(psutil.NoSuchProcess):
-            one.kill()
 
 
 @contextmanager

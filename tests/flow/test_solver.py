@@ -1,7 +1,5 @@
 """The one-pass solver on real Ray Train: the same adapter from any number of workers, and with a worker killed."""
 
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from torch import Tensor
 from pipelines.config import UnlearnConfig
 from pipelines.data import load_sets
 from pipelines.trainer import Trainer
+from tests.processes import train_workers
 
 Quick = Callable[..., UnlearnConfig]
 Listener = Callable[[dict[str, Any]], None]
@@ -87,8 +86,7 @@ def test_a_run_whose_worker_is_killed_while_polishing_keeps_what_was_solved(
     def kill_once(message: dict[str, Any]) -> None:
         heard.append(message)
         if message.get("step") == 30 and sum(m.get("step") == 30 for m in heard) == 1:
-            workers = [p for p in psutil.process_iter() if p.name().startswith("ray::RayTrainWorker")]
-            os.kill(workers[-1].pid, signal.SIGKILL)
+            train_workers(psutil.Process())[-1].kill()
 
     products, metrics = run(cfg, kill_once)
     assert sum(message.get("step") == 30 for message in heard) == 2, "it went on from a resume point"

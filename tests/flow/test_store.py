@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from tests.bucket import SECRET, Bucket, running_bucket
-from tests.cluster.conftest import kill_tree
 from tests.flow.conftest import CommandHere
+from tests.processes import kill_tree
 
 TRAINING = ("solve.mode=off", "train.steps=40", "train.checkpoint_every=4", "evaluation.quick=true")
 

@@ -1,6 +1,5 @@
 """Training on real Ray Train and DeepSpeed: what must not change the adapter does not change it."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pipelines.config import UnlearnConfig
 from pipelines.data import load_sets
 from pipelines.trainer import Trainer
 from tests.flow.conftest import CommandHere
+from tests.processes import train_workers
 
 Quick = Callable[..., UnlearnConfig]
 # Float32 sums in another order: the adapters' values are up to 0.1, their differences below this.
@@ -85,9 +85,7 @@ def test_a_run_whose_worker_is_killed_ends_with_the_same_adapter(
     def kill_once(message: dict[str, float]) -> None:
         steps.append(int(message["step"]))
         if steps == list(range(30)):
-            own = psutil.Process().children(recursive=True)  # others may train on this machine
-            workers = [p for p in own if p.name().startswith("ray::RayTrainWorker")]
-            os.kill(workers[-1].pid, signal.SIGKILL)
+            train_workers(psutil.Process())[-1].kill()
 
     result = Trainer(cfg, "unlearn", streams).fit(
         steps=cfg.train.steps, learning_rate=cfg.train.learning_rate, final_rate=0.0, listener=kill_once
