@@ -129,6 +129,13 @@ class SolveConfig(Section):
     utility_weight: Weight = Field(
         default=1.0, description="Weight of the utility set's stillness beside the retain set's."
     )
+    fact_weight: float = Field(
+        default=4.0,
+        gt=0,
+        le=1000,
+        description="Weight of the forget tokens that carry a row's fact (data.columns.fact) "
+        "in the forget set's shift; all others weigh 1.",
+    )
     ridge: float = Field(
         default=1e-3, gt=0, le=10, description="Added to the inputs' second moments, in units of their mean diagonal."
     )

@@ -271,9 +271,9 @@ def _batch(cfg: UnlearnConfig, model_config: Any, rows: int) -> _Blank:
     images = cfg.task == "image_classification"
     ids_BT = torch.zeros(rows, 1 if images else cfg.data.max_tokens, dtype=torch.long, device="meta")
     pixels = torch.empty(rows, *image_shape(model_config), device="meta") if images else None
-    mask_BT, number_B = ids_BT.bool(), ids_BT[:, 0]
+    mask_BT, mask_B, number_B = ids_BT.bool(), ids_BT[:, 0].bool(), ids_BT[:, 0]
     classified = cfg.task != "causal_lm"
-    return _Blank(ids_BT, mask_BT, mask_BT, mask_BT[:, 0], number_B, number_B, mask_BT[:, 0], pixels, classified)
+    return _Blank(ids_BT, mask_BT, mask_BT, mask_BT, mask_B, number_B, number_B, mask_B, pixels, classified)
 
 
 def _loss(cfg: UnlearnConfig, model: PeftModel, batch: _Blank, retain: int, *, backward: bool) -> Tensor:

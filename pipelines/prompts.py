@@ -62,6 +62,14 @@ class Encoder:
             is_fact_T[places] = True
         return is_fact_T
 
+    def _fact_span(self, prompt: str, answer: str, fact: str) -> tuple[int, int]:
+        """Where in `pair` the tokens that carry the fact begin and end; 0 and 0 where none does."""
+        place_N = np.flatnonzero(self.fact_tokens(prompt, answer, fact))
+        if not len(place_N):
+            return 0, 0
+        answer_start = self.pair(prompt, answer)[1]
+        return answer_start + int(place_N[0]), answer_start + int(place_N[-1]) + 1
+
     def _carriers(self, after: str, answer: str, fact: str) -> Sequence[int]:
         """The tokens of the text `after` that overlap the fact; none where the template has rewritten it."""
         tokenizer = self.tokenizer
@@ -113,6 +121,7 @@ class Encoder:
                 int(record["row"]),
                 int(record["label"]),
                 utility=record["set"] == "utility",
+                fact=(int(record["fact_start"]), int(record["fact_end"])),
             )
             for record in records
         ]
@@ -124,6 +133,9 @@ class Encoder:
     def encode_batch(self, batch: Any) -> dict[str, Any]:
         """Ray Data map: the columns training needs, and no text."""
         pairs = [self.pair(p, a) for p, a in zip(batch["prompt"], batch["answer"], strict=True)]
+        facts = np.zeros((len(pairs), 2), dtype=np.int32)
+        for index in np.flatnonzero((batch["set"] == "forget") & (batch["fact"] != "")):
+            facts[index] = self._fact_span(*(str(batch[key][index]) for key in ("prompt", "answer", "fact")))
         labels = [zlib.crc32(label.encode()) if label else -1 for label in batch["label"]]
         ids = np.empty(len(pairs), dtype=object)
         for index, (tokens, _) in enumerate(pairs):
@@ -134,6 +146,8 @@ class Encoder:
             "label": np.asarray(labels, dtype=np.int64),
             "input_ids": ids,
             "answer_start": np.asarray([start for _, start in pairs], dtype=np.int32),
+            "fact_start": facts[:, 0],
+            "fact_end": facts[:, 1],
             "length": np.asarray([len(tokens) for tokens, _ in pairs], dtype=np.int32),
         }
 

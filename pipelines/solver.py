@@ -81,6 +81,11 @@ def search_strength(try_strength: Callable[[float], float], aim: float, trials: 
     return sorted(done, key=lambda trial: (-abs(trial.gap - aim), -trial.strength))
 
 
+def solve_settings(cfg: SolveConfig) -> SolveSettings:
+    """The solver's settings, which are a part of the configuration's."""
+    return SolveSettings(**{name: getattr(cfg, name) for name in SolveSettings._fields})
+
+
 class WorkerSolver:
     """Solves an alignment's adapters from this worker's rows, together with the other workers.
 
@@ -96,9 +101,8 @@ class WorkerSolver:
         place: Callable[[str, Tensor, Tensor], None] | None,
         say: Say,
     ) -> None:
-        settings = SolveSettings(cfg.mode, cfg.utility_weight, cfg.ridge, cfg.exact_width, cfg.sketch_columns)
         self.cfg, self.alignment, self.say = cfg, alignment, say
-        self.one_pass = OnePass(alignment, settings, place)
+        self.one_pass = OnePass(alignment, solve_settings(cfg), place)
         self.tokens = 0  # of this worker's kept rows
 
     def collect(self, kept: Iterator[tuple[UnlearnBatch, int]], number: int) -> None:

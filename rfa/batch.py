@@ -15,7 +15,8 @@ from torch import Tensor
 
 class Row(NamedTuple):
     """One tokenised row. `answer_start` is the index of the first answer token; `label` is a class, or a group of rows,
-    -1 where there is none; `utility` marks a kept row that is no retain row."""
+    -1 where there is none; `utility` marks a kept row that is no retain row; `fact` is where the tokens that carry the
+    row's fact begin and end."""
 
     input_ids: Sequence[int]
     answer_start: int
@@ -24,6 +25,7 @@ class Row(NamedTuple):
     utility: bool = False
     classified: bool = False
     pixels_CHW: Tensor | None = None
+    fact: tuple[int, int] = (0, 0)
 
     @property
     def size(self) -> int:
@@ -40,8 +42,8 @@ class Places(NamedTuple):
 
 
 class UnlearnBatch(NamedTuple):
-    """Rows padded on the right. Position t of `answer_BT` is true when token t + 1 belongs to the answer; in a batch of
-    `classified` rows the first one is, and stands for the row's class.
+    """Rows padded on the right. Position t of `answer_BT` is true when token t + 1 belongs to the answer, of `fact_BT`
+    when it carries the row's fact; in a batch of `classified` rows the first answer is, and stands for the class.
 
     `forget_B` tells forget rows from those that are kept, `utility_B` which of these come from the utility set; `row_B`
     is a row's number in its set, `label_B` its class or group. Images have `pixels_BCHW`, and one token a row.
@@ -50,6 +52,7 @@ class UnlearnBatch(NamedTuple):
     input_ids_BT: Tensor
     attention_BT: Tensor
     answer_BT: Tensor
+    fact_BT: Tensor
     forget_B: Tensor
     row_B: Tensor
     label_B: Tensor
@@ -148,7 +151,7 @@ def collate(retain: Sequence[Row], forget: Sequence[Row], pad_token_id: int, bla
     if not rows:
         empty = collate([blank or Row([pad_token_id], 1)], [], pad_token_id)
         nowhere_BT = torch.zeros_like(empty.attention_BT)
-        return empty._replace(attention_BT=nowhere_BT, answer_BT=nowhere_BT)
+        return empty._replace(attention_BT=nowhere_BT, answer_BT=nowhere_BT, fact_BT=nowhere_BT)
     classified = rows[0].classified
     width = max(len(row.input_ids) for row in rows)
     input_ids_BT = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
@@ -159,12 +162,15 @@ def collate(retain: Sequence[Row], forget: Sequence[Row], pad_token_id: int, bla
     starts_B = torch.tensor([row.answer_start for row in rows])
     # Position t predicts token t + 1: from the token before the answer to the last but one.
     answer_BT = (position_T >= starts_B[:, None] - 1) & (position_T < lengths_B[:, None] - 1)
+    fact_B2 = torch.tensor([row.fact for row in rows])[:, None] - 1
+    fact_BT = (position_T >= fact_B2[..., 0]) & (position_T < fact_B2[..., 1])
     if classified:
         answer_BT = (position_T == 0).expand(len(rows), -1)
     return UnlearnBatch(
         input_ids_BT=input_ids_BT,
         attention_BT=position_T < lengths_B[:, None],
         answer_BT=answer_BT,
+        fact_BT=fact_BT,
         forget_B=torch.arange(len(rows)) >= len(retain),
         row_B=torch.tensor([row.row for row in rows]),
         label_B=torch.tensor([row.label for row in rows]),

@@ -44,6 +44,7 @@ class SolveSettings(NamedTuple):
     ridge: float = 1e-3
     exact_width: int = 16384  # inputs wider than this are summed in the low-memory form
     sketch_columns: int = 1024
+    fact_weight: float = 4.0  # of the forget tokens that carry a row's fact; all others weigh 1
 
 
 class OnePass:
@@ -189,7 +190,10 @@ class OnePass:
         feature_NO, index_N = output.feature_ND.float(), output.index_N
         target_NO = targets(name, feature_NO, batch.row_B[index_N], batch.label_B[index_N])
         input_ND = batch.places(input_BSD, tokens_BT).feature_ND
-        rows = ForgetRows.of(input_ND.cpu(), (target_NO - feature_NO).cpu())
+        weight_N = torch.ones(len(input_ND))
+        if not batch.classified:
+            weight_N[batch.fact_BT[tokens_BT].cpu()] = self.settings.fact_weight
+        rows = ForgetRows.of(input_ND.cpu(), (target_NO - feature_NO).cpu(), weight_N)
         found[name] = found[name].merged(rows)
 
     def _solve_together(self, rows: dict[str, ForgetRows], strength: float) -> None:

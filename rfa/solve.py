@@ -5,6 +5,7 @@ With `local` residuals the objective is, module by module, a weighted low-rank l
     minimise over rank(M) <= rank:   strength * mean over D_f of |h0 + M x - t|^2
                                      + mean over D_r of |M x|^2 + w_u * mean over D_u of |M x|^2 + ridge
 
+The forget set's mean is a weighted one: tokens that carry a row's fact may weigh more.
 The kept sets enter through R = G_r/n_r + w_u G_u/n_u + ridge * mean(diag) * I alone, which does not depend on the
 strength: it is factored once. The forget set enters through its (few) tokens' inputs X and shifts T = t - h0. With
 K = X R^-1 X^T = V diag(k) V^T and lambda = n_f / strength the full-rank solution is

@@ -95,7 +95,8 @@ def load_sums(path: Path) -> dict[str, InputSums]:
 
 @dataclass
 class ForgetRows:
-    """The forget set at one module: inputs, and how far each output is from its target (t - h0).
+    """The forget set at one module: inputs, and how far each output is from its target (t - h0), each times the root of
+    its token's weight; `count` is the sum of the weights.
 
     The solution depends on these rows through `input^T input` and `shift^T input` alone, so once there are more rows
     than input features they are replaced by as many rows with the same two products.
@@ -103,12 +104,14 @@ class ForgetRows:
 
     input_ND: Tensor
     shift_NO: Tensor
-    count: int
+    count: float
 
     @classmethod
-    def of(cls, input_ND: Tensor, shift_NO: Tensor) -> "ForgetRows":
-        """The rows of some tokens, or of none."""
-        return cls(input_ND.detach().double(), shift_NO.detach().double(), len(input_ND))
+    def of(cls, input_ND: Tensor, shift_NO: Tensor, weight_N: Tensor | None = None) -> "ForgetRows":
+        """The rows of some tokens, or of none; without weights each weighs 1."""
+        weight_N = (torch.ones(len(input_ND)) if weight_N is None else weight_N).double()
+        root_N1 = weight_N.sqrt()[:, None]
+        return cls(input_ND.detach() * root_N1, shift_NO.detach() * root_N1, float(weight_N.sum()))
 
     def merged(self, other: "ForgetRows") -> "ForgetRows":
         """These rows and other rows of the same module."""

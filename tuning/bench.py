@@ -25,12 +25,12 @@ from pipelines.loop import kept_tokens
 from pipelines.metrics import summarise
 from pipelines.model import build_alignment, load_base
 from pipelines.scorer import Scorer
-from pipelines.solver import WorkerSolver
+from pipelines.solver import WorkerSolver, solve_settings
 from pipelines.worker import Job
 from rfa.adapters import lora_layers
 from rfa.batch import UnlearnBatch, collate
 from rfa.loss import ResidualAlignment
-from rfa.one_pass import KEPT, OnePass, SolveSettings, kept_inverse
+from rfa.one_pass import KEPT, OnePass, kept_inverse
 from rfa.solve import KeptInverse
 from rfa.statistics import InputSums
 from rfa.targets import FeatureSums, Targets
@@ -86,7 +86,7 @@ class Workbench:
         kinds = self.shared.token_kinds
         batches = self._rows(self.shared.kept)
         with self.adapted(cfg) as alignment:
-            one_pass = OnePass(alignment, _settings(cfg))
+            one_pass = OnePass(alignment, solve_settings(cfg.solve))
             others = {kind: {name: FeatureSums() for name in one_pass.layers} for kind in kinds[1:]}
             for index in range(rank, len(batches), world_size):
                 batch, keep_tokens = self._batch(batches[index], []), kept_tokens(cfg, index, len(batches))
@@ -172,7 +172,7 @@ class Workbench:
         known, sums = self._kept_inverses[1], self._collected.sums
         for name, _ in layers:
             if name not in known:
-                known[name] = kept_inverse({kind: sums[kind][name] for kind in KEPT}, _settings(cfg))
+                known[name] = kept_inverse({kind: sums[kind][name] for kind in KEPT}, solve_settings(cfg.solve))
         return {name: known[name] for name, _ in layers}
 
     def _fitted(self, cfg: UnlearnConfig, alignment: ResidualAlignment) -> Targets:
@@ -221,8 +221,3 @@ class Workbench:
 
     def _batch(self, kept: list[Any], forget: list[Any]) -> UnlearnBatch:
         return collate(kept, forget, self._encoder.pad_token_id).to(self.device)
-
-
-def _settings(cfg: UnlearnConfig) -> SolveSettings:
-    solve = cfg.solve
-    return SolveSettings(solve.mode, solve.utility_weight, solve.ridge, solve.exact_width, solve.sketch_columns)

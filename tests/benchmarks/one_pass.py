@@ -209,7 +209,7 @@ def npo(alignment: ResidualAlignment) -> Callable[[UnlearnBatch], Tensor]:
     def loss(batch: UnlearnBatch) -> Tensor:
         tokens_B = batch.answer_BT.sum(1)
         with torch.no_grad(), adapters_off(alignment.model):
-            forget = UnlearnBatch(*(tensor[batch.forget_B] for tensor in batch))
+            forget = batch.rows(batch.forget_B)
             reference_B = answer_loss(alignment, forget)
         loss_B = answer_loss(alignment, batch)
         ratio_B = (reference_B - loss_B[batch.forget_B]) * tokens_B[batch.forget_B]  # log of new over old

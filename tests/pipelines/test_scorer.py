@@ -174,6 +174,26 @@ def test_the_tokens_of_a_fact_say_the_fact(cfg: UnlearnConfig, problem: Path) ->
             assert fact_text(encoder, row["prompt"], row["answer"], row["fact"])[0].strip() == row["fact"]
 
 
+def test_forget_rows_are_unlearned_with_the_place_of_their_facts(cfg: UnlearnConfig, problem: Path) -> None:
+    encoder = Encoder(cfg.model, None, 128)
+    rows = [json.loads(line) for line in (problem / "data" / "forget.jsonl").read_text().splitlines()]
+    for name, facts in (("forget", [*(row["fact"] for row in rows[1:]), ""]), ("retain", [""] * len(rows))):
+        columns = {
+            key: np.asarray([row[key] for row in rows[1:] + rows[:1]], dtype=object)
+            for key in ("prompt", "answer", "fact")
+        }
+        columns["fact"][-1] = ""  # a row without one
+        columns |= {
+            "set": np.full(len(rows), name, dtype=object),
+            "label": np.full(len(rows), ""),
+            "row": np.arange(len(rows)),
+        }
+        encoded = encoder.encode_batch(columns)
+        records = [{key: column[index] for key, column in encoded.items()} for index in range(len(rows))]
+        found = [encoder.tokenizer.decode(row.input_ids[slice(*row.fact)]).strip() for row in encoder.rows(records)]
+        assert found == facts
+
+
 def test_tokens_that_the_fact_shares_with_its_neighbours_carry_it(cfg: UnlearnConfig) -> None:
     encoder = Encoder(cfg.model, None, 128)
     assert encoder.tokenizer.tokenize("What author") == ["What", "Ġauthor"]

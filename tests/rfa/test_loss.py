@@ -74,12 +74,10 @@ def test_local_and_drift_differ_above_it(build: Build, batch: UnlearnBatch) -> N
 @pytest.mark.parametrize("target", TARGETS)
 def test_padding_changes_nothing(build: Build, batch: UnlearnBatch, residual: str, target: str) -> None:
     alignment = build(objective(residual, target=target, weights=ALL_TERMS), warm=True)
-    longer = UnlearnBatch(
-        torch.nn.functional.pad(batch.input_ids_BT, (0, 7), value=5),
-        torch.nn.functional.pad(batch.attention_BT, (0, 7)),
-        torch.nn.functional.pad(batch.answer_BT, (0, 7)),
-        *batch[3:],
-    )
+    more = {
+        name: torch.nn.functional.pad(getattr(batch, name), (0, 7)) for name in ("attention_BT", "answer_BT", "fact_BT")
+    }
+    longer = batch._replace(input_ids_BT=torch.nn.functional.pad(batch.input_ids_BT, (0, 7), value=5), **more)
     assert numbers(alignment(longer)) == pytest.approx(numbers(alignment(batch)), rel=1e-4)
 
 

@@ -16,13 +16,15 @@ from rfa.statistics import ForgetRows, InputSums
 from tests.rfa.conftest import tiny_rows
 
 Build = Callable[..., ResidualAlignment]
-RETAIN, FORGET = tiny_rows(12, seed=1), tiny_rows(5, seed=2)
+RETAIN = tiny_rows(12, seed=1)
+FORGET = [row._replace(fact=(2 + index % 2, 4) if index else (0, 0)) for index, row in enumerate(tiny_rows(5, seed=2))]
+FACT_WEIGHT = 5.0
 UTILITY = [row._replace(utility=True) for row in tiny_rows(8, seed=3)]
 
 
 def solved(alignment: ResidualAlignment, *, mode: str = "blockwise", rows_a_batch: int = 50, **more: Any) -> OnePass:
     """A solver that has done its work at strength 1, from batches of at most so many rows."""
-    one_pass = OnePass(alignment, SolveSettings(mode=mode, **more))
+    one_pass = OnePass(alignment, SolveSettings(mode=mode, fact_weight=FACT_WEIGHT, **more))
     kept = [*RETAIN, *UTILITY]
     for start in range(0, len(kept), rows_a_batch):
         one_pass.collect(collate(kept[start : start + rows_a_batch], [], 0))
@@ -69,12 +71,17 @@ def test_every_module_is_solved_from_what_it_sees(build: Build, kind: str, mode:
             sums[name, kind_of_set].add(recorded(alignment, layer, batch)[0][batch.retain_tokens_BT()])
     assert alignment.targets is not None
     tokens_BT = forget.forget_tokens_BT("answer")
-    row_N = tokens_BT.nonzero()[:, 0]
+    row_N, token_N = tokens_BT.nonzero().T
+    carries_N = [
+        FORGET[row].fact[0] <= token + 1 < FORGET[row].fact[1] for row, token in zip(row_N, token_N, strict=True)
+    ]
+    weight_N = torch.where(torch.tensor(carries_N), FACT_WEIGHT, 1.0)
+    assert 3 <= sum(carries_N) < len(carries_N)
     for name, layer in one_pass.layers.items():
         input_BTD, output_BTO = recorded(alignment, layer, forget)
         feature_NO = output_BTO[tokens_BT]
         target_NO = alignment.targets(name, feature_NO, forget.row_B[row_N], forget.label_B[row_N])
-        rows = ForgetRows.of(input_BTD[tokens_BT], target_NO - feature_NO)
+        rows = ForgetRows.of(input_BTD[tokens_BT], target_NO - feature_NO, weight_N)
         kept = KeptInverse([(1.0, sums[name, "retain"]), (1.0, sums[name, "utility"])], 1e-3)
         expected = solve(rows, kept, rank=2, strength=1.0)
         torch.testing.assert_close(ours[name].double(), expected.b_OK @ expected.a_KD, rtol=1e-2, atol=1e-4)

@@ -22,6 +22,7 @@ class Problem:
         mix_DD = torch.randn(INPUTS, INPUTS, generator=generator)
         self.forget_ND = torch.randn(forget, INPUTS, generator=generator) @ mix_DD
         self.shift_NO = torch.randn(forget, OUTPUTS, generator=generator)
+        self.weight_N = torch.rand(forget, generator=generator) * 5 + 0.5
         self.retain_ND = torch.randn(retain, INPUTS, generator=generator) @ mix_DD
         self.ridge = 1e-3
 
@@ -34,7 +35,7 @@ class Problem:
         return KeptInverse([(1.0, self.sums())], self.ridge)
 
     def rows(self) -> ForgetRows:
-        return ForgetRows.of(self.forget_ND, self.shift_NO)
+        return ForgetRows.of(self.forget_ND, self.shift_NO, self.weight_N)
 
     def kept_DD(self) -> Tensor:
         mean_DD = (self.retain_ND.T @ self.retain_ND).double() / len(self.retain_ND)
@@ -42,14 +43,14 @@ class Problem:
 
     def objective(self, map_OD: Tensor, strength: float) -> Tensor:
         left_NO = self.forget_ND.double() @ map_OD.T - self.shift_NO.double()
-        return strength * left_NO.square().sum() / len(left_NO) + (map_OD @ self.kept_DD() @ map_OD.T).trace()
+        share_N = self.weight_N.double() / self.weight_N.sum()
+        return strength * (share_N @ left_NO.square()).sum() + (map_OD @ self.kept_DD() @ map_OD.T).trace()
 
     def brute_force(self, strength: float) -> tuple[Tensor, Tensor]:
         """The full-rank solution by the normal equations, and their matrix S."""
-        scale = strength / len(self.forget_ND)
-        forget_ND = self.forget_ND.double()
-        whole_DD = self.kept_DD() + scale * forget_ND.T @ forget_ND
-        return scale * self.shift_NO.double().T @ forget_ND @ whole_DD.inverse(), whole_DD
+        scaled_ND = strength * self.forget_ND.double() * (self.weight_N.double() / self.weight_N.sum())[:, None]
+        whole_DD = self.kept_DD() + scaled_ND.T @ self.forget_ND.double()
+        return self.shift_NO.double().T @ scaled_ND @ whole_DD.inverse(), whole_DD
 
     def solved(self, rank: int, strength: float) -> Tensor:
         found = solve(self.rows(), self.kept(), rank=rank, strength=strength, scaling=2.0)
@@ -116,10 +117,11 @@ def test_shards_in_any_split_and_order_give_the_same_statistics(cuts: list[int],
 def test_forget_rows_in_any_split_give_the_same_adapter() -> None:
     problem = Problem(forget=40)  # more rows than input features: they are replaced by as many rows as features
     parts = [
-        ForgetRows.of(problem.forget_ND[s], problem.shift_NO[s]) for s in (slice(25, 40), slice(0, 0), slice(0, 25))
+        ForgetRows.of(problem.forget_ND[s], problem.shift_NO[s], problem.weight_N[s])
+        for s in (slice(25, 40), slice(0, 0), slice(0, 25))
     ]
     merged = parts[0].merged(parts[1]).merged(parts[2])
-    assert (merged.count, len(merged.input_ND)) == (40, INPUTS)
+    assert (merged.count, len(merged.input_ND)) == (pytest.approx(float(problem.weight_N.sum())), INPUTS)
     found = solve(merged, problem.kept(), rank=3, strength=1.0)
     torch.testing.assert_close(2 * found.b_OK @ found.a_KD, 2 * problem.solved(3, 1.0), rtol=1e-6, atol=1e-9)
 
