@@ -62,7 +62,7 @@ class Encoder:
             is_fact_T[places] = True
         return is_fact_T
 
-    def _fact_span(self, prompt: str, answer: str, fact: str) -> tuple[int, int]:
+    def fact_span(self, prompt: str, answer: str, fact: str) -> tuple[int, int]:
         """Where in `pair` the tokens that carry the fact begin and end; 0 and 0 where none does."""
         place_N = np.flatnonzero(self.fact_tokens(prompt, answer, fact))
         if not len(place_N):
@@ -135,7 +135,7 @@ class Encoder:
         pairs = [self.pair(p, a) for p, a in zip(batch["prompt"], batch["answer"], strict=True)]
         facts = np.zeros((len(pairs), 2), dtype=np.int32)
         for index in np.flatnonzero((batch["set"] == "forget") & (batch["fact"] != "")):
-            facts[index] = self._fact_span(*(str(batch[key][index]) for key in ("prompt", "answer", "fact")))
+            facts[index] = self.fact_span(*(str(batch[key][index]) for key in ("prompt", "answer", "fact")))
         labels = [zlib.crc32(label.encode()) if label else -1 for label in batch["label"]]
         ids = np.empty(len(pairs), dtype=object)
         for index, (tokens, _) in enumerate(pairs):

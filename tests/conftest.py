@@ -14,9 +14,16 @@ import ray
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """A local Ray of two CPUs, started once."""
+    """A local Ray of two CPUs, started once, as a command starts its own: idle workers are kept and used again."""
+    from pipelines.config import TrainConfig
+    from pipelines.trainer import worker_environment
+
+    os.environ.setdefault("RAY_num_workers_soft_limit", "8")
     # "local": a cluster that somebody else left on this machine is not joined
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(
+        "local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
+        runtime_env={"env_vars": worker_environment(TrainConfig())},
+    )  # fmt: skip
     yield
     ray.shutdown()
 

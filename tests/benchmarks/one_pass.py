@@ -82,11 +82,15 @@ class Problem:
         return [rows[index * len(rows) // limit] for index in range(limit)]
 
     def tokens(self, name: str) -> list[Row]:
-        pair = self.scorer._encoder.pair
-        return [
-            Row(*pair(row["prompt"], row["answer"]), index, utility=name == "utility")
+        encoder = self.scorer._encoder
+        rows = [
+            Row(*encoder.pair(row["prompt"], row["answer"]), index, utility=name == "utility")
             for index, row in enumerate(self.rows[name])
         ]
+        if name != "forget":
+            return rows
+        facts = [encoder.fact_span(row["prompt"], row["answer"], row["fact"]) for row in self.rows[name]]
+        return [row._replace(fact=fact) for row, fact in zip(rows, facts, strict=True)]
 
     def score(self, model: PreTrainedModel) -> dict[str, float | None]:
         self.scorer._loaded = ("", model, BlockRunner(model))
