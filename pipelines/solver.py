@@ -24,7 +24,7 @@ from rfa.loss import ResidualAlignment
 from rfa.one_pass import OnePass, SolveSettings
 
 FIRST_STRENGTH = 2e-3
-FACTOR = 3.0  # between strengths, until the right one lies between two of them
+FACTOR = 3.0  # between the first two strengths; then its powers, until the right one lies between two of them
 TRIALS = 6
 CLOSE_ENOUGH = 0.03  # a gap below this ends the search
 
@@ -61,12 +61,13 @@ def gap(forget: list[Likelihood], holdout: list[Likelihood]) -> float:
 
 
 def search_strength(try_strength: Callable[[float], float], aim: float, trials: int = TRIALS) -> list[Trial]:
-    """All trials, the one whose gap is nearest to `aim` last: by a factor until it lies between two, then in between.
+    """All trials, the one whose gap is nearest to `aim` last: in ever longer strides until it lies between two, then in
+    between.
 
     The gap falls with the strength; where two are equally near the weaker strength is the better one.
     """
     done: list[Trial] = []
-    strength = FIRST_STRENGTH
+    strength, stride = FIRST_STRENGTH, FACTOR
     while len(done) < trials:
         done.append(Trial(strength, try_strength(strength)))
         if abs(done[-1].gap - aim) <= CLOSE_ENOUGH:
@@ -74,7 +75,8 @@ def search_strength(try_strength: Callable[[float], float], aim: float, trials: 
         weak = max((trial for trial in done if trial.gap > aim), default=None)
         strong = min((trial for trial in done if trial.gap <= aim), default=None)
         if weak is None or strong is None:
-            strength *= FACTOR if strong is None else 1 / FACTOR
+            strength *= stride if strong is None else 1 / stride
+            stride *= FACTOR
         else:  # where a line through both gaps meets the aim, but well inside
             share = min(max((weak.gap - aim) / (weak.gap - strong.gap), 0.2), 0.8)
             strength = weak.strength * (strong.strength / weak.strength) ** share

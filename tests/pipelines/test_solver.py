@@ -20,7 +20,7 @@ def test_the_gap_is_the_mean_of_both_scores() -> None:
     assert gap(forget, holdout) == 0.0
 
 
-@pytest.mark.parametrize("right", [1e-5, 3e-4, 2e-3, 0.04, 0.9])
+@pytest.mark.parametrize("right", [1e-5, 3e-4, 2e-3, 0.04, 0.9, 30.0])
 def test_the_search_ends_near_the_right_strength(right: float) -> None:
     tried: list[float] = []
 
