@@ -102,7 +102,7 @@ class Bucket:
         heard of, seconds after it was written; 0 while there is none."""
         try:
             snapshot = json.loads(self.read(f"{folder}/checkpoints/train/checkpoint_manager_snapshot.json"))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # none yet, or replaced between two reads
             return 0
         latest = snapshot["latest_checkpoint_result"]
         return latest["metrics"]["step"] if latest else 0
