@@ -98,9 +98,9 @@ def test_a_job_outlives_a_node(
     kill_tree(nodes[0])
     assert job.wait(timeout=600) == 0, (tmp_path / "told").read_text()
     steps = bucket.steps("broken")
-    again = [step for before, step in pairwise(steps) if step <= before]
-    assert len(again) == 1 and again[0] in range(KILL_AT, STEPS, CHECKPOINT_EVERY), "it went on once, and from there"
-    assert set(steps) == set(range(STEPS))
+    again = [step for before, step in pairwise(steps) if step <= before]  # none, where the last step had a resume point
+    assert len(again) <= 1 and set(again) <= set(range(KILL_AT, STEPS, CHECKPOINT_EVERY)), "it went on once, and there"
+    assert steps.count(0) == 1 and set(steps) == set(range(STEPS))
 
     verified = head.ray_unlearn("verify", "s3://bucket/broken", **bucket.environment)
     assert verified.returncode == 0, verified.stderr
