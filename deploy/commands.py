@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.config import ConfigError
-from pipelines.console import Debug, RunDir, Terminal, guarded
+from pipelines.console import Action, RunDir, Terminal, guarded
 
 app = typer.Typer()
 job = typer.Typer(help="A submitted job: its state, its log, its end.", no_args_is_help=True)
@@ -22,6 +22,7 @@ JobId = Annotated[str, typer.Argument(metavar="JOB_ID")]
 
 
 @app.command()
+@guarded()
 def gate(
     run_dir: RunDir,
     require: Annotated[
@@ -31,8 +32,7 @@ def gate(
     verdict: Annotated[
         list[str] | None, typer.Option(metavar="VERDICT", help="A verdict that may pass; repeatable. [forgotten]")
     ] = None,
-    debug: Debug = False,
-) -> None:
+) -> Action:
     """Refuse a run whose verdict or scores miss what is required: exit code 3, one reason a line.
 
     Without options only the verdict counts: it must be the page's "forgotten". Digests are the command verify's.
@@ -52,10 +52,11 @@ def gate(
             raise typer.Exit(3)
         terminal.say(f"Passed: {run_dir}")
 
-    guarded(action, debug=debug)
+    return action
 
 
 @app.command()
+@guarded()
 def serve(
     run_dir: RunDir,
     host: Annotated[str, typer.Option(help="The address to listen on; anybody who reaches it can ask.")] = "127.0.0.1",
@@ -64,8 +65,7 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that wait while one is answered, at most.")] = 32,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Size of a request, at most.")] = 65536,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs for the model; 0 answers on a CPU.")] = 0,
-    debug: Debug = False,
-) -> None:
+) -> Action:
     """Serve a run's merged model with Ray Serve: POST /v1/completions as OpenAI's, GET /healthz."""
 
     def action(terminal: Terminal) -> None:
@@ -84,10 +84,11 @@ def serve(
             terminal.say("Stopped.")
             raise typer.Exit(130) from None
 
-    guarded(action, debug=debug)
+    return action
 
 
 @app.command()
+@guarded()
 def submit(
     command: Annotated[list[str], typer.Argument(metavar="-- COMMAND CONFIG [KEY=VALUE]...")],
     address: Address,
@@ -100,8 +101,7 @@ def submit(
     install: Annotated[
         bool, typer.Option(help="Install the pinned packages on the nodes, or take what their image has.")
     ] = True,
-    debug: Debug = False,
-) -> None:
+) -> Action:
     """Run a command in a cluster, as a Ray job: submit --address URL -- run CONFIG ...
 
     Ships this installation's code and the configuration; paths in it are the cluster's. Exit code: the job's.
@@ -120,11 +120,12 @@ def submit(
         terminal.say(f"Job: {job_id}")
         _follow(cluster, job_id, terminal)
 
-    guarded(action, debug=debug)
+    return action
 
 
 @job.command()
-def status(job_id: JobId, address: Address, debug: Debug = False) -> None:
+@guarded()
+def status(job_id: JobId, address: Address) -> Action:
     """Print PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
 
     def action(_: Terminal) -> None:
@@ -132,16 +133,16 @@ def status(job_id: JobId, address: Address, debug: Debug = False) -> None:
 
         typer.echo(str(Cluster(address).info(job_id).status))
 
-    guarded(action, debug=debug)
+    return action
 
 
 @job.command()
+@guarded()
 def logs(
     job_id: JobId,
     address: Address,
     follow: Annotated[bool, typer.Option("--follow", help="On to the job's end; the exit code is the job's.")] = False,
-    debug: Debug = False,
-) -> None:
+) -> Action:
     """Print a job's log."""
 
     def action(terminal: Terminal) -> None:
@@ -153,11 +154,12 @@ def logs(
         else:
             typer.echo(cluster.logs(job_id), nl=False)
 
-    guarded(action, debug=debug)
+    return action
 
 
 @job.command()
-def stop(job_id: JobId, address: Address, debug: Debug = False) -> None:
+@guarded()
+def stop(job_id: JobId, address: Address) -> Action:
     """Stop a job and wait for its end. The same submission goes on from the last resume point."""
 
     def action(terminal: Terminal) -> None:
@@ -165,7 +167,7 @@ def stop(job_id: JobId, address: Address, debug: Debug = False) -> None:
 
         terminal.say(f"{job_id}: {'stopped' if Cluster(address).stop(job_id) else 'had ended before'}")
 
-    guarded(action, debug=debug)
+    return action
 
 
 def _follow(cluster: Any, job_id: str, terminal: Terminal) -> None:

@@ -10,7 +10,7 @@ import typer
 import deploy.commands
 from pipelines.config import ConfigError, ModelConfig
 from pipelines.config_file import describe, load_config, preset_names
-from pipelines.console import Debug, RunDir, Terminal, guarded
+from pipelines.console import Action, RunDir, Terminal, guarded
 from pipelines.synthetic import write_problem
 
 app = typer.Typer(
@@ -33,7 +33,8 @@ KEYS = "\b\nConfiguration keys, with their defaults:\n" + "\n".join(
 
 
 @app.command(epilog=KEYS)
-def run(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
+@guarded()
+def run(config: Config, overrides: Overrides = None) -> Action:
     """Unlearn: solve or train the adapter, merge it, evaluate before, after and oracle, write the report.
 
     The same command continues an interrupted run. Results lie in the configuration's output_dir: adapter/ (PEFT),
@@ -48,10 +49,11 @@ def run(config: Config, overrides: Overrides = None, debug: Debug = False) -> No
         terminal.scores(done.scores()["models"])
         terminal.say(f"Report: {done.place.url}/report.html")
 
-    guarded(action, debug=debug)
+    return action
 
 
 @app.command()
+@guarded()
 def check(
     config: Config,
     overrides: Overrides = None,
@@ -59,8 +61,7 @@ def check(
         str, typer.Option(metavar="KIND", help="Plan for such GPUs, H100 for example, before there is a cluster.")
     ] = "",
     price: Annotated[float, typer.Option(min=0, help="Of a GPU and hour: the table then says what a run costs.")] = 0,
-    debug: Debug = False,
-) -> None:
+) -> Action:
     """Validate configuration, model, data and resources, and plan memory, time and cost. Trains nothing.
 
     With --gpu neither the cluster nor the data are looked at, and of the model its config.json alone.
@@ -72,11 +73,12 @@ def check(
 
         terminal.table("What a run would do", check_run(cfg, terminal, gpu=gpu or None, price=price or None))
 
-    guarded(action, debug=debug)
+    return action
 
 
 @app.command()
-def finetune(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
+@guarded()
+def finetune(config: Config, overrides: Overrides = None) -> Action:
     """Make a target model, or the retrain oracle, by training all parameters on the sets that finetune.sets names."""
 
     def action(terminal: Terminal) -> None:
@@ -85,10 +87,11 @@ def finetune(config: Config, overrides: Overrides = None, debug: Debug = False) 
 
         terminal.say(f"Model: {train_model(cfg, terminal).place.url}/model")
 
-    guarded(action, debug=debug)
+    return action
 
 
 @app.command()
+@guarded(going_on="The same command with --resume goes on")
 def tune(
     config: Config,
     overrides: Overrides = None,
@@ -104,8 +107,7 @@ def tune(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the search in output_dir.")] = False,
-    debug: Debug = False,
-) -> None:
+) -> Action:
     """Search ranks, layers, targets, strengths and weights with Ray Tune: forgetting against kept utility.
 
     The first trial is the configuration as it is. Results lie in output_dir: best.yaml (for `ray-unlearn run`), its
@@ -123,17 +125,17 @@ def tune(
         terminal.say(f"Configuration: {found.best}")
         terminal.say(f"Page: {found.page}")
 
-    guarded(action, debug=debug, going_on="The same command with --resume goes on")
+    return action
 
 
 @app.command()
+@guarded()
 def evaluate(
     config: Config,
     overrides: Overrides = None,
     model: Annotated[str, typer.Option(metavar="DIR", help="The model folder to score.")] = "",
     output: Annotated[str, typer.Option(metavar="FILE", help="Where the scores go, as JSON.")] = "",
-    debug: Debug = False,
-) -> None:
+) -> Action:
     """Score any model folder on the configuration's sets, beside the oracle if there is one."""
 
     def action(terminal: Terminal) -> None:
@@ -148,11 +150,12 @@ def evaluate(
         target.write_text(json.dumps({"schema": 1, "models": scores}, indent=2, allow_nan=False), encoding="utf-8")
         terminal.say(f"Scores: {target}")
 
-    guarded(action, debug=debug)
+    return action
 
 
 @app.command()
-def report(run_dir: RunDir, debug: Debug = False) -> None:
+@guarded()
+def report(run_dir: RunDir) -> Action:
     """Rebuild a run's page, report.html, from the files beside it."""
 
     def action(terminal: Terminal) -> None:
@@ -164,11 +167,12 @@ def report(run_dir: RunDir, debug: Debug = False) -> None:
             place.put(write_report(folder))
         terminal.say(f"Report: {place.url}/report.html")
 
-    guarded(action, debug=debug)
+    return action
 
 
 @app.command()
-def verify(run_dir: RunDir, debug: Debug = False) -> None:
+@guarded()
+def verify(run_dir: RunDir) -> Action:
     """Compare every file of a run with the digests in its manifest; exit code 1 names what differs.
 
     The manifest itself, the page, the log and MLflow's store have no digest. A manifest is not signed: keep a copy of
@@ -186,18 +190,18 @@ def verify(run_dir: RunDir, debug: Debug = False) -> None:
             raise typer.Exit(1)
         terminal.say(f"Verified: {run_dir}")
 
-    guarded(action, debug=debug)
+    return action
 
 
 @app.command()
+@guarded()
 def make_data(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="New folder for the five JSONL files.")],
     authors: Annotated[int, typer.Option(help="Fictitious authors to learn; 2 to 1000.")] = 20,
     questions: Annotated[int, typer.Option(help="Question types for each author; 1 to 20.")] = 4,
     forget: Annotated[int, typer.Option(help="Authors that must be forgotten, fewer than --authors.")] = 3,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
-    debug: Debug = False,
-) -> None:
+) -> Action:
     """Write a synthetic deletion problem: forget, retain, holdout, utility and general sets."""
 
     def action(terminal: Terminal) -> None:
@@ -207,7 +211,7 @@ def make_data(
             raise ConfigError(str(error)) from None
         terminal.say(f"{folder}: " + ", ".join(f"{name} {rows} rows" for name, rows in counts.items()))
 
-    guarded(action, debug=debug)
+    return action
 
 
 app.add_typer(deploy.commands.app)

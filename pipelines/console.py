@@ -1,9 +1,11 @@
 """What a person at the terminal sees: progress and a result table on stderr. All chatter goes to the run's log."""
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -127,11 +129,29 @@ class Bar:
         self._progress.update(self._task, total=total or 1, completed=total or 1, note="")
 
 
-def guarded(action: Callable[[Terminal], None], *, debug: bool, going_on: str = "The same command goes on") -> None:
-    """Run a command and turn what goes wrong into one line and an exit code; a command's own `typer.Exit` stands.
+Action = Callable[[Terminal], None]
 
-    `going_on` says how to go on after Ctrl-C.
-    """
+
+def guarded(going_on: str = "The same command goes on") -> Callable[[Callable[..., Action]], Callable[..., None]]:
+    """Make a command of a function that says what to do: it gets the option --debug, and what goes wrong becomes one
+    line and an exit code. `going_on` says how to go on after Ctrl-C."""
+
+    def decorate(command: Callable[..., Action]) -> Callable[..., None]:
+        @wraps(command)
+        def run(*, debug: bool, **options: Any) -> None:
+            _guard(command(**options), debug=debug, going_on=going_on)
+
+        option = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+        own = inspect.signature(command).parameters.values()
+        vars(run)["__signature__"] = inspect.Signature([*own, option])  # which typer reads the options from
+        run.__annotations__ = {**command.__annotations__, "debug": Debug}
+        return run
+
+    return decorate
+
+
+def _guard(action: Action, *, debug: bool, going_on: str) -> None:
+    """Do it; a command's own `typer.Exit` stands."""
     terminal = Terminal()
     try:
         action(terminal)
