@@ -82,15 +82,19 @@ def test_a_run_whose_worker_is_killed_while_polishing_keeps_what_was_solved(
     # A learning rate so small that polishing changes nothing: what is left is the solution of the first attempt.
     cfg = quick(*SOLVE, "train.steps=40", "train.learning_rate=1e-12", f"output_dir={tmp_path}")
     heard: list[dict[str, Any]] = []
+    workers: set[psutil.Process] = set()
 
     def kill_once(message: dict[str, Any]) -> None:
         heard.append(message)
+        own = train_workers(psutil.Process())
+        workers.update(own)
         if message.get("step") == 30 and sum(m.get("step") == 30 for m in heard) == 1:
-            train_workers(psutil.Process())[-1].kill()
+            own[-1].kill()
 
     products, metrics = run(cfg, kill_once)
     steps = [message["step"] for message in heard if "step" in message]
     assert steps.count(0) == 1 and set(steps) == set(range(40)), "it went on from a resume point"
+    assert len(workers) == 4, "two others went on"
     assert sum(message.get("done") == 1 and message.get("what") == "statistics" for message in heard) == 1
     assert metrics["solve_s"] > 0
     assert_same(products, reference)

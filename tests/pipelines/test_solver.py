@@ -2,7 +2,8 @@
 
 import pytest
 
-from pipelines.solver import TRIALS, Likelihood, chance_gap, gap, search_strength
+from pipelines.config import SolveConfig
+from pipelines.solver import TRIALS, Likelihood, chance_gap, gap, search_strength, solve_settings
 
 
 def rows(*values: float) -> list[Likelihood]:
@@ -49,6 +50,18 @@ def test_the_gap_that_chance_makes_vanishes_with_the_number_of_rows() -> None:
     assert chance_gap(1, 1) == 0.5  # one row on each side: whichever is above, AUC is 0 or 1
     assert chance_gap(9, 9) == pytest.approx((19 / 972) ** 0.5)
     assert chance_gap(9000, 9000) < 0.005
+
+
+def test_the_solver_works_as_configured() -> None:
+    chosen = {
+        "mode": "one_pass",
+        "utility_weight": 3,
+        "ridge": 0.1,
+        "exact_width": 9,
+        "sketch_columns": 5,
+        "fact_weight": 7,
+    }
+    assert solve_settings(SolveConfig(**chosen))._asdict() == chosen
 
 
 def test_the_search_aims_at_the_gap_it_is_given() -> None:
