@@ -1,1 +1,1 @@
-"""Search over the flow: ranks, layers and loss weights. Nothing here yet."""
+"""Search over the flow: ranks, layers and loss weights."""

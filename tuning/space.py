@@ -194,6 +194,7 @@ def default_space(cfg: UnlearnConfig, depth: int) -> dict[str, Any]:
         tree |= {
             "solve.strength": {"loguniform": [5e-4, 2e-2]},
             "solve.utility_weight": {"choice": [1.0, 2.0, 4.0]},
+            "solve.fact_weight": {"choice": [1.0, 4.0, 12.0]},
         }
     if cfg.train.steps > 0:
         tree |= {
