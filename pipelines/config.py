@@ -231,6 +231,13 @@ class FinetuneConfig(Section):
     learning_rate: float = Field(
         default=2e-4, gt=0, le=10, description="Peak learning rate of AdamW; falls linearly to a tenth."
     )
+    salient: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="SalUn (arXiv 2310.12508): beside `sets` the model learns random labels for the forget set, in the "
+        "share of its weights where the forget set's loss has its largest gradient.",
+    )
 
 
 class EvaluationConfig(Section):
@@ -307,6 +314,16 @@ class UnlearnConfig(Section):
     def _wanda_sees_whole_weights(self) -> "UnlearnConfig":
         if self.prune.method == "wanda" and self.train.deepspeed.stage == 3:
             raise ValueError("prune.method: found wanda with train.deepspeed.stage=3, allowed: rows, magnitude")
+        return self
+
+    @model_validator(mode="after")
+    def _salun_fits(self) -> "UnlearnConfig":
+        if self.finetune.salient is None:
+            return self
+        if "forget" in self.finetune.sets:
+            raise ValueError("finetune.sets: found forget with finetune.salient, allowed: sets without it")
+        if self.train.deepspeed.stage == 3:
+            raise ValueError("finetune.salient: found with train.deepspeed.stage=3, allowed: null, or stage 0 to 2")
         return self
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pipelines.classes import ClassEncoder, encoder_of
 from pipelines.config import TrainConfig, UnlearnConfig
 from pipelines.engine import Engine, EngineState, deepspeed_settings, zero3_loading
-from pipelines.finetune import build_answer_training
+from pipelines.finetune import build_answer_training, salient_weights
 from pipelines.model import build_alignment, load_base
 from pipelines.prompts import Encoder
 from pipelines.pruning import NORMS_FILE, held_rows, input_norms, prune_base
@@ -63,7 +63,12 @@ def run_worker(job: Job) -> None:
     base = load_base(job.cfg.model, train.precision if job.kind == "unlearn" else "fp32", task=job.cfg.task)
     norms = _norms_of_resume_point() or input_norms(job.cfg, base, _calibration(job, encoder), _device(train))
     masks = prune_base(job.cfg, base, norms)
-    module = (build_alignment if job.kind == "unlearn" else build_answer_training)(job.cfg, base, masks)
+    salient = job.cfg.finetune.salient if job.kind == "finetune" else None
+    trained = masks
+    if salient is not None:
+        own = salient_weights(salient, base, _once(job, encoder, "forget"), _device(train))
+        trained = {name: mask & masks.get(name, mask) for name, mask in own.items()}
+    module = (build_alignment if job.kind == "unlearn" else build_answer_training)(job.cfg, base, trained)
     if train.activation_checkpointing:
         _checkpoint_activations(module)
     engine = Engine(module, deepspeed, world_size)
@@ -81,9 +86,13 @@ def _rows_of(job: Job, encoder: Encoder | ClassEncoder, name: str, start: int = 
 
 def _calibration(job: Job, encoder: Encoder | ClassEncoder) -> Iterator[UnlearnBatch]:
     """This worker's first retain rows, as many as the targets are fitted on."""
-    number = -(-job.cfg.objective.target_rows // job.cfg.train.retain_batch_size)
-    blank = encoder.blank()
-    for rows in islice(_rows_of(job, encoder, "retain"), min(number, job.batches["retain"])):
+    return _once(job, encoder, "retain", -(-job.cfg.objective.target_rows // job.cfg.train.retain_batch_size))
+
+
+def _once(job: Job, encoder: Encoder | ClassEncoder, name: str, most: int | None = None) -> Iterator[UnlearnBatch]:
+    """This worker's rows of a stream, each once, in at most so many batches."""
+    number, blank = job.batches[name], encoder.blank()
+    for rows in islice(_rows_of(job, encoder, name), number if most is None else min(most, number)):
         yield collate(rows, [], encoder.pad_token_id, blank)
 
 
@@ -169,7 +178,8 @@ class _Loop:
         self._report(step, final=True)
 
     def _stream(self, step: int) -> Iterator[StepRows]:
-        unread = {"holdout"} if self.job.cfg.objective.weights.read_forget_set else {"holdout", "forget"}
+        reads_forget = self.job.kind == "finetune" or self.job.cfg.objective.weights.read_forget_set
+        unread = {"holdout"} if reads_forget else {"holdout", "forget"}
         sources = {name: self._rows_of(name, step) for name in self.job.batches if name not in unread}
         while True:
             rows = {name: next(source) for name, source in sources.items()}

@@ -60,14 +60,16 @@ def gap(forget: list[Likelihood], holdout: list[Likelihood]) -> float:
     return sum(aucs) / len(aucs) - 0.5
 
 
-def search_strength(try_strength: Callable[[float], float], aim: float, trials: int = TRIALS) -> list[Trial]:
-    """All trials, the one whose gap is nearest to `aim` last: in ever longer strides until it lies between two, then in
-    between.
+def search_strength(
+    try_strength: Callable[[float], float], aim: float, trials: int = TRIALS, first: float = FIRST_STRENGTH
+) -> list[Trial]:
+    """All trials, the one whose gap is nearest to `aim` last: in ever longer strides from the `first` until it lies
+    between two, then in between.
 
     The gap falls with the strength; where two are equally near the weaker strength is the better one.
     """
     done: list[Trial] = []
-    strength, stride = FIRST_STRENGTH, FACTOR
+    strength, stride = first, FACTOR
     while len(done) < trials:
         done.append(Trial(strength, try_strength(strength)))
         if abs(done[-1].gap - aim) <= CLOSE_ENOUGH:
@@ -115,8 +117,11 @@ class WorkerSolver:
             self.say(index + 1, number, "statistics")
         self.one_pass.reduce()
 
-    def solve(self, forget: list[UnlearnBatch], holdout: list[UnlearnBatch]) -> list[Trial]:
-        """Solve at the configured strength, or at the one that fits: then the strengths tried, the chosen one last."""
+    def solve(
+        self, forget: list[UnlearnBatch], holdout: list[UnlearnBatch], first: float = FIRST_STRENGTH
+    ) -> list[Trial]:
+        """Solve at the configured strength, or at the one that fits, from a `first` guess on: then the strengths tried,
+        the chosen one last."""
         if self.cfg.strength != "auto":
             self.one_pass.solve(forget, self.cfg.strength)
             return []
@@ -124,11 +129,12 @@ class WorkerSolver:
         def try_strength(strength: float) -> float:
             self.say(len(tried), TRIALS, f"strength {strength:.3g}")
             tried.append(strength)
-            self.one_pass.solve(forget, strength)
-            return gap(self._likelihoods(forget), self._likelihoods(holdout))
+            logits = self.one_pass.solve(forget, strength, with_logits=True)
+            return gap(self._likelihoods(forget, logits), self._likelihoods(holdout))
 
         tried: list[float] = []
-        trials = search_strength(try_strength, chance_gap(self._count(forget), self._count(holdout)) / 2)
+        aim = chance_gap(self._count(forget), self._count(holdout)) / 2
+        trials = search_strength(try_strength, aim, first=first)
         if trials[-1].strength != tried[-1]:
             self.one_pass.solve(forget, trials[-1].strength)
         return trials
@@ -138,11 +144,11 @@ class WorkerSolver:
         return len(_of_all_workers([None for batch in batches for real in batch.attention_BT.any(1).tolist() if real]))
 
     @torch.no_grad()
-    def _likelihoods(self, batches: list[UnlearnBatch]) -> list[Likelihood]:
-        """Of all workers' rows."""
+    def _likelihoods(self, batches: list[UnlearnBatch], known: list[Tensor] | None = None) -> list[Likelihood]:
+        """Of all workers' rows, from their logits where these are known."""
         found: list[Likelihood] = []
-        for batch in batches:
-            logits_NV = self.alignment.runner(batch, logits_at_BT=batch.answer_BT).logits_NV
+        for index, batch in enumerate(batches):
+            logits_NV = known[index] if known else self.alignment.runner(batch, logits_at_BT=batch.answer_BT).logits_NV
             assert logits_NV is not None
             label_N = batch.expected(batch.answer_BT)
             lengths = [length for length in batch.answer_BT.sum(1).tolist() if length]

@@ -80,6 +80,12 @@ def workers_now(train: TrainConfig) -> int:
     return min(max(room, train.min_workers), train.max_workers)
 
 
+def groups_at_once(train: TrainConfig) -> int:
+    """How many times all workers fit the cluster side by side; at least once."""
+    have, each = ray.cluster_resources(), {"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker}
+    return max(1, min(int(have.get(kind, 0) / (n * train.max_workers)) for kind, n in each.items() if n))
+
+
 def zero_stage(train: TrainConfig, weights: int, gpu_bytes: int) -> int:
     """The ZeRO stage: as configured, or for `auto` the lowest that fits (0 on CPUs and one GPU; 2 when the weights take
     up to 60 % of a GPU's memory; else 3)."""
@@ -134,6 +140,12 @@ class Trainer:
         cfg, train = self.cfg, self.cfg.train
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_S))
         filesystem, checkpoints = checkpoint_folder(cfg)
+        stage = zero_stage(train, weight_bytes(cfg.model.path), gpu_memory_bytes(train))
+        if stage == 3 and (cfg.prune.method == "wanda" or (self.kind == "finetune" and cfg.finetune.salient)):
+            key = "prune.method" if cfg.prune.method == "wanda" else "finetune.salient"
+            raise ConfigError(
+                f"{key}: needs whole weights, but the model needs train.deepspeed.stage=3, allowed: without"
+            )
         messages = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node()})  # outlives workers' nodes
         job = Job(
             cfg=cfg,
@@ -142,7 +154,7 @@ class Trainer:
             learning_rate=learning_rate,
             final_rate=final_rate,
             batches=self.batches,
-            stage=zero_stage(train, weight_bytes(cfg.model.path), gpu_memory_bytes(train)),
+            stage=stage,
             messages=messages,
         )
         use_gpu = train.gpus_per_worker > 0

@@ -76,7 +76,10 @@ def finetune(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
         rows = sets.union(cfg.finetune.sets)
         check_answered(cfg, sets)
         run.begin(sets)
-        trainer = Trainer(cfg, "finetune", {"retain": (rows, cfg.finetune.batch_size)})
+        streams = {"retain": (rows, cfg.finetune.batch_size)}
+        if cfg.finetune.salient is not None:
+            streams["forget"] = (sets.forget, cfg.finetune.batch_size)
+        trainer = Trainer(cfg, "finetune", streams)
         steps = cfg.finetune.epochs * trainer.batches["retain"]
         started = time.monotonic()
         with LossLog(run.place, "Fine-tuning", steps, terminal) as losses:
@@ -102,7 +105,7 @@ def evaluate_model(cfg: UnlearnConfig, model: ModelConfig, terminal: Terminal) -
         return score(cfg, models, answered_only(sets), terminal)[0]
 
 
-def train(run: RunFolder, sets: Sets, tracker: Tracker, terminal: Terminal) -> dict[str, Any]:
+def train(run: RunFolder, sets: Sets, tracker: Tracker | None, terminal: Terminal) -> dict[str, Any]:
     """Train the adapter, write it and the merged model; returns what it cost."""
     cfg = run.cfg
     keep = sets.union(("retain", "utility"), present_only=True)

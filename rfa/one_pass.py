@@ -116,13 +116,16 @@ class OnePass:
         self._kept = kept
 
     @torch.no_grad()
-    def solve(self, batches: Sequence[UnlearnBatch], strength: float) -> None:
-        """Solve and place all adapters, from this worker's forget rows."""
+    def solve(
+        self, batches: Sequence[UnlearnBatch], strength: float, *, with_logits: bool = False
+    ) -> list[Tensor] | None:
+        """Solve and place all adapters, from this worker's forget rows. `with_logits` gives what the solved model then
+        predicts of each batch's answers [N, V], where the same forward can tell; else None."""
         for name in self.layers:
             self._place_solution(name, None)
         if self.settings.mode == "blockwise" and len(batches) == 1:
-            self._solve_in_passing(batches[0], strength)
-            return
+            logits_NV = self._solve_in_passing(batches[0], strength, with_logits=with_logits)
+            return None if logits_NV is None else [logits_NV]
         first_block = self.alignment.taps.first_block
         hidden: list[Tensor | None] = [None] * len(batches)
         if first_block > 0:
@@ -134,8 +137,9 @@ class OnePass:
             if stage.advances:
                 self._advance(batches, hidden, start, stage.stop)
                 start = stage.stop
+        return None
 
-    def _solve_in_passing(self, batch: UnlearnBatch, strength: float) -> None:
+    def _solve_in_passing(self, batch: UnlearnBatch, strength: float, *, with_logits: bool) -> Tensor | None:
         """Solve each module when the rows reach it, after its base layer and before its adapter has run."""
 
         def solve_here(name: str, input_BSD: Tensor, output_BSO: Tensor) -> None:
@@ -144,7 +148,10 @@ class OnePass:
             self._solve_together(found, strength)
 
         with self._observing(self.layers, solve_here):
+            if with_logits:
+                return self.alignment.runner(batch, logits_at_BT=batch.answer_BT).logits_NV
             self._run(batch, None, 0, self.alignment.taps.last_block + 1)
+            return None
 
     def _stages(self) -> list["_Stage"]:
         """Which modules are solved at once, in order."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 import torch
@@ -25,7 +25,7 @@ from pipelines.loop import kept_tokens
 from pipelines.metrics import summarise
 from pipelines.model import build_alignment, load_base
 from pipelines.scorer import Scorer
-from pipelines.solver import WorkerSolver, solve_settings
+from pipelines.solver import FIRST_STRENGTH, WorkerSolver, solve_settings
 from pipelines.worker import Job
 from rfa.adapters import lora_layers
 from rfa.batch import UnlearnBatch, collate
@@ -35,7 +35,7 @@ from rfa.solve import KeptInverse
 from rfa.statistics import InputSums
 from rfa.targets import FeatureSums, Targets
 from tuning.prepare import Shared
-from tuning.trial import RUNGS
+from tuning.trial import RUNGS, Measured
 
 
 @dataclass
@@ -55,14 +55,6 @@ class Collected:
                 self.features[tokens][name].merge(own)
 
 
-class Measured(NamedTuple):
-    """Scores of a trial as it stands, the seconds of work on its adapter so far, and the strengths that were tried."""
-
-    scores: dict[str, float | None]
-    cost_s: float
-    strengths: list[dict[str, float]]
-
-
 class Workbench:
     """The model and the data of one process."""
 
@@ -79,6 +71,7 @@ class Workbench:
         self._encoder = encoder_of(cfg)
         self._kept_inverses: tuple[tuple[float, ...], dict[str, KeptInverse]] = ((), {})
         self._targets: dict[str, Targets] = {}
+        self._first_strength = FIRST_STRENGTH
 
     def collect(self, rank: int, world_size: int) -> Collected:
         """Statistics of every `world_size`-th batch of kept rows, for every module that a trial may adapt."""
@@ -143,7 +136,10 @@ class Workbench:
         solver.one_pass.adopt(self._factored(cfg, lora_layers(alignment.model)))
         forget = self._batch([], [row for rows in self._rows(self.shared.forget) for row in rows])
         holdout = [row for rows in self._rows(self.shared.holdout) for row in rows]
-        return [trial._asdict() for trial in solver.solve([forget], [self._batch([], holdout)])]
+        found = solver.solve([forget], [self._batch([], holdout)], self._first_strength)
+        if found:  # the next trial's is likely to lie near by
+            self._first_strength = found[-1].strength
+        return [trial._asdict() for trial in found]
 
     def _train(self, cfg: UnlearnConfig, alignment: ResidualAlignment) -> Iterator[None]:
         """The run's gradient steps in this process; pauses at each of `RUNGS` equal parts."""

@@ -9,7 +9,7 @@ from jinja2 import Environment, StrictUndefined
 
 from pipelines.curves import SOFT, svg
 from tuning.record import Ended, as_configured
-from tuning.score import Constraint, Score, pareto_front
+from tuning.score import OF_CLASSES, Constraint, Score, pareto_front
 from tuning.space import encoded
 
 BLUE, GREEN, ORANGE, GREY = "#0072b2", "#009e73", "#d55e00", "#b6bcc5"
@@ -35,6 +35,7 @@ def write_page(
         configured=configured,
         constraints=[str(own) for own in constraints],
         has_oracle="oracle" in references,
+        of_classes=OF_CLASSES[0] in references["before"],
         fields=Score._fields,
         keys=list(dict.fromkeys(key for own in trials.values() for key in own.values)),
         trade_off=_trade_off(

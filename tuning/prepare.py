@@ -66,7 +66,7 @@ def save_adapter(shared: Shared, cfg: UnlearnConfig, folder: Path) -> None:
 
 def share_work(cfg: UnlearnConfig, space: Space, sets: Sets, terminal: Terminal) -> Shared:
     """Tokenise, and collect the solver's statistics on all workers."""
-    cfg = _quick(cfg)
+    cfg = quick(cfg)
     encoder = encoder_of(cfg)
 
     def rows_of(dataset: Any, batch_size: int) -> Any:
@@ -81,7 +81,7 @@ def share_work(cfg: UnlearnConfig, space: Space, sets: Sets, terminal: Terminal)
         kept=rows_of(kept, train.retain_batch_size),
         forget=rows_of(sets.forget, train.forget_batch_size),
         holdout=None if sets.holdout is None else rows_of(sets.holdout, train.forget_batch_size),
-        scored=[piece.rows for piece in pieces_of(cfg, _scored(sets))],
+        scored=[piece.rows for piece in pieces_of(cfg, scored_sets(sets))],
         token_kinds=token_kinds,
     )
     bar = terminal.bar("Collecting statistics", train.max_workers + 1)
@@ -120,14 +120,15 @@ def _widest(cfg: UnlearnConfig, space: Space) -> tuple[UnlearnConfig, tuple[str,
     return with_values(cfg, values), tuple(kinds)
 
 
-def _scored(sets: Sets) -> Sets:
+def scored_sets(sets: Sets) -> Sets:
     """The sets that trials are scored on: general knowledge, which is never trained on, rather than the utility set."""
     if sets.general is None:
         return sets
     return replace(sets, utility=None, counts={name: n for name, n in sets.counts.items() if name != "utility"})
 
 
-def _quick(cfg: UnlearnConfig) -> UnlearnConfig:
+def quick(cfg: UnlearnConfig) -> UnlearnConfig:
+    """The configuration with what trials are scored by: likelihoods alone."""
     return with_values(cfg, {"evaluation.quick": True, "evaluation.robustness": []})
 
 
@@ -135,7 +136,7 @@ def reference_scores(cfg: UnlearnConfig, sets: Sets, folder: Path, terminal: Ter
     """Scores of the original model and of the oracle; a search that goes on has them already."""
     path = folder / "references.json"
     if not path.exists():
-        cfg, sets, models = _quick(cfg), _scored(sets), {"before": cfg.model, **oracle_of(cfg, "oracle")}
+        cfg, sets, models = quick(cfg), scored_sets(sets), {"before": cfg.model, **oracle_of(cfg, "oracle")}
         bar = terminal.bar("Evaluating " + ", ".join(models), evaluation_work(cfg, models, sets))
         path.write_text(json.dumps(evaluate(cfg, models, sets, bar.advance), indent=2), encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))

@@ -6,8 +6,11 @@ words: their probability, the share of facts recalled, and the AUC of the min-k 
 scores are that model's; without one the trial's own holdout set stands in, which no model here has seen, and an AUC of
 1/2. Even a second oracle, of another seed, is not at 0.
 
-`utility` is the smallest of the kept sets' probabilities, each in units of the original model's: 1 means that nothing
-was lost. Both are comparable between trials of one search alone.
+Of a classifier it is the forget set's accuracy and the attack's efficacy; without an oracle the holdout set's accuracy
+and an AUC of 1/2 are aimed at or, where there is no holdout set since a class must go, 0 and 1.
+
+`utility` is the smallest of the kept sets' probabilities (a classifier's accuracies), each in units of the original
+model's: 1 means that nothing was lost. Both are comparable between trials of one search alone.
 """
 
 import math
@@ -18,7 +21,9 @@ from pipelines.config import ConfigError
 
 OWN_WORDS = ("forget.probability", "forget.fact_recall", "mia.min_k")
 OTHER_WORDS = ("forget.probability_paraphrased", "forget.fact_recall_paraphrased")
+OF_CLASSES = ("forget.accuracy", "mia_efficacy")
 KEPT = ("retain.probability", "utility.probability", "general.probability")
+KEPT_CLASSES = ("retain.accuracy", "general.accuracy")
 CHANCE = 0.5  # AUC of an attack that cannot tell
 UTILITY_FLOOR = 0.97
 
@@ -65,20 +70,27 @@ def score_trial(scores: Scores, before: Scores, oracle: Scores | None, cost_s: f
     Raises:
         NotANumberError: a score that is needed is missing or not finite.
     """
-    own = [abs(_number(scores, name) - _target(name, scores, oracle)) for name in OWN_WORDS if name in scores]
+    own = [abs(_number(scores, name) - target) for name, target in _never_saw(scores, oracle).items()]
     other = [_gap_in_other_words(name, scores, oracle) for name in OTHER_WORDS if name in scores]
-    kept = [_number(scores, name) / max(_number(before, name), 1e-9) for name in KEPT if name in before]
+    names = KEPT_CLASSES if OF_CLASSES[0] in before else KEPT
+    kept = [_number(scores, name) / max(_number(before, name), 1e-9) for name in names if name in before]
     parts = [*own, *other]
     return Score(_mean(parts), min(kept), _mean(own), _mean(other) if other else 0.0, cost_s)
 
 
-def _target(name: str, scores: Scores, oracle: Scores | None) -> float:
-    """What a model that never saw the forget set scores."""
+def _never_saw(scores: Scores, oracle: Scores | None) -> dict[str, float]:
+    """What a model that never saw the forget set scores, by name, in the forget set's own words."""
+    accuracy, efficacy = OF_CLASSES
     if oracle is not None:
-        return _number(oracle, name)
-    if name == "mia.min_k":
-        return CHANCE
-    return _number(scores, f"holdout.{_metric(name)}")
+        return {
+            name: _number(oracle, name) for name in (OF_CLASSES if accuracy in scores else OWN_WORDS) if name in scores
+        }
+    if accuracy not in scores:
+        of_holdout = {name: f"holdout.{_metric(name)}" for name in OWN_WORDS if name in scores}
+        return {name: CHANCE if name.startswith("mia.") else _number(scores, own) for name, own in of_holdout.items()}
+    if "holdout.accuracy" in scores:
+        return {accuracy: _number(scores, "holdout.accuracy"), "mia.loss": CHANCE}
+    return {accuracy: 0.0, efficacy: 1.0}
 
 
 def _gap_in_other_words(name: str, scores: Scores, oracle: Scores | None) -> float:

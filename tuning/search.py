@@ -1,4 +1,5 @@
-"""The search: Ray Tune runs trials that Optuna suggests, on workbenches that share one model and its statistics.
+"""The search: Ray Tune runs trials that Optuna suggests, on workbenches that share one model and its statistics, or as
+runs of their own.
 
 Everything lies in the output folder: Optuna's journal, from which its sampler goes on, and `trials.jsonl`, one line a
 trial that has ended, from which the result is made. The first trial is the configuration as it is.
@@ -17,7 +18,7 @@ import yaml
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
-from pipelines.artifact import RunFolder
+from pipelines.artifact import RunFolder, weight_bytes
 from pipelines.config import ConfigError, UnlearnConfig, check_strength
 from pipelines.config_file import to_yaml, with_values
 from pipelines.console import Terminal
@@ -25,14 +26,14 @@ from pipelines.own_answers import with_own_answers
 from pipelines.place import refuse_store
 from pipelines.tasks import result_of
 from pipelines.tracking import Tracker, check_tracking
-from pipelines.trainer import forget_resume_points
+from pipelines.trainer import forget_resume_points, gpu_memory_bytes, zero_stage
 from pipelines.unlearn import load_checked, oracle_of, session, tracked
 from tuning.page import write_page
-from tuning.prepare import Shared, reference_scores, save_adapter, share_work
+from tuning.prepare import reference_scores, share_work
 from tuning.record import Ended, Ledger, as_configured
 from tuning.score import Constraint, Score, pick
 from tuning.space import Space, default_space, load_space, read_space
-from tuning.trial import RUNGS, Trial
+from tuning.trial import RUNGS, Trial, Way, as_runs, on_workbenches
 
 Method = Literal["tpe", "random", "grid"]
 OBJECTIVES = {"distance": "min", "utility": "max"}
@@ -91,7 +92,6 @@ def search(cfg: UnlearnConfig, wish: Wish, terminal: Terminal) -> Found:
         ConfigError: something the user can mend; nothing has been run.
         RuntimeError: no trial keeps the constraints; the page is written.
     """
-    _refuse_what_no_trial_can(cfg)
     refuse_store(cfg.output_dir)
     run = RunFolder(cfg, "tune")
     if run.manifest() and not wish.resume:
@@ -106,30 +106,28 @@ def search(cfg: UnlearnConfig, wish: Wish, terminal: Terminal) -> Found:
         (run.path / SPACE_FILE).write_text(yaml.safe_dump(space.tree(), sort_keys=False), encoding="utf-8")
         sets = with_own_answers(cfg, sets, run.path, terminal)
         with tracked(run, sets, terminal) as tracker:
-            shared = share_work(cfg, space, sets, terminal)
+            shares = _fits_a_workbench(cfg, space)
+            way = on_workbenches(share_work(cfg, space, sets, terminal)) if shares else as_runs(cfg, sets)
             references = reference_scores(cfg, sets, run.path, terminal)
             ledger = Ledger(run.path, tracker, terminal, trials)
             if ledger.left:
-                _run_trials(shared, space, wish, ledger, references)
-            return _finish(run, shared, wish, ledger, references, tracker)
+                _run_trials(cfg, way, space, wish, ledger, references)
+            return _finish(run, way, wish, ledger, references, tracker)
 
 
-def _refuse_what_no_trial_can(cfg: UnlearnConfig) -> None:
-    if cfg.task != "causal_lm" or cfg.prune.method != "none":
-        key, found = ("task", cfg.task) if cfg.task != "causal_lm" else ("prune.method", cfg.prune.method)
-        raise ConfigError(f"{key}: found {found}, allowed in a search: {'causal_lm' if key == 'task' else 'none'}")
-    if cfg.solve.mode != "off" and cfg.train.deepspeed.stage == 3:
-        raise ConfigError("train.deepspeed.stage: found 3, allowed in a search: a model that one worker holds")
-    if not isinstance(cfg.train.num_workers, int):
-        found = list(cfg.train.num_workers)
-        raise ConfigError(f"train.num_workers: found {found}, allowed in a search: one number")
+def _fits_a_workbench(cfg: UnlearnConfig, space: Space) -> bool:
+    """Whether trials can share a language model in one process, as it is; else each is a run of its own."""
+    prunes = cfg.prune.method != "none" or any(own.key.startswith("prune.") for own in space.dimensions)
+    stage = zero_stage(cfg.train, weight_bytes(cfg.model.path), gpu_memory_bytes(cfg.train))
+    return cfg.task == "causal_lm" and not prunes and stage < 3
 
 
 def _space(cfg: UnlearnConfig, wish: Wish, run: RunFolder) -> Space:
     """The space of the file, of the search that goes on, or the default one."""
     before = run.path / SPACE_FILE
     if wish.space is None and not before.exists():
-        return read_space(default_space(cfg, _depth(cfg)), cfg, "the default space")
+        depth = _depth(cfg) if cfg.task == "causal_lm" else 0
+        return read_space(default_space(cfg, depth), cfg, "the default space")
     space = load_space(wish.space or before, cfg)
     if before.exists() and space != load_space(before, cfg):
         raise ConfigError(
@@ -150,22 +148,26 @@ def _depth(cfg: UnlearnConfig) -> int:
 
 
 def _run_trials(
-    shared: Shared, space: Space, wish: Wish, ledger: Ledger, references: Mapping[str, dict[str, float | None]]
+    cfg: UnlearnConfig,
+    way: Way,
+    space: Space,
+    wish: Wish,
+    ledger: Ledger,
+    references: Mapping[str, dict[str, float | None]],
 ) -> None:
-    train = shared.cfg.train
-    trainable = tune.with_parameters(Trial, shared=shared, before=references["before"], oracle=references.get("oracle"))
-    resources = {"CPU": train.cpus_per_worker, **({"GPU": train.gpus_per_worker} if train.gpus_per_worker else {})}
-    by_gradient = train.steps > 0 or any(dimension.key == "train.steps" for dimension in space.dimensions)
+    before, oracle = references["before"], references.get("oracle")
+    trainable = tune.with_parameters(Trial, begin=way.begin, before=before, oracle=oracle)
+    by_gradient = cfg.train.steps > 0 or any(dimension.key == "train.steps" for dimension in space.dimensions)
     asha = ASHAScheduler(metric="distance", mode="min", max_t=RUNGS, grace_period=1, reduction_factor=2)
     folder = ledger.folder / "checkpoints"
     _quiet_tune()
     tune.Tuner(
-        tune.with_resources(trainable, resources),
+        tune.with_resources(trainable, way.resources),
         tune_config=tune.TuneConfig(
-            search_alg=_sampled(space, wish, shared.cfg.seed, ledger),
-            scheduler=asha if by_gradient else None,
+            search_alg=_sampled(space, wish, cfg.seed, ledger),
+            scheduler=asha if by_gradient and way.has_rungs else None,
             num_samples=ledger.left,
-            max_concurrent_trials=train.max_workers,
+            max_concurrent_trials=way.at_once,
             reuse_actors=True,
             trial_dirname_creator=_folder_name,
         ),
@@ -231,7 +233,7 @@ def _quiet_tune() -> None:
 
 def _finish(
     run: RunFolder,
-    shared: Shared,
+    way: Way,
     wish: Wish,
     ledger: Ledger,
     references: Mapping[str, dict[str, float | None]],
@@ -249,9 +251,8 @@ def _finish(
         raise RuntimeError(f"none of {len(ledger.trials)} trials keeps {wanted}; the page is {page}")
     best = with_values(cfg, {**ledger.trials[chosen].values, "output_dir": f"{run.path}-best"})
     (run.path / BEST_FILE).write_text(to_yaml(best), encoding="utf-8")
-    adapter = run.path / "adapter"
-    save_adapter(shared, with_values(shared.cfg, ledger.trials[chosen].values), adapter)
-    version = tracker.log_adapter(adapter, alias="champion")
+    way.save_adapter(ledger.trials[chosen], run.path)
+    version = tracker.log_adapter(run.path / "adapter", alias="champion")
     tracker.log_scores("pick", scores[chosen]._asdict())
     tracker.log_artifact(run.path / BEST_FILE)
     run.update(pick=chosen, mlflow={"run_id": tracker.run_id, "uri": cfg.tracking.uri, "model_version": version})

@@ -22,7 +22,7 @@ from pipelines.config import ConfigError, UnlearnConfig
 from pipelines.config_file import describe, with_values
 
 KINDS = ("choice", "uniform", "loguniform", "int")
-SEARCHED = ("adapter.", "objective.", "solve.")
+SEARCHED = ("adapter.", "objective.", "solve.", "prune.")
 SEARCHED_KEYS = tuple(f"train.{key}" for key in ("steps", "learning_rate", "warmup_steps", "clip_norm"))
 
 
@@ -175,34 +175,50 @@ def _check_values(key: str, kind: str, values: list[Any], source: str) -> None:
 
 
 def default_space(cfg: UnlearnConfig, depth: int) -> dict[str, Any]:
-    """A sensible space for a configuration, as a YAML tree: the solver's, the gradient loop's, or both.
+    """A sensible space for a configuration, as a YAML tree: the solver's, the gradient loop's, pruning's, as far as it
+    uses them.
 
     Args:
-        depth: blocks of the model.
+        depth: blocks of a language model.
     """
-    last = depth - 1
-    # The lowest blocks matter: without them nothing was forgotten at a price worth it (docs/one_pass.md).
-    layers = [[0, last], [0, 3 * last // 4], [depth // 8, last]]
-    tree: dict[str, Any] = {
-        "adapter.rank": {"choice": [8, 16, 32, 64]},
-        "adapter.layers": {"choice": [own for place, own in enumerate(layers) if own not in layers[:place]]},
-        "objective.tokens": {"choice": ["answer", "all"]},
-        "objective.target": {"choice": ["cluster_mean", "retain_mean"]},
-        "objective.clusters": {"choice": [8, 32, 128], "when": {"objective.target": "cluster_mean"}},
-    }
+    reads_text, tree = cfg.task == "causal_lm", dict[str, Any]()
+    tree["adapter.rank"] = {"choice": [8, 16, 32, 64]}
+    if reads_text:  # a classifier's head, outside the blocks, may be adapted, too
+        last = depth - 1
+        # The lowest blocks matter: without them nothing was forgotten at a price worth it (docs/one_pass.md).
+        layers = [[0, last], [0, 3 * last // 4], [depth // 8, last]]
+        tree["adapter.layers"] = {"choice": [own for place, own in enumerate(layers) if own not in layers[:place]]}
+        tree["objective.tokens"] = {"choice": ["answer", "all"]}
+    if cfg.solve.mode != "off" or cfg.objective.weights.forget > 0:
+        tree |= {
+            "objective.target": {"choice": ["cluster_mean", "retain_mean"]},
+            "objective.clusters": {"choice": [8, 32, 128], "when": {"objective.target": "cluster_mean"}},
+        }
+    if cfg.prune.method != "none":
+        whole = cfg.train.deepspeed.stage != 3  # which wanda has to see
+        tree |= {
+            "prune.method": {"choice": ["rows", "magnitude", *(["wanda"] if whole else [])]},
+            "prune.sparsity": {"uniform": [0.1, 0.7]},
+        }
     if cfg.solve.mode != "off":
-        tree |= {
-            "solve.strength": {"loguniform": [5e-4, 2e-2]},
-            "solve.utility_weight": {"choice": [1.0, 2.0, 4.0]},
-            "solve.fact_weight": {"choice": [1.0, 4.0, 12.0]},
-        }
+        tree["solve.utility_weight"] = {"choice": [1.0, 2.0, 4.0]}
+        # Where a holdout set finds each trial's strength, no draw does better: the right one depends on all other keys.
+        if cfg.solve.strength != "auto":
+            tree["solve.strength"] = {"loguniform": [cfg.solve.strength / 8, cfg.solve.strength * 8]}
+        if reads_text:
+            tree["solve.fact_weight"] = {"choice": [1.0, 4.0, 12.0]}
     if cfg.train.steps > 0:
-        tree |= {
-            "adapter.alpha": {"choice": [8, 16, 32, 64]},
-            "train.learning_rate": {"loguniform": [1e-4, 3e-2]},
-            **{
-                f"objective.weights.{name}": {"loguniform": [0.1, 10.0]}
-                for name in ("retain", "forget", "kl", "task", "output")
-            },
-        }
+        tree |= _of_gradient_steps(cfg)
     return tree
+
+
+def _of_gradient_steps(cfg: UnlearnConfig) -> dict[str, Any]:
+    """What the gradient loop adds. Pruned models keep to the terms they have: the paper's has one."""
+    targets = [list(cfg.adapter.targets), *([own] for own in cfg.adapter.targets)]
+    weights = {name: value for name, value in cfg.objective.weights if value > 0 or cfg.prune.method == "none"}
+    return {
+        **({"adapter.targets": {"choice": targets}} if len(targets) > 2 else {}),
+        "adapter.alpha": {"choice": [8, 16, 32, 64]},
+        "train.learning_rate": {"loguniform": [1e-4, 3e-2]},
+        **({f"objective.weights.{name}": {"loguniform": [0.1, 10.0]} for name in weights} if len(weights) > 1 else {}),
+    }

@@ -1,21 +1,55 @@
-"""One trial as Ray Tune runs it: in an actor that is used again, on the workbench of its process."""
+"""One trial as Ray Tune runs it, in an actor that is used again: on its process's workbench, or as a run of its own.
+
+A workbench holds the whole model in one process and shares what it can between trials. What it cannot do (pruning,
+classifiers, a model that takes several workers) is done as `ray-unlearn run` does it, each trial on workers of its own.
+"""
 
 import json
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import ray
 from ray import tune
 
+from pipelines.artifact import RunFolder
+from pipelines.config import ModelConfig, UnlearnConfig
 from pipelines.config_file import with_values
-from tuning.prepare import Shared
+from pipelines.console import Terminal
+from pipelines.data import Sets
+from pipelines.tasks import this_node
+from pipelines.trainer import groups_at_once
+from pipelines.unlearn import score, session, train
+from tuning.prepare import Shared, quick, save_adapter, scored_sets
+from tuning.record import Ended
 from tuning.score import score_trial
 
 if TYPE_CHECKING:
-    from tuning.bench import Measured, Workbench
+    from tuning.bench import Workbench
 
-RUNGS = 4  # how often a trial of gradient steps is scored: where a scheduler can stop it
+RUNGS = 4  # how often a trial of gradient steps is scored on a workbench: where a scheduler can stop it
+KEPT_FILES = ("adapter", "masks.safetensors")  # of a trial that was a run
 
 _BENCHES: "list[Workbench]" = []  # this process's, once it has one
+
+
+class Measured(NamedTuple):
+    """Scores of a trial as it stands, the seconds of work on its adapter so far, and the strengths that were tried."""
+
+    scores: dict[str, float | None]
+    cost_s: float
+    strengths: list[dict[str, float]]
+
+
+class Stages(NamedTuple):
+    """A trial: how often it is scored, and what it measures then."""
+
+    number: int
+    measured: Iterator[Measured]
+
+
+Begin = Callable[[int, Mapping[str, Any]], Stages]  # from a trial's number and its changes to the configuration
 
 
 class Trial(tune.Trainable):
@@ -24,14 +58,14 @@ class Trial(tune.Trainable):
     def setup(
         self,
         config: dict[str, Any],
-        shared: Shared | None = None,
+        begin: Begin | None = None,
         before: Mapping[str, float | None] | None = None,
         oracle: Mapping[str, float | None] | None = None,
     ) -> None:
         """Ray Tune's constructor; the work begins with the first step."""
-        assert shared is not None
+        assert begin is not None
         assert before is not None
-        self._shared, self._before, self._oracle = shared, before, oracle
+        self._begin, self._before, self._oracle = begin, before, oracle
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -44,13 +78,7 @@ class Trial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Work up to the next rung, and the values there."""
         if self._stages is None:
-            if not _BENCHES:
-                from tuning.bench import Workbench
-
-                _BENCHES.append(Workbench(self._shared))
-            cfg = with_values(self._shared.cfg, json.loads(self.config["values"]))
-            self._left = RUNGS if cfg.train.steps else 1
-            self._stages = _BENCHES[0].trial(cfg)
+            self._left, self._stages = self._begin(self.config["number"], json.loads(self.config["values"]))
         measured = next(self._stages)
         self._left -= 1
         score = score_trial(measured.scores, self._before, self._oracle, measured.cost_s)
@@ -69,3 +97,83 @@ class Trial(tune.Trainable):
         if self._stages is not None:
             self._stages.close()  # pyright: ignore[reportAttributeAccessIssue]
             self._stages = None
+
+
+class Way(NamedTuple):
+    """How trials are done.
+
+    `begin` takes a trial up, from its number and its changes to the configuration; `save_adapter` writes the pick's
+    into a folder.
+    """
+
+    begin: Begin
+    save_adapter: Callable[[Ended, Path], None]
+    resources: dict[str, float]  # of a trial's actor
+    at_once: int
+    has_rungs: bool  # trials of gradient steps are scored on the way
+
+
+def on_workbenches(shared: Shared) -> Way:
+    """Trials on a workbench in each of so many processes."""
+    train = shared.cfg.train
+
+    def begin(_number: int, values: Mapping[str, Any]) -> Stages:
+        if not _BENCHES:
+            from tuning.bench import Workbench
+
+            _BENCHES.append(Workbench(shared))
+        cfg = with_values(shared.cfg, dict(values))
+        return Stages(RUNGS if cfg.train.steps else 1, _BENCHES[0].trial(cfg))
+
+    def save(trial: Ended, folder: Path) -> None:
+        values = dict(trial.values)
+        if trial.strengths:
+            values["solve.strength"] = trial.strengths[-1]["strength"]  # not searched again
+        save_adapter(shared, with_values(shared.cfg, values), folder / "adapter")
+
+    each = {"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker}
+    return Way(begin, save, {kind: n for kind, n in each.items() if n}, train.max_workers, has_rungs=True)
+
+
+def as_runs(cfg: UnlearnConfig, sets: Sets) -> Way:
+    """Trials as runs: as many at once as the cluster has room for groups of workers. Their adapters stay in folders of
+    their own, below the search's."""
+    cfg, node = quick(cfg), this_node()
+
+    def folder_of(number: int) -> Path:
+        return Path(cfg.output_dir) / "trials" / f"{number:04d}"
+
+    def begin(number: int, values: Mapping[str, Any]) -> Stages:
+        def measure() -> Iterator[Measured]:
+            own = with_values(cfg, {**values, "output_dir": str(folder_of(number))})
+            # What an actor of Tune's starts is confined to that actor's resources, unless it is told where to run.
+            yield ray.get(ray.remote(num_cpus=0)(_run).options(scheduling_strategy=node).remote(own, sets))
+
+        return Stages(1, measure())
+
+    def save(trial: Ended, folder: Path) -> None:
+        shutil.copytree(folder_of(trial.number), folder, dirs_exist_ok=True)
+
+    # The actor only waits; but Tune takes no request for nothing, and the workers need all CPUs.
+    return Way(begin, save, {"CPU": 0, "memory": 1}, groups_at_once(cfg.train), has_rungs=False)
+
+
+def _run(cfg: UnlearnConfig, sets: Sets) -> Measured:
+    """Unlearn as `ray-unlearn run` does and score the merged model; only the adapter and the masks are left."""
+    from pipelines.model import check_models  # late: the driver imports none of what that takes
+
+    check_models(cfg, {})
+    folder = Path(cfg.output_dir)
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed search was at
+    run, terminal = RunFolder(cfg, "run"), Terminal()
+    run.path.mkdir(parents=True)
+    try:
+        with session(cfg, folder / "run.log", terminal):
+            cost = train(run, sets, None, terminal)
+            after = {"after": ModelConfig(path=str(folder / "model"))}
+            scores, _ = score(cfg, after, scored_sets(sets), terminal)
+        return Measured(scores["after"], cost["solve_s"] + cost["train_s"], run.manifest()["strengths"])
+    finally:
+        for path in folder.iterdir():
+            if path.name not in KEPT_FILES:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -55,6 +55,7 @@ ARMS = {
     "gradient ascent": Arm("run", [*NO_RFA, "objective.weights.output=1", "objective.output=ascent"], epochs=0.05),
     "random labels": Arm("run", [*NO_RFA, *weights(task=1, output=1), "objective.output=random_label"], epochs=0.5),
     "bad teacher": Arm("run", [*NO_RFA, *weights(kl=1, output=1), "objective.output=bad_teacher"], epochs=0.5),
+    "SalUn": Arm("finetune", ["finetune.sets=[retain]", "finetune.epochs=1", "finetune.salient=0.5"]),
     "SCRUB": Arm("run", [*NO_RFA, *weights(kl=1, task=1, output=0.1), "objective.output=scrub"], epochs=0.5),
 }
 

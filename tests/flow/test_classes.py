@@ -17,6 +17,7 @@ from pipelines.console import Terminal
 from pipelines.unlearn import finetune, unlearn
 from tests.flow.conftest import CommandHere
 from tests.tiny_classifiers import write_image_model, write_images, write_text_model, write_texts
+from tuning.record import read_trials
 
 Quick = Callable[..., UnlearnConfig]
 SMALL = ["train.retain_batch_size=32", "train.forget_batch_size=32", "evaluation.max_rows=null", "tracking.uri=null"]
@@ -73,6 +74,17 @@ def test_a_class_is_forgotten_in_one_pass(resnet: Path) -> None:
     assert "MIA efficacy" in page
 
 
+def test_a_search_scores_classifiers_by_accuracy(resnet: Path, command_here: CommandHere) -> None:
+    changes = [f"model.path={resnet}/target/model", f"output_dir={resnet}/tune"]
+    code, told = command_here("tune", "rfa_image", *images(resnet, *changes), "--trials", "1")
+    assert code == 0, told
+    trial = read_trials(resnet / "tune")[0]
+    assert trial.score is not None
+    assert trial.score.distance < 0.05, "accuracy 0 and efficacy 1: the class is gone"
+    assert trial.score.utility > 0.97
+    assert "accuracy" in (resnet / "tune" / "search.html").read_text()
+
+
 def test_prunelora_keeps_pruned_filters_at_zero_and_sees_kept_rows_alone(resnet: Path) -> None:
     changes = [f"model.path={resnet}/target/model", f"output_dir={resnet}/pruned", "train.num_workers=2"]
     changes += [*PRUNE, "prune.targets=[convolutions]", "adapter.targets=[convolution, classifier.1]"]
@@ -92,6 +104,34 @@ def test_prunelora_keeps_pruned_filters_at_zero_and_sees_kept_rows_alone(resnet:
     assert (merged[last] - before[last]).abs().max() > 0.01, "batch statistics are those of the whole model"
     assert cost["sparsity"] == cost["sparsity_before_merge"] == 0.5
     assert json.loads((run.path / "manifest.json").read_text())["cost"]["sparsity"] == 0.5
+
+
+def test_salun_trains_salient_weights_alone(resnet: Path, command_here: CommandHere) -> None:
+    start = resnet / "target" / "model"
+    changes = [f"model.path={start}", f"output_dir={resnet}/salun", "train.num_workers=2", "finetune.epochs=4"]
+    own = ["finetune.sets=[retain]", "finetune.salient=0.3", "finetune.learning_rate=1e-2"]
+    code, told = command_here("finetune", "rfa_image", *images(resnet, *changes, *own))
+    assert code == 0, told
+    model = AutoModelForImageClassification.from_pretrained(start).eval()
+    raw = (resnet / "images" / "train-images-idx3-ubyte").read_bytes()[16:]
+    pixels = torch.tensor(list(raw), dtype=torch.float32).view(-1, 1, 8, 8) / 127.5 - 1
+    torch.nn.functional.cross_entropy(model(pixels[2::4]).logits, torch.full((60,), 2)).backward()
+    gradients = {name: own.grad.abs() for name, own in model.named_parameters() if own.grad is not None}
+    least = torch.cat([own.flatten() for own in gradients.values()]).quantile(0.7)
+    before, after = load_file(start / "model.safetensors"), load_file(resnet / "salun" / "model" / "model.safetensors")
+    wrong = 0
+    for name, gradient in gradients.items():
+        moved = before[name] != after[name]
+        near = (gradient / least - 1).abs() < 1e-3  # sums in another order
+        wrong += int((moved & (gradient < least) & ~near).sum())
+        wrong += int((~moved & (gradient > least) & ~near).sum())
+    assert wrong == 0
+    with torch.no_grad():
+        right = (
+            model.from_pretrained(resnet / "salun" / "model").eval()(pixels).logits.argmax(1) == torch.arange(240) % 4
+        )
+    assert float(right[2::4].float().mean()) < 0.5, "the class goes"
+    assert float(right[torch.arange(240) % 4 != 2].float().mean()) > 0.9, "the others stay"
 
 
 def test_a_share_of_texts_is_forgotten_from_the_command_line(

@@ -12,8 +12,10 @@ from typing import Any
 import mlflow
 import pytest
 import ray
+import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -160,8 +162,6 @@ def test_the_page_needs_no_other_host(resumed: Path) -> None:
         (["--space", "{folder}/none.yaml"], "none.yaml: cannot be read (FileNotFoundError)"),
         (["--space", "{folder}/space.yaml"], "space.yaml: adapter.rank: found 0, input should be greater"),
         (["--method", "grid"], "solve.strength: found loguniform, allowed with --method grid: choice or int"),
-        (["train.deepspeed.stage=3"], "train.deepspeed.stage: found 3, allowed in a search"),
-        (["train.num_workers=[1,2]"], "train.num_workers: found [1, 2], allowed in a search: one number"),
         (["data.holdout=null"], "data.holdout: missing, required by solve.strength=auto"),
     ],
 )
@@ -188,3 +188,24 @@ def test_ended_trials_give_their_resources_back(ray_session: None, overrides: li
     while ray.available_resources().get("CPU", 0) < everything and time.monotonic() < deadline:
         time.sleep(0.2)
     assert ray.available_resources()["CPU"] == everything
+
+
+def test_pruned_models_over_two_workers_are_runs_of_their_own(
+    command_here: CommandHere, overrides: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "space.yaml").write_text("prune.targets: {choice: [[none_such]]}")
+    changes = ["prune.method=magnitude", "prune.sparsity=0.3", "prune.targets=[o_proj,down_proj]", "solve.mode=off"]
+    changes += ["train.steps=4", "train.num_workers=2", "train.deepspeed.stage=3", f"output_dir={tmp_path}/out"]
+    options = ["--space", f"{tmp_path}/space.yaml", "--trials", "9", "--method", "grid", "--require", "utility>=0"]
+    code, told = command_here("tune", "quick", *overrides, *changes, *options)
+    assert code == 0, told
+    trials = read_trials(tmp_path / "out")
+    assert [trials[number].state for number in sorted(trials)] == ["finished", "failed"]
+    assert "prune.targets: no layer ends with 'none_such'" in str(trials[1].reason)
+    masks = load_file(tmp_path / "out" / "masks.safetensors")
+    assert len(masks) == 8
+    assert float(torch.cat([mask.flatten() for mask in masks.values()]).float().mean()) == pytest.approx(0.7, abs=0.01)
+    assert {path.name for path in (tmp_path / "out" / "trials" / "0000").iterdir()} == {"adapter", "masks.safetensors"}
+    adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert any(bool(value.any()) for name, value in adapter.items() if "lora_B" in name)
+    assert load_config(str(tmp_path / "out" / "best.yaml")).train.deepspeed.stage == 3

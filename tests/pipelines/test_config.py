@@ -63,9 +63,14 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
         (["objective.residual=drift"], "objective.residual: found drift, allowed with solve.mode=blockwise: local"),
         (["solve.strength=0"], "solve.strength: found 0, input should be greater than 0 or input should be 'auto'"),
         (["solve.strength=much"], "or input should be 'auto'"),
+        (["finetune.salient=0.5"], "finetune.sets: found forget with finetune.salient, allowed: sets without it"),
+        (
+            ["finetune.salient=0.5", "finetune.sets=[retain]", "train.deepspeed.stage=3"],
+            "finetune.salient: found with train.deepspeed.stage=3, allowed: null, or stage 0 to 2",
+        ),
     ],
 )
-def test_the_solver_is_not_asked_for_what_it_cannot_do(overrides: list[str], message: str) -> None:
+def test_nothing_is_asked_for_what_it_cannot_do(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("quick", overrides)
     assert message in str(caught.value)

@@ -109,6 +109,17 @@ def test_solving_again_begins_from_the_base_model(build: Build, mode: str) -> No
         assert not torch.allclose(stronger[name], first[name], rtol=1e-2)
 
 
+def test_a_solve_in_passing_tells_what_the_solved_model_predicts(build: Build) -> None:
+    alignment, batch = build(), collate([], FORGET, 0)
+    one_pass = solved(alignment)
+    told = one_pass.solve([batch], 2.0, with_logits=True)
+    again = alignment.runner(batch, logits_at_BT=batch.answer_BT).logits_NV
+    assert told is not None
+    assert again is not None
+    torch.testing.assert_close(told[0], again)
+    assert one_pass.solve([batch, batch], 2.0, with_logits=True) is None
+
+
 def test_forget_features_come_nearer_to_the_target_and_retain_features_stay(build: Build) -> None:
     alignment = build(Objective(target="retain_mean"))
     one_pass = OnePass(alignment, SolveSettings())

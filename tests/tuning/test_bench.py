@@ -14,10 +14,10 @@ from pipelines.console import Terminal
 from pipelines.data import load_sets
 from pipelines.trainer import Trainer
 from rfa.adapters import lora_layers
-from tuning.bench import Measured, Workbench
+from tuning.bench import Workbench
 from tuning.prepare import Shared, share_work
 from tuning.space import read_space
-from tuning.trial import RUNGS
+from tuning.trial import RUNGS, Measured
 
 SPACE = {"adapter.layers": {"choice": [[1, 2], [0, 3]]}, "objective.tokens": {"choice": ["answer", "all"]}}
 SOLVED = {"train.steps": 0, "solve.strength": 0.1, "train.num_workers": 1}

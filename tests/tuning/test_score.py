@@ -52,6 +52,17 @@ def test_without_an_oracle_the_holdout_set_stands_in() -> None:
     assert remembered.robustness == pytest.approx(0.4 / 2)
 
 
+def test_a_classifier_is_scored_by_accuracy_and_the_attack() -> None:
+    before = {"forget.accuracy": 1.0, "retain.accuracy": 0.9, "general.accuracy": 0.8, "retain.probability": 0.1}
+    after = {"forget.accuracy": 0.2, "mia_efficacy": 0.7, "retain.accuracy": 0.9, "general.accuracy": 0.6}
+    with_oracle = score_trial(after, before, {"forget.accuracy": 0.1, "mia_efficacy": 0.9}, cost_s=0.0)
+    assert with_oracle.distance == with_oracle.forgetting == pytest.approx((0.1 + 0.2) / 2)
+    assert with_oracle.utility == pytest.approx(0.6 / 0.8)
+    assert score_trial(after, before, None, cost_s=0.0).distance == pytest.approx((0.2 + 0.3) / 2), "a class must go"
+    of_rows = {**after, "holdout.accuracy": 0.5, "mia.loss": 0.8}
+    assert score_trial(of_rows, before, None, cost_s=0.0).distance == pytest.approx((0.3 + 0.3) / 2)
+
+
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])
 @pytest.mark.parametrize("name", ["forget.probability", "retain.probability", "mia.min_k"])
 def test_what_has_diverged_has_no_score(name: str, value: float | None) -> None:

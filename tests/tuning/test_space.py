@@ -109,3 +109,21 @@ def test_the_default_space_fits_any_depth(cfg: UnlearnConfig, steps: int, depth:
     layers = {own.adapter.layers for own in (with_values(cfg, values) for values in drawn(space, 0))}
     assert all(own is not None and 0 <= own[0] <= own[1] < depth for own in layers)
     assert ("train.learning_rate" in space.tree()) == (steps > 0)
+
+
+def test_the_default_space_searches_what_a_configuration_uses(cfg: UnlearnConfig) -> None:
+    prunelora = load_config("prunelora_image", ["model.path=none"])
+    assert set(default_space(prunelora, 0)) == {
+        "adapter.rank", "adapter.targets", "adapter.alpha", "prune.method", "prune.sparsity", "train.learning_rate"
+    }  # fmt: skip
+    rfa = default_space(with_values(cfg, {"solve.mode": "off", "train.steps": 9}), 4)
+    assert {f"objective.weights.{name}" for name in ("retain", "forget", "kl", "task", "output")} <= set(rfa)
+    assert rfa["adapter.targets"]["choice"] == [["o_proj", "down_proj"], ["o_proj"], ["down_proj"]]
+    solved = load_config("rfa_image", ["model.path=none"])
+    assert "adapter.layers" not in default_space(solved, 0), "a head lies outside the blocks"
+    for own in (prunelora, solved):
+        read_space(default_space(own, 0), own, "the default space")
+    assert "solve.strength" in default_space(solved, 0)
+    assert "solve.strength" not in default_space(load_config("rfa_text", ["model.path=none"]), 0), (
+        "each trial finds its own"
+    )
