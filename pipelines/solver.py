@@ -7,6 +7,7 @@ rows cannot tell apart the weaker does less harm. The statistics are collected o
 costs a solve and a forward over the forget and holdout rows.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -24,9 +25,10 @@ from rfa.loss import ResidualAlignment
 from rfa.one_pass import OnePass, SolveSettings
 
 FIRST_STRENGTH = 2e-3
-FACTOR = 3.0  # between the first two strengths; then its powers, until the right one lies between two of them
+SLOPE = 1.5  # by which the gap's odds commonly fall with the strength's logarithm; measured: 0.9 to 3
+LONGER = 1.5  # how much further each step goes, until the right strength lies between two that were tried
 TRIALS = 6
-CLOSE_ENOUGH = 0.03  # a gap below this ends the search
+CLOSE_ENOUGH = 0.03  # a gap this near to the aim ends the search
 
 Say = Callable[[int, int, str], None]  # done, of, what
 
@@ -63,13 +65,14 @@ def gap(forget: list[Likelihood], holdout: list[Likelihood]) -> float:
 def search_strength(
     try_strength: Callable[[float], float], aim: float, trials: int = TRIALS, first: float = FIRST_STRENGTH
 ) -> list[Trial]:
-    """All trials, the one whose gap is nearest to `aim` last: in ever longer strides from the `first` until it lies
-    between two, then in between.
+    """All trials, the one whose gap is nearest to `aim` last: from the `first` guess to where a common slope meets the
+    aim, until it lies between two trials, then in between.
 
-    The gap falls with the strength; where two are equally near the weaker strength is the better one.
+    The gap falls with the strength as a logistic curve does, from 1/2 to -1/2: its odds are steps in the strength's
+    logarithm. Where two gaps are equally near the weaker strength is the better one.
     """
     done: list[Trial] = []
-    strength, stride = first, FACTOR
+    strength, reach = first, 1 / SLOPE
     while len(done) < trials:
         done.append(Trial(strength, try_strength(strength)))
         if abs(done[-1].gap - aim) <= CLOSE_ENOUGH:
@@ -77,12 +80,17 @@ def search_strength(
         weak = max((trial for trial in done if trial.gap > aim), default=None)
         strong = min((trial for trial in done if trial.gap <= aim), default=None)
         if weak is None or strong is None:
-            strength *= stride if strong is None else 1 / stride
-            stride *= FACTOR
-        else:  # where a line through both gaps meets the aim, but well inside
-            share = min(max((weak.gap - aim) / (weak.gap - strong.gap), 0.2), 0.8)
-            strength = weak.strength * (strong.strength / weak.strength) ** share
+            strength *= math.exp(reach * (_odds(done[-1].gap) - _odds(aim)))
+            reach *= LONGER
+        else:  # where a line through both meets the aim, but well inside
+            share = (_odds(weak.gap) - _odds(aim)) / (_odds(weak.gap) - _odds(strong.gap))
+            strength = weak.strength * (strong.strength / weak.strength) ** min(max(share, 0.1), 0.9)
     return sorted(done, key=lambda trial: (-abs(trial.gap - aim), -trial.strength))
+
+
+def _odds(gap: float) -> float:
+    """Half the logarithm of the odds of an AUC of 1/2 + gap; an AUC of nearly 0 or 1 could be anything beyond."""
+    return math.atanh(2 * min(max(gap, -0.49), 0.49))
 
 
 def solve_settings(cfg: SolveConfig) -> SolveSettings:

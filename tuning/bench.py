@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import ray
@@ -71,7 +72,7 @@ class Workbench:
         self._encoder = encoder_of(cfg)
         self._kept_inverses: tuple[tuple[float, ...], dict[str, KeptInverse]] = ((), {})
         self._targets: dict[str, Targets] = {}
-        self._first_strength = FIRST_STRENGTH
+        self._strengths: list[float] = []  # that trials have found here: the next one's is likely to lie among them
 
     def collect(self, rank: int, world_size: int) -> Collected:
         """Statistics of every `world_size`-th batch of kept rows, for every module that a trial may adapt."""
@@ -136,9 +137,9 @@ class Workbench:
         solver.one_pass.adopt(self._factored(cfg, lora_layers(alignment.model)))
         forget = self._batch([], [row for rows in self._rows(self.shared.forget) for row in rows])
         holdout = [row for rows in self._rows(self.shared.holdout) for row in rows]
-        found = solver.solve([forget], [self._batch([], holdout)], self._first_strength)
-        if found:  # the next trial's is likely to lie near by
-            self._first_strength = found[-1].strength
+        first = median(self._strengths) if self._strengths else FIRST_STRENGTH
+        found = solver.solve([forget], [self._batch([], holdout)], first)
+        self._strengths += [trial.strength for trial in found[-1:]]
         return [trial._asdict() for trial in found]
 
     def _train(self, cfg: UnlearnConfig, alignment: ResidualAlignment) -> Iterator[None]:

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from pipelines.__main__ import app
 from pipelines.config_file import load_config
 from pipelines.console import Terminal
-from tests.flow.conftest import Command, CommandHere
+from tests.flow.conftest import CommandHere
 from tuning.record import read_trials
 from tuning.score import parse_constraints
 from tuning.search import Wish, search
@@ -69,15 +69,15 @@ def killed(tmp_path_factory: pytest.TempPathFactory, overrides: list[str]) -> tu
 
 
 @pytest.fixture(scope="module")
-def resumed(killed: tuple[Path, list[str], int], command: Command, command_here: CommandHere) -> Path:
+def resumed(killed: tuple[Path, list[str], int], command_here: CommandHere) -> Path:
     out, arguments, before = killed
     code, told = command_here(*arguments)
     assert code == 2
     assert "holds a search, allowed: a new folder, or --resume" in told
     kept = {number: own for number, own in read_trials(out).items()}
-    done = command(*arguments, "--resume")
-    assert done.returncode == 0, done.stderr
-    assert f"Going on after {before} trials" in done.stderr
+    code, told = command_here(*arguments, "--resume")
+    assert code == 0, told
+    assert f"Going on after {before} trials" in told
     after = read_trials(out)
     assert {number: after[number] for number in kept} == kept
     return out

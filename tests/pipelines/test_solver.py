@@ -1,9 +1,11 @@
 """The search for the strength, without a model."""
 
+import math
+
 import pytest
 
 from pipelines.config import SolveConfig
-from pipelines.solver import TRIALS, Likelihood, chance_gap, gap, search_strength, solve_settings
+from pipelines.solver import CLOSE_ENOUGH, TRIALS, Likelihood, chance_gap, gap, search_strength, solve_settings
 
 
 def rows(*values: float) -> list[Likelihood]:
@@ -33,6 +35,24 @@ def test_the_search_ends_near_the_right_strength(right: float) -> None:
     assert len(tried) == len(trials) <= 12
     assert trials[-1].strength == pytest.approx(right, rel=0.25)
     assert abs(trials[-1].gap) == min(abs(trial.gap) for trial in trials)
+
+
+@pytest.mark.parametrize(
+    ("right", "slope", "most"),
+    [(1e-3, 0.9, 3), (4e-3, 1.5, 2), (4e-3, 3.0, 4), (0.02, 3.0, 5), (1.0, 0.9, 6), (1.0, 1.5, 6)],
+)
+def test_a_logistic_gap_takes_few_trials(right: float, slope: float, most: int) -> None:
+    trials = search_strength(lambda strength: -0.5 * math.tanh(slope * math.log(strength / right)), aim=0.05)
+    assert len(trials) <= most
+    assert abs(trials[-1].gap - 0.05) <= CLOSE_ENOUGH
+
+
+def test_a_better_first_guess_takes_fewer_trials() -> None:
+    counts = []
+    for first in (0.1, 0.005):
+        trials = search_strength(lambda strength: -0.5 * math.tanh(2 * math.log(strength / 0.004)), 0.05, first=first)
+        counts.append(len(trials))
+    assert counts[1] < counts[0]
 
 
 def test_equally_close_strengths_give_the_weaker() -> None:
