@@ -4,7 +4,7 @@ The right strength leaves the forget set as likely as text that the model has ne
 tell-tale. Without a retrained oracle the holdout set says how likely that is: the strength is chosen at which forget
 rows stand half a standard deviation of chance on the side of text that is known, since of two strengths that so few
 rows cannot tell apart the weaker does less harm. The statistics are collected once, so each strength that is tried
-costs a solve and a forward over the forget and holdout rows.
+costs a solve, whose forward tells the forget rows' likelihood too, and a forward over the holdout rows.
 """
 
 import math

@@ -8,12 +8,13 @@ With `local` residuals the objective is, module by module, a weighted low-rank l
 The forget set's mean is a weighted one: tokens that carry a row's fact may weigh more.
 The kept sets enter through R = G_r/n_r + w_u G_u/n_u + ridge * mean(diag) * I alone, which does not depend on the
 strength: it is factored once. The forget set enters through its (few) tokens' inputs X and shifts T = t - h0. With
-K = X R^-1 X^T = V diag(k) V^T and lambda = n_f / strength the full-rank solution is
+K = X R^-1 X^T, lambda = n_f / strength and Z = (K + lambda)^-1 T the full-rank solution is
 
-    M = T^T V diag(1 / (k + lambda)) V^T X R^-1
+    M = Z^T X R^-1
 
-which is `C S^-1` of the usual normal equations, and reduced-rank regression (Izenman 1975) keeps the leading left
-singular vectors U of T^T V diag(sqrt(k / (k + lambda))):  B = U,  A = U^T M / scaling.
+which is `C S^-1` of the usual normal equations, and reduced-rank regression (Izenman 1975) keeps the leading
+eigenvectors U of M S M^T = Z^T K T:  B = U,  A = U^T M / scaling. One Cholesky factor of the tokens' kernel and the
+leading part of one eigenproblem of the outputs' size are all the work.
 
 Shapes: N tokens, D input features, O output features, K rank, L columns.
 """
@@ -21,6 +22,7 @@ Shapes: N tokens, D input features, O output features, K rank, L columns.
 from typing import NamedTuple
 
 import torch
+from scipy.linalg import eigh
 from torch import Tensor
 
 from rfa.statistics import ForgetRows, InputSums
@@ -51,9 +53,10 @@ class KeptInverse:
         present = [(weight, sums) for weight, sums in weighted if weight > 0 and sums.count > 0]
         if not present:
             raise ValueError("solve: the retain and utility sets have no tokens to hold on to")
-        mean_DL = sum(sums.sum_DL.double().cpu() * (weight / sums.count) for weight, sums in present)
+        mean_DL = torch.zeros(present[0][1].sum_DL.shape, dtype=torch.float64)
+        for weight, sums in present:
+            mean_DL.add_(sums.sum_DL.cpu(), alpha=weight / sums.count)
         trace = sum(sums.trace * weight / sums.count for weight, sums in present)
-        assert isinstance(mean_DL, Tensor)
         width = len(mean_DL)
         level = max(trace / width, torch.finfo(torch.float64).tiny)
         self._factor_DL: Tensor | None = None
@@ -110,11 +113,17 @@ def solve(forget: ForgetRows, kept: KeptInverse, *, rank: int, strength: float, 
         scaling: alpha / rank of the adapter.
     """
     input_ND, shift_NO = forget.input_ND.cpu(), forget.shift_NO.cpu()
-    values_N, vectors_NN = torch.linalg.eigh(kept.kernel(input_ND))
-    values_N = values_N.clamp_min(0)
-    damped_N = values_N + forget.count / strength
-    turned_ON = shift_NO.T @ vectors_NN
-    left_OK, singular_K, _ = torch.linalg.svd(turned_ON * (values_N / damped_N).sqrt(), full_matrices=False)
-    left_OK = left_OK[:, :rank][:, singular_K[:rank] > 1e-10 * singular_K[:1].clamp_min(1e-300)]
-    a_KD = kept(((left_OK.T @ turned_ON) / damped_N) @ vectors_NN.T @ input_ND)
-    return LowRank(a_KD / scaling, left_OK)
+    kernel_NN = kept.kernel(input_ND)
+    weighted_NO = torch.cholesky_solve(shift_NO, _cholesky(kernel_NN, forget.count / strength))
+    energy_OO = weighted_NO.T @ (kernel_NN @ shift_NO)
+    left_OK = _leading((energy_OO + energy_OO.T) / 2, rank)
+    return LowRank(kept((left_OK.T @ weighted_NO.T) @ input_ND) / scaling, left_OK)
+
+
+def _leading(matrix_OO: Tensor, number: int) -> Tensor:
+    """The leading eigenvectors, by falling eigenvalue: at most so many, and none that is rounding alone."""
+    outputs = len(matrix_OO)
+    chosen = max(0, outputs - number), outputs - 1
+    values, vectors = eigh(matrix_OO.numpy(), subset_by_index=chosen, driver="evr", check_finite=False)
+    least = max(1e-13 * float(values[-1]), 1e-300)
+    return torch.from_numpy(vectors[:, ::-1][:, values[::-1] > least].copy())

@@ -10,7 +10,7 @@ import json, threading, time
 import ray
 from ray.cluster_utils import Cluster
 from pipelines.config import ConfigError, TrainConfig
-from pipelines.trainer import check_resources, workers_now
+from pipelines.trainer import check_resources, groups_at_once, workers_now
 
 told = []
 def outcome(**settings):
@@ -30,9 +30,10 @@ cluster.add_node(num_cpus=2, num_gpus=0)
 waiting.join()
 room = [workers_now(TrainConfig(num_workers=workers)) for workers in ((1, 9), (1, 2), 9)]
 room.append(workers_now(TrainConfig(num_workers=(1, 9), cpus_per_worker=2)))
+groups = [groups_at_once(TrainConfig(num_workers=workers)) for workers in (1, 2, (1, 3), 9)]
 ray.shutdown()
 cluster.shutdown()
-print(json.dumps({"found": found, "told": told, "room": room}))
+print(json.dumps({"found": found, "told": told, "room": room, "groups": groups}))
 """
 
 
@@ -47,3 +48,4 @@ def test_workers_wait_for_the_nodes_of_an_autoscaling_cluster_as_long_as_they_ma
     assert seen["found"] == [refusal, refusal, "enough", fewest, "enough"]
     assert seen["told"] == [f"Waiting up to {wait_s} s for nodes: {refusal}" for wait_s in (1, 60)]
     assert seen["room"] == [3, 2, 9, 1], "as many of a range as the nodes have room for, each on one node"
+    assert seen["groups"] == [3, 1, 1, 1]

@@ -16,8 +16,9 @@ from pipelines.trainer import Trainer
 from rfa.adapters import lora_layers
 from tuning.bench import Workbench
 from tuning.prepare import Shared, share_work
+from tuning.record import Ended
 from tuning.space import read_space
-from tuning.trial import RUNGS, Measured
+from tuning.trial import RUNGS, Measured, on_workbenches
 
 SPACE = {"adapter.layers": {"choice": [[1, 2], [0, 3]]}, "objective.tokens": {"choice": ["answer", "all"]}}
 SOLVED = {"train.steps": 0, "solve.strength": 0.1, "train.num_workers": 1}
@@ -119,6 +120,19 @@ def test_gradient_trials_are_scored_at_every_rung(bench: Workbench, cfg: Unlearn
     found = list(bench.trial(with_values(cfg, {"train.steps": 6})))
     assert len(found) == RUNGS
     assert [own.cost_s for own in found] == sorted(own.cost_s for own in found)
+
+
+def test_the_picks_adapter_is_solved_at_the_strength_it_was_scored_with(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    saved: list[tuple[UnlearnConfig, Path]] = []
+    monkeypatch.setattr("tuning.trial.save_adapter", lambda _shared, cfg, folder: saved.append((cfg, folder)))
+    way = on_workbenches(shared)
+    trial = Ended(1, "finished", {"adapter.rank": 3}, None, {}, [{"strength": 0.5}, {"strength": 0.07}], 1.0, 1.0)
+    way.save_adapter(trial, tmp_path)
+    way.save_adapter(trial._replace(strengths=[]), tmp_path)
+    assert [cfg.solve.strength for cfg, _ in saved] == [0.07, 0.1]
+    assert {(cfg.adapter.rank, folder) for cfg, folder in saved} == {(3, tmp_path / "adapter")}
 
 
 def test_statistics_do_not_depend_on_who_collects_them(shared: Shared, bench: Workbench) -> None:
