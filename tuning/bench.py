@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import ray
@@ -72,7 +71,7 @@ class Workbench:
         self._encoder = encoder_of(cfg)
         self._kept_inverses: tuple[tuple[float, ...], dict[str, KeptInverse]] = ((), {})
         self._targets: dict[str, Targets] = {}
-        self._strengths: list[float] = []  # that trials have found here: the next one's is likely to lie among them
+        self._strengths: list[tuple[UnlearnConfig, float]] = []  # that trials have found here
 
     def collect(self, rank: int, world_size: int) -> Collected:
         """Statistics of every `world_size`-th batch of kept rows, for every module that a trial may adapt."""
@@ -137,10 +136,18 @@ class Workbench:
         solver.one_pass.adopt(self._factored(cfg, lora_layers(alignment.model)))
         forget = self._batch([], [row for rows in self._rows(self.shared.forget) for row in rows])
         holdout = [row for rows in self._rows(self.shared.holdout) for row in rows]
-        first = median(self._strengths) if self._strengths else FIRST_STRENGTH
-        found = solver.solve([forget], [self._batch([], holdout)], first)
-        self._strengths += [trial.strength for trial in found[-1:]]
+        found = solver.solve([forget], [self._batch([], holdout)], self._first_strength(cfg))
+        self._strengths += [(cfg, trial.strength) for trial in found[-1:]]
         return [trial._asdict() for trial in found]
+
+    def _first_strength(self, cfg: UnlearnConfig) -> float:
+        """Where the search for the strength begins: what the most similar trial here has found, the last of equals."""
+
+        def alike(known: tuple[UnlearnConfig, float]) -> int:
+            pairs = ((getattr(known[0], name), getattr(cfg, name)) for name in ("adapter", "objective", "solve"))
+            return sum(value == getattr(other, key) for own, other in pairs for key, value in own)
+
+        return max(reversed(self._strengths), key=alike, default=(cfg, FIRST_STRENGTH))[1]
 
     def _train(self, cfg: UnlearnConfig, alignment: ResidualAlignment) -> Iterator[None]:
         """The run's gradient steps in this process; pauses at each of `RUNGS` equal parts."""

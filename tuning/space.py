@@ -206,7 +206,7 @@ def default_space(cfg: UnlearnConfig, depth: int) -> dict[str, Any]:
         if cfg.solve.strength != "auto":
             tree["solve.strength"] = {"loguniform": [cfg.solve.strength / 8, cfg.solve.strength * 8]}
         if reads_text:
-            tree["solve.fact_weight"] = {"choice": [1.0, 4.0, 12.0]}
+            tree["solve.fact_weight"] = {"loguniform": [1.0, 16.0]}
     if cfg.train.steps > 0:
         tree |= _of_gradient_steps(cfg)
     return tree

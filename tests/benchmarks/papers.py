@@ -7,11 +7,6 @@ Every arm is the product's own `finetune` or `run` with other settings; a model 
 
 import argparse
 import json
-import platform
-import statistics
-import sys
-from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +17,8 @@ from pipelines.config_file import load_config
 from pipelines.console import Terminal
 from pipelines.trainer import worker_environment
 from pipelines.unlearn import evaluate_model, finetune, unlearn
-from tests.benchmarks.paper_data import fashion_mnist, fresh_model, movie_reviews
+from tests.benchmarks.paper_data import fashion_mnist, fortunes, fresh_model, movie_reviews
+from tests.benchmarks.papers_page import bounds, table, write
 
 FOLDER = Path("outputs/papers").absolute()
 DOCS = Path(__file__).parents[2] / "docs" / "papers.md"
@@ -68,6 +64,7 @@ class Problem(NamedTuple):
     model: str
     changes: list[str]
     arms: dict[str, list[str]]  # more changes of single arms, by name
+    generates: bool = False  # text: no bounds, and other columns
     apart: float = 0.0  # points that the forget set's accuracy may lie from retraining's; 0 where a class must go
     under: float = 1.0  # points that RA and TA may lie under retraining's
 
@@ -82,11 +79,15 @@ ENCODER_LORA = ["adapter.targets=[attention.output.dense, classifier]", "adapter
 ENCODER_PRUNED = ["prune.targets=[layer.5.attention.output.dense]"]
 
 
+GENERATOR_LORA = ["train.learning_rate=0.0005", "train.steps=24"]
+
+
 def arms_of(lora: list[str], pruned: list[str]) -> dict[str, list[str]]:
     """What the paper's arms prune and adapt in a model; all others adapt what its preset says."""
     return {"LoRA on retain": lora, "PruneLoRA": [*lora, *pruned], "prune + fine-tune": pruned}
 
 
+GENERATOR = arms_of(GENERATOR_LORA, ["prune.targets=[o_proj, down_proj]"])
 VIT, RESNET = arms_of(VIT_LORA, VIT_PRUNED), arms_of(ALL_CONVOLUTIONS, CONVOLUTIONS_PRUNED)
 BY_CLASS = ["data.forget.max_rows=2000", "data.retain.max_rows=18000", "finetune.epochs=8"]
 WHOLE = [f"data.{name}.{change}" for name in ("forget", "retain", "general") for change in ("column=null", "values=[]")]
@@ -114,28 +115,39 @@ PROBLEMS = {
          "data.general.split=train", "data.holdout.split=train", "train.cpus_per_worker=2"],
         arms_of(ENCODER_LORA, ENCODER_PRUNED), apart=2.0, under=2.0,
     ),
+    "fortunes-category": Problem(
+        "Text generation: SmolLM2 forgets a category of short texts", "rfa_eli5", "smollm",
+        ["data.columns={id: id, text: text, label: label}", "data.holdout.split=train", "data.general.split=train",
+         *(f"data.{name}.column=label" for name in ("forget", "retain", "holdout", "general")),
+         *(f"data.{name}.values=[food]" for name in ("forget", "holdout")),
+         *(f"data.{name}.values=[law, education, literature]" for name in ("retain", "general")),
+         "data.general.max_rows=120", "data.max_tokens=96", "finetune.epochs=5",
+         "train.num_workers=1", "train.cpus_per_worker=2", "evaluation.quick=true"],
+        {**GENERATOR, "RFA, by gradient": ["objective.weights.task=0", "train.learning_rate=0.001", "train.steps=24"]},
+        generates=True,
+    ),
 }  # fmt: skip
 
 
 def configure(problem: Problem, seed: int, arm: Arm | None, name: str, rows: int) -> UnlearnConfig:
     """The configuration of one arm (of the target, without one); the retain set has so many `rows`."""
-    folder = FOLDER / problem_name(problem) / str(seed)
+    folder = FOLDER / name_of(problem) / str(seed)
     fresh = fresh_model(problem.model, FOLDER, seed)
     start = fresh if arm is None or arm.start == "fresh" else folder / "target" / "model"
     changes = [f"model.path={start}", f"output_dir={folder / slug(name)}", f"seed={seed}", f"data.share_seed={seed}"]
-    changes += [*problem.changes, *sources(problem, seed), *(arm.changes if arm else []), *problem.arms.get(name, [])]
+    changes += [*problem.changes, *sources(problem, seed), *(arm.changes if arm else [])]
     if arm is not None and name != "retrain":
-        changes.append(
-            f"train.steps={round(arm.epochs * rows / load_config(problem.preset, []).train.retain_batch_size)}"
-        )
-        changes.append(f"evaluation.oracle={folder / 'retrain' / 'model'}")
-    return load_config(problem.preset, changes)
+        batch_size = load_config(problem.preset, []).train.retain_batch_size
+        changes += [f"train.steps={round(arm.epochs * rows / batch_size)}"]
+        changes += [f"evaluation.oracle={folder / 'retrain' / 'model'}"]
+    return load_config(problem.preset, [*changes, *problem.arms.get(name, [])])
 
 
 def sources(problem: Problem, seed: int) -> list[str]:
-    """Where the sets lie: Fashion-MNIST's two splits, or two files of reviews."""
-    if problem.model == "minilm":
-        folder = movie_reviews(FOLDER, seed)
+    """Where the sets lie: Fashion-MNIST's two splits, or two files of texts."""
+    texts = {"minilm": movie_reviews, "smollm": fortunes}.get(problem.model)
+    if texts is not None:
+        folder = texts(FOLDER, seed)
         train, test = str(folder / "train.jsonl"), str(folder / "test.jsonl")
     else:
         train = test = f"idx:{fashion_mnist(FOLDER)}"
@@ -145,7 +157,7 @@ def sources(problem: Problem, seed: int) -> list[str]:
     return [f"data.{name}.path={path}" for name, path in names.items()]
 
 
-def problem_name(problem: Problem) -> str:
+def name_of(problem: Problem) -> str:
     return next(name for name, own in PROBLEMS.items() if own is problem)
 
 
@@ -172,81 +184,6 @@ def run_arm(problem: Problem, seed: int, name: str, arm: Arm | None, rows: int) 
     return found
 
 
-HEADER = """# The papers' experiments on real data
-
-Written by `{command}`; `make papers` runs all problems and arms.
-UA = 100 - accuracy on the forget set, RA = accuracy on
-the retain set, TA = accuracy on test rows (without the forgotten class), MIA efficacy = share of the forget set that an
-attack calls unseen; at most 5,000 rows of a set are scored. Distances are to the retrained model, on the forget set.
-`training s`: everything but evaluation, starting the worker included. Mean over the seeds, plus or minus half their
-range. As good as retraining, by the means, and how far from it: UA at least 99 % (rows: within 1.5 points, reviews 2),
-RA and TA no more than 1 point lower (reviews 2), MIA efficacy within 5 points, under half of the seconds.
-Sizes are chosen for two CPU cores: models of 0.3 M parameters (MiniLM: 22.7 M), 20,000 rows of Fashion-MNIST.
-"""
-PAPER = """## The paper's own figures
-
-Mittal 2024 (arXiv 2411.11907), CIFAR-10, class 3 forgotten, 5 epochs, percent:
-
-| | UA | MIA efficacy | RA | TA |
-|---|---:|---:|---:|---:|
-| ResNet-50, retrain | 100 | 100 | 98.02 | 96.70 |
-| ResNet-50, PruneLoRA | 99.78 | 97.68 | 97.96 | 95.18 |
-| ViT, retrain | 100 | 100 | 96.90 | 84.92 |
-| ViT, PruneLoRA | 100 | 100 | 97.39 | 85.53 |
-"""
-COLUMNS = {
-    "UA %": lambda own: 100 * (1 - own["scores"]["forget.accuracy"]),
-    "RA %": lambda own: 100 * own["scores"]["retain.accuracy"],
-    "TA %": lambda own: 100 * own["scores"]["general.accuracy"],
-    "MIA efficacy %": lambda own: 100 * own["scores"]["mia_efficacy"],
-    "activation distance": lambda own: own["scores"].get("activation_distance") or 0.0,
-    "feature distance": lambda own: own["scores"].get("feature_distance") or 0.0,
-    "training s": lambda own: own["cost"]["train_s"] + own["cost"]["solve_s"],
-    "trained parameters": lambda own: own["cost"]["trained_parameters"],
-    "sparsity": lambda own: own["cost"].get("sparsity", 0.0),
-    "peak GiB": lambda own: own["cost"]["peak_memory_bytes"] / 2**30,
-}
-
-
-def table(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
-    """Arms by columns: mean, and half the range over the seeds."""
-    yield f"| | {' | '.join(COLUMNS)} |"
-    yield f"|---|{'---:|' * len(COLUMNS)}"
-    for name, runs in found.items():
-        cells = []
-        for column in COLUMNS.values():
-            values = [float(column(own)) for own in runs]
-            spread = (max(values) - min(values)) / 2
-            digits = 0 if values[0] >= 500 else 1 if values[0] >= 10 else 3
-            cells.append(f"{statistics.mean(values):,.{digits}f}" + (f" ± {spread:.{digits}f}" if spread else ""))
-        yield f"| {name} | {' | '.join(cells)} |"
-
-
-def bounds(problem: Problem, found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
-    """What an arm must reach to be called as good as retraining, and whether its mean does."""
-    mean = {
-        name: {key: statistics.mean(float(column(own)) for own in runs) for key, column in COLUMNS.items()}
-        for name, runs in found.items()
-    }
-    oracle = mean["retrain"]
-    yield "| as good as retraining? | UA | RA | TA | MIA efficacy | seconds |"
-    yield "|---|---|---|---|---|---|"
-    for name, own in mean.items():
-        if name in ("before", "retrain"):
-            continue
-        gap = {key: own[key] - oracle[key] for key in COLUMNS}
-        share = own["training s"] / oracle["training s"]
-        forgets = abs(gap["UA %"]) <= problem.apart if problem.apart else own["UA %"] >= 99
-        tests = [
-            (forgets, f"{gap['UA %']:+.1f}"),
-            (gap["RA %"] >= -problem.under, f"{gap['RA %']:+.1f}"),
-            (gap["TA %"] >= -problem.under, f"{gap['TA %']:+.1f}"),
-            (abs(gap["MIA efficacy %"]) <= 5, f"{gap['MIA efficacy %']:+.1f}"),
-            (share < 0.5, f"{share:.0%}"),
-        ]
-        yield f"| {name} | " + " | ".join(f"{'held' if held else '**missed**'}, {text}" for held, text in tests) + " |"
-
-
 def main() -> None:
     """Run what is asked for, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -268,18 +205,11 @@ def main() -> None:
             rows = manifest["sets"]["retain"]["rows"]
             for name in asked:
                 found.setdefault(name, []).append(run_arm(problem, seed, name, ARMS[name], rows))
-                print("\n".join(table(found)), flush=True)
+                print("\n".join(table(found, problem.generates)), flush=True)
+        judged = [] if problem.generates else [*bounds(found, problem.apart, problem.under), ""]
         title = f"## {problem.title} (seeds {options.seeds})"
-        sections.append("\n".join([title, "", *table(found), "", *bounds(problem, found), ""]))
+        sections.append("\n".join([title, "", *table(found, problem.generates), "", *judged]))
         write(options.out, sections)
-
-
-def write(path: Path, sections: list[str]) -> None:
-    """The page, with the sections that are there."""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "ray", "deepspeed", "peft", "transformers"))
-    machine = f"{platform.machine()}, 2 threads, {versions}."
-    header = HEADER.format(command=" ".join(["python -m tests.benchmarks.papers", *sys.argv[1:]]))
-    path.write_text("\n".join([header, *sections, PAPER, machine]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pipelines.config import UnlearnConfig
 from pipelines.config_file import load_config, with_values
 from pipelines.console import Terminal
 from pipelines.data import load_sets
+from pipelines.solver import FIRST_STRENGTH
 from pipelines.trainer import Trainer
 from rfa.adapters import lora_layers
 from tuning.bench import Workbench
@@ -120,6 +121,19 @@ def test_gradient_trials_are_scored_at_every_rung(bench: Workbench, cfg: Unlearn
     found = list(bench.trial(with_values(cfg, {"train.steps": 6})))
     assert len(found) == RUNGS
     assert [own.cost_s for own in found] == sorted(own.cost_s for own in found)
+
+
+def test_the_strength_is_searched_from_that_of_the_most_similar_trial(
+    bench: Workbench, cfg: UnlearnConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow, wide = (with_values(cfg, {"adapter.rank": rank, "objective.tokens": "all"}) for rank in (2, 8))
+    other = with_values(cfg, {"adapter.layers": [0, 3], "objective.target": "retain_mean"})
+    monkeypatch.setattr(bench, "_strengths", [])
+    assert bench._first_strength(cfg) == FIRST_STRENGTH
+    bench._strengths += [(narrow, 0.1), (wide, 0.2), (other, 0.3)]
+    assert bench._first_strength(with_values(wide, {"solve.utility_weight": 3.0})) == 0.2
+    assert bench._first_strength(with_values(other, {"adapter.rank": 5})) == 0.3
+    assert bench._first_strength(with_values(wide, {"adapter.rank": 5})) == 0.2, "the last of equals"
 
 
 def test_the_picks_adapter_is_solved_at_the_strength_it_was_scored_with(
