@@ -126,23 +126,27 @@ class WorkerSolver:
         self.one_pass.reduce()
 
     def solve(
-        self, forget: list[UnlearnBatch], holdout: list[UnlearnBatch], first: float = FIRST_STRENGTH
+        self,
+        forget: list[UnlearnBatch],
+        holdout: list[UnlearnBatch],
+        first: float = FIRST_STRENGTH,
+        most: int = TRIALS,
     ) -> list[Trial]:
-        """Solve at the configured strength, or at the one that fits, from a `first` guess on: then the strengths tried,
-        the chosen one last."""
+        """Solve at the configured strength, or at the one that fits, found from a `first` guess on in at `most` so many
+        trials: then these, the chosen one last."""
         if self.cfg.strength != "auto":
             self.one_pass.solve(forget, self.cfg.strength)
             return []
 
         def try_strength(strength: float) -> float:
-            self.say(len(tried), TRIALS, f"strength {strength:.3g}")
+            self.say(len(tried), most, f"strength {strength:.3g}")
             tried.append(strength)
             logits = self.one_pass.solve(forget, strength, with_logits=True)
             return gap(self._likelihoods(forget, logits), self._likelihoods(holdout))
 
         tried: list[float] = []
         aim = chance_gap(self._count(forget), self._count(holdout)) / 2
-        trials = search_strength(try_strength, aim, first=first)
+        trials = search_strength(try_strength, aim, most, first)
         if trials[-1].strength != tried[-1]:
             self.one_pass.solve(forget, trials[-1].strength)
         return trials

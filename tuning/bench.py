@@ -25,7 +25,7 @@ from pipelines.loop import kept_tokens
 from pipelines.metrics import summarise
 from pipelines.model import build_alignment, load_base
 from pipelines.scorer import Scorer
-from pipelines.solver import FIRST_STRENGTH, WorkerSolver, solve_settings
+from pipelines.solver import FIRST_STRENGTH, TRIALS, WorkerSolver, solve_settings
 from pipelines.worker import Job
 from rfa.adapters import lora_layers
 from rfa.batch import UnlearnBatch, collate
@@ -36,6 +36,8 @@ from rfa.statistics import InputSums
 from rfa.targets import FeatureSums, Targets
 from tuning.prepare import Shared
 from tuning.trial import RUNGS, Measured
+
+TRIALS_NEAR_BY = 2  # of a strength, where a similar trial says where to begin: as near as telling trials apart needs
 
 
 @dataclass
@@ -136,7 +138,8 @@ class Workbench:
         solver.one_pass.adopt(self._factored(cfg, lora_layers(alignment.model)))
         forget = self._batch([], [row for rows in self._rows(self.shared.forget) for row in rows])
         holdout = [row for rows in self._rows(self.shared.holdout) for row in rows]
-        found = solver.solve([forget], [self._batch([], holdout)], self._first_strength(cfg))
+        first, most = (self._first_strength(cfg), TRIALS_NEAR_BY) if self._strengths else (FIRST_STRENGTH, TRIALS)
+        found = solver.solve([forget], [self._batch([], holdout)], first, most)
         self._strengths += [(cfg, trial.strength) for trial in found[-1:]]
         return [trial._asdict() for trial in found]
 
@@ -147,7 +150,7 @@ class Workbench:
             pairs = ((getattr(known[0], name), getattr(cfg, name)) for name in ("adapter", "objective", "solve"))
             return sum(value == getattr(other, key) for own, other in pairs for key, value in own)
 
-        return max(reversed(self._strengths), key=alike, default=(cfg, FIRST_STRENGTH))[1]
+        return max(reversed(self._strengths), key=alike)[1]
 
     def _train(self, cfg: UnlearnConfig, alignment: ResidualAlignment) -> Iterator[None]:
         """The run's gradient steps in this process; pauses at each of `RUNGS` equal parts."""

@@ -12,7 +12,6 @@ from pipelines.config import UnlearnConfig
 from pipelines.config_file import load_config, with_values
 from pipelines.console import Terminal
 from pipelines.data import load_sets
-from pipelines.solver import FIRST_STRENGTH
 from pipelines.trainer import Trainer
 from rfa.adapters import lora_layers
 from tuning.bench import Workbench
@@ -128,12 +127,20 @@ def test_the_strength_is_searched_from_that_of_the_most_similar_trial(
 ) -> None:
     narrow, wide = (with_values(cfg, {"adapter.rank": rank, "objective.tokens": "all"}) for rank in (2, 8))
     other = with_values(cfg, {"adapter.layers": [0, 3], "objective.target": "retain_mean"})
-    monkeypatch.setattr(bench, "_strengths", [])
-    assert bench._first_strength(cfg) == FIRST_STRENGTH
-    bench._strengths += [(narrow, 0.1), (wide, 0.2), (other, 0.3)]
+    monkeypatch.setattr(bench, "_strengths", [(narrow, 0.1), (wide, 0.2), (other, 0.3)])
     assert bench._first_strength(with_values(wide, {"solve.utility_weight": 3.0})) == 0.2
     assert bench._first_strength(with_values(other, {"adapter.rank": 5})) == 0.3
     assert bench._first_strength(with_values(wide, {"adapter.rank": 5})) == 0.2, "the last of equals"
+
+
+def test_a_trial_after_the_first_tries_two_strengths_at_most(
+    bench: Workbench, cfg: UnlearnConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "_strengths", [])
+    auto = with_values(cfg, {"solve.strength": "auto"})
+    first, second = (next(iter(bench.trial(auto))).strengths for _ in range(2))
+    assert len(first) > 2 >= len(second)
+    assert first[-1]["strength"] in [own["strength"] for own in second], "it begins where the first one ended"
 
 
 def test_the_picks_adapter_is_solved_at_the_strength_it_was_scored_with(
