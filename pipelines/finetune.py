@@ -78,4 +78,4 @@ def salient_weights(
     flat_N = torch.cat([gradient.flatten() for gradient in gradients.values()])
     kept = max(1, round(share * len(flat_N)))
     least = flat_N.kthvalue(len(flat_N) - kept + 1).values
-    return {name: gradient >= least for name, gradient in gradients.items()}
+    return {name: (gradient >= least) & (gradient > 0) for name, gradient in gradients.items()}

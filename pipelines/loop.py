@@ -67,7 +67,7 @@ def run_worker(job: Job) -> None:
     trained = masks
     if salient is not None:
         own = salient_weights(salient, base, _once(job, encoder, "forget"), _device(train))
-        trained = {name: mask & masks.get(name, mask) for name, mask in own.items()}
+        trained = {name: mask & masks.get(name, mask).to(mask.device) for name, mask in own.items()}
     module = (build_alignment if job.kind == "unlearn" else build_answer_training)(job.cfg, base, trained)
     if train.activation_checkpointing:
         _checkpoint_activations(module)

@@ -141,8 +141,8 @@ class WorkerSolver:
         def try_strength(strength: float) -> float:
             self.say(len(tried), most, f"strength {strength:.3g}")
             tried.append(strength)
-            logits = self.one_pass.solve(forget, strength, with_logits=True)
-            return gap(self._likelihoods(forget, logits), self._likelihoods(holdout))
+            likely = self._likelihoods(forget, self.one_pass.solve(forget, strength, with_logits=True))
+            return gap(likely, self._likelihoods(holdout))
 
         tried: list[float] = []
         aim = chance_gap(self._count(forget), self._count(holdout)) / 2

@@ -14,11 +14,12 @@ K = X R^-1 X^T, lambda = n_f / strength and Z = (K + lambda)^-1 T the full-rank 
 
 which is `C S^-1` of the usual normal equations, and reduced-rank regression (Izenman 1975) keeps the leading
 eigenvectors U of M S M^T = Z^T K T:  B = U,  A = U^T M / scaling. One Cholesky factor of the tokens' kernel and the
-leading part of one eigenproblem of the outputs' size are all the work.
+leading part of one eigenproblem are all the work; with fewer tokens than outputs it is posed in the span of T.
 
-Shapes: N tokens, D input features, O output features, K rank, L columns.
+Shapes: N tokens, D input features, O output features, P = min(N, O), K rank, L columns.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -94,13 +95,14 @@ class KeptInverse:
 def _cholesky(matrix_DD: Tensor, diagonal: float) -> Tensor:
     """The Cholesky factor of a matrix plus a diagonal; where rounding has made it indefinite, of one with more."""
     least = 1e-12 * max(float(matrix_DD.diagonal().mean()), 1e-300)
-    while True:
+    while math.isfinite(diagonal):
         shifted_DD = matrix_DD.clone()
         shifted_DD.diagonal().add_(diagonal)
         factor_DD, failed = torch.linalg.cholesky_ex(shifted_DD)
         if not failed:
             return factor_DD
         diagonal = max(10 * diagonal, least)
+    raise ValueError("solve: the features are not finite")
 
 
 def solve(forget: ForgetRows, kept: KeptInverse, *, rank: int, strength: float, scaling: float = 1.0) -> LowRank:
@@ -111,19 +113,29 @@ def solve(forget: ForgetRows, kept: KeptInverse, *, rank: int, strength: float, 
         kept: what the retain and utility sets hold on to.
         strength: weight of the forget set's mean against the retain set's.
         scaling: alpha / rank of the adapter.
+
+    Raises:
+        ValueError: the tokens' features are not finite.
     """
     input_ND, shift_NO = forget.input_ND.cpu(), forget.shift_NO.cpu()
-    kernel_NN = kept.kernel(input_ND)
-    weighted_NO = torch.cholesky_solve(shift_NO, _cholesky(kernel_NN, forget.count / strength))
-    energy_OO = weighted_NO.T @ (kernel_NN @ shift_NO)
-    left_OK = _leading((energy_OO + energy_OO.T) / 2, rank)
-    return LowRank(kept((left_OK.T @ weighted_NO.T) @ input_ND) / scaling, left_OK)
+    if not (input_ND.isfinite().all() and shift_NO.isfinite().all()):
+        raise ValueError("solve: the features are not finite")
+    few = len(shift_NO) < shift_NO.shape[1]
+    basis_OP = torch.linalg.qr(shift_NO.T)[0] if few else None
+    shift_NP, kernel_NN = shift_NO if basis_OP is None else shift_NO @ basis_OP, kept.kernel(input_ND)
+    weighted_NP = torch.cholesky_solve(shift_NP, _cholesky(kernel_NN, forget.count / strength))
+    energy_PP = weighted_NP.T @ (kernel_NN @ shift_NP)
+    left_PK = _leading((energy_PP + energy_PP.T) / 2, rank)
+    a_KD = kept((left_PK.T @ weighted_NP.T) @ input_ND) / scaling
+    return LowRank(a_KD, left_PK if basis_OP is None else basis_OP @ left_PK)
 
 
-def _leading(matrix_OO: Tensor, number: int) -> Tensor:
+def _leading(matrix_PP: Tensor, number: int) -> Tensor:
     """The leading eigenvectors, by falling eigenvalue: at most so many, and none that is rounding alone."""
-    outputs = len(matrix_OO)
-    chosen = max(0, outputs - number), outputs - 1
-    values, vectors = eigh(matrix_OO.numpy(), subset_by_index=chosen, driver="evr", check_finite=False)
+    size = len(matrix_PP)
+    if not size:
+        return matrix_PP
+    chosen = max(0, size - number), size - 1
+    values, vectors = eigh(matrix_PP.numpy(), subset_by_index=chosen, driver="evr", check_finite=False)
     least = max(1e-13 * float(values[-1]), 1e-300)
     return torch.from_numpy(vectors[:, ::-1][:, values[::-1] > least].copy())

@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from pipelines.config import ConfigError
+from pipelines.config import ConfigError, UnlearnConfig
 
 OWN_WORDS = ("forget.probability", "forget.fact_recall", "mia.min_k")
 OTHER_WORDS = ("forget.probability_paraphrased", "forget.fact_recall_paraphrased")
@@ -76,6 +76,19 @@ def score_trial(scores: Scores, before: Scores, oracle: Scores | None, cost_s: f
     kept = [_number(scores, name) / max(_number(before, name), 1e-9) for name in names if name in before]
     parts = [*own, *other]
     return Score(_mean(parts), min(kept), _mean(own), _mean(other) if other else 0.0, cost_s)
+
+
+def check_sets(cfg: UnlearnConfig) -> None:
+    """Refuse a search whose trials could not be scored.
+
+    Raises:
+        ConfigError: names the set that is missing.
+    """
+    data, has_oracle = cfg.data, cfg.evaluation.oracle is not None
+    if cfg.task == "causal_lm" and data.holdout is None and not has_oracle:
+        raise ConfigError("data.holdout: missing, required by a search without evaluation.oracle")
+    if cfg.task != "causal_lm" and data.general is None and (has_oracle or data.holdout is None):
+        raise ConfigError("data.general: missing, required by a search that scores classifiers by the attack on them")
 
 
 def _never_saw(scores: Scores, oracle: Scores | None) -> dict[str, float]:

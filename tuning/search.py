@@ -22,7 +22,7 @@ from pipelines.artifact import RunFolder, weight_bytes
 from pipelines.config import ConfigError, UnlearnConfig, check_strength
 from pipelines.config_file import to_yaml, with_values
 from pipelines.console import Terminal
-from pipelines.own_answers import with_own_answers
+from pipelines.own_answers import drop_answers, with_own_answers
 from pipelines.place import refuse_store
 from pipelines.tasks import result_of
 from pipelines.tracking import Tracker, check_tracking
@@ -31,7 +31,7 @@ from pipelines.unlearn import load_checked, oracle_of, session, tracked
 from tuning.page import write_page
 from tuning.prepare import reference_scores, share_work
 from tuning.record import Ended, Ledger, as_configured
-from tuning.score import Constraint, Score, pick
+from tuning.score import Constraint, Score, check_sets, pick
 from tuning.space import Space, default_space, load_space, read_space
 from tuning.trial import RUNGS, Trial, Way, as_runs, on_workbenches
 
@@ -97,6 +97,7 @@ def search(cfg: UnlearnConfig, wish: Wish, terminal: Terminal) -> Found:
     if run.manifest() and not wish.resume:
         raise ConfigError(f"output_dir: {run.path} holds a search, allowed: a new folder, or --resume to go on with it")
     check_strength(cfg)
+    check_sets(cfg)
     check_tracking(cfg.tracking, run.path)
     with session(cfg, run.path / "run.log", terminal):
         space = _space(cfg, wish, run)
@@ -255,6 +256,7 @@ def _finish(
     version = tracker.log_adapter(run.path / "adapter", alias="champion")
     tracker.log_scores("pick", scores[chosen]._asdict())
     tracker.log_artifact(run.path / BEST_FILE)
+    drop_answers(run.path)
     run.update(pick=chosen, mlflow={"run_id": tracker.run_id, "uri": cfg.tracking.uri, "model_version": version})
     run.seal()
     return Found(ledger.trials, chosen, run.path / BEST_FILE, page)

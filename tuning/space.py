@@ -191,7 +191,7 @@ def default_space(cfg: UnlearnConfig, depth: int) -> dict[str, Any]:
         tree["objective.tokens"] = {"choice": ["answer", "all"]}
     if cfg.solve.mode != "off" or cfg.objective.weights.forget > 0:
         tree |= {
-            "objective.target": {"choice": ["cluster_mean", "retain_mean"]},
+            "objective.target": {"choice": list(dict.fromkeys([cfg.objective.target, "cluster_mean", "retain_mean"]))},
             "objective.clusters": {"choice": [8, 32, 128], "when": {"objective.target": "cluster_mean"}},
         }
     if cfg.prune.method != "none":

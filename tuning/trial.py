@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 from ray import tune
+from ray.train import WorkerGroupError
 
 from pipelines.artifact import RunFolder
 from pipelines.config import ModelConfig, UnlearnConfig
 from pipelines.config_file import with_values
 from pipelines.console import Terminal
 from pipelines.data import Sets
-from pipelines.tasks import this_node
+from pipelines.tasks import result_of, this_node
 from pipelines.trainer import groups_at_once
 from pipelines.unlearn import score, session, train
 from tuning.prepare import Shared, quick, save_adapter, scored_sets
@@ -118,12 +119,8 @@ def on_workbenches(shared: Shared) -> Way:
     train = shared.cfg.train
 
     def begin(_number: int, values: Mapping[str, Any]) -> Stages:
-        if not _BENCHES:
-            from tuning.bench import Workbench
-
-            _BENCHES.append(Workbench(shared))
         cfg = with_values(shared.cfg, dict(values))
-        return Stages(RUNGS if cfg.train.steps else 1, _BENCHES[0].trial(cfg))
+        return Stages(RUNGS if cfg.train.steps else 1, _bench(shared).trial(cfg))
 
     def save(trial: Ended, folder: Path) -> None:
         values = dict(trial.values)
@@ -135,6 +132,15 @@ def on_workbenches(shared: Shared) -> Way:
     return Way(begin, save, {kind: n for kind, n in each.items() if n}, train.max_workers, has_rungs=True)
 
 
+def _bench(shared: Shared) -> "Workbench":
+    """This process's workbench, made when it is first needed."""
+    if not _BENCHES:
+        from tuning.bench import Workbench
+
+        _BENCHES.append(Workbench(shared))
+    return _BENCHES[0]
+
+
 def as_runs(cfg: UnlearnConfig, sets: Sets) -> Way:
     """Trials as runs: as many at once as the cluster has room for groups of workers. Their adapters stay in folders of
     their own, below the search's."""
@@ -143,15 +149,21 @@ def as_runs(cfg: UnlearnConfig, sets: Sets) -> Way:
     def folder_of(number: int) -> Path:
         return Path(cfg.output_dir) / "trials" / f"{number:04d}"
 
+    for folder in Path(cfg.output_dir).glob("trials/*"):
+        _clear(folder)  # what a killed search was at
+
     def begin(number: int, values: Mapping[str, Any]) -> Stages:
         def measure() -> Iterator[Measured]:
             own = with_values(cfg, {**values, "output_dir": str(folder_of(number))})
             # What an actor of Tune's starts is confined to that actor's resources, unless it is told where to run.
-            yield ray.get(ray.remote(num_cpus=0)(_run).options(scheduling_strategy=node).remote(own, sets))
+            task = ray.remote(num_cpus=0, max_retries=0)(_run).options(scheduling_strategy=node)
+            yield result_of(task.remote(own, sets))
 
         return Stages(1, measure())
 
     def save(trial: Ended, folder: Path) -> None:
+        for name in KEPT_FILES:  # of an earlier pick
+            _remove(folder / name)
         shutil.copytree(folder_of(trial.number), folder, dirs_exist_ok=True)
 
     # The actor only waits; but Tune takes no request for nothing, and the workers need all CPUs.
@@ -164,7 +176,6 @@ def _run(cfg: UnlearnConfig, sets: Sets) -> Measured:
 
     check_models(cfg, {})
     folder = Path(cfg.output_dir)
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed search was at
     run, terminal = RunFolder(cfg, "run"), Terminal()
     run.path.mkdir(parents=True)
     try:
@@ -173,7 +184,21 @@ def _run(cfg: UnlearnConfig, sets: Sets) -> Measured:
             after = {"after": ModelConfig(path=str(folder / "model"))}
             scores, _ = score(cfg, after, scored_sets(sets), terminal)
         return Measured(scores["after"], cost["solve_s"] + cost["train_s"], run.manifest()["strengths"])
+    except WorkerGroupError as error:
+        raise next(iter(error.worker_failures.values())) from None
     finally:
-        for path in folder.iterdir():
-            if path.name not in KEPT_FILES:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Leave of a trial's folder what is kept."""
+    for path in folder.iterdir():
+        if path.name not in KEPT_FILES:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

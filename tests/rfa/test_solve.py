@@ -1,5 +1,6 @@
 """The closed form against brute force: normal equations, singular value decompositions, gradient descent."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,24 @@ def test_singular_statistics_are_solved() -> None:
             rtol=1e-2,
             atol=0,
         )
+
+
+def test_no_forget_tokens_leave_the_module_as_it_is() -> None:
+    found = solve(
+        ForgetRows.of(torch.empty(0, INPUTS), torch.empty(0, OUTPUTS)), Problem().kept(), rank=3, strength=1.0
+    )
+    assert (len(found.a_KD), found.b_OK.shape) == (0, (OUTPUTS, 0))
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_features_that_are_not_finite_are_an_error(broken: float) -> None:
+    problem = Problem()
+    problem.forget_ND[0, 0] = broken
+    with pytest.raises(ValueError, match="features are not finite"):
+        problem.solved(2, 1.0)
+    problem.retain_ND[0, 0] = broken
+    with pytest.raises(ValueError, match="features are not finite"):
+        problem.kept()
 
 
 def test_no_kept_tokens_are_an_error() -> None:

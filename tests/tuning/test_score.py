@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.config import ConfigError
+from pipelines.config_file import load_config
 from tuning.page import best_so_far
-from tuning.score import NotANumberError, Score, pareto_front, parse_constraints, pick, score_trial
+from tuning.score import NotANumberError, Score, check_sets, pareto_front, parse_constraints, pick, score_trial
 
 BEFORE = {"retain.probability": 0.9, "general.probability": 0.5}
 AFTER = {
@@ -104,3 +105,24 @@ def test_a_constraint_that_is_none_is_refused(text: str) -> None:
 def test_the_best_so_far_never_rises_and_ignores_what_costs_too_much() -> None:
     scores = {0: of(0.5, 1.0), 1: of(0.1, 0.5), 2: of(0.3, 0.97), 3: of(0.4, 1.0)}
     assert best_so_far(scores) == [0.5, 0.5, 0.3, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "missing"),
+    [
+        ("quick", [], None),
+        ("quick", ["data.holdout=null"], "data.holdout"),
+        ("quick", ["data.holdout=null", "evaluation.oracle=o"], None),
+        ("rfa_image", [], None),
+        ("rfa_image", ["data.general=null"], "data.general"),
+        ("rfa_text", ["data.general=null"], None),
+        ("rfa_text", ["data.general=null", "evaluation.oracle=o"], "data.general"),
+    ],
+)
+def test_a_search_needs_what_its_trials_are_scored_by(preset: str, changes: list[str], missing: str | None) -> None:
+    cfg = load_config(preset, ["model.path=m", *changes])
+    if missing is None:
+        check_sets(cfg)
+    else:
+        with pytest.raises(ConfigError, match=f"^{missing}: missing, required by a search"):
+            check_sets(cfg)
