@@ -151,6 +151,18 @@ def test_a_kept_set_with_more_weight_moves_less() -> None:
     assert moved == sorted(moved, reverse=True)
 
 
+def test_kept_sets_are_weighted_means() -> None:
+    problem, generator = Problem(), torch.Generator().manual_seed(5)
+    other_ND = torch.randn(30, INPUTS, generator=generator)
+    other = InputSums.empty("module", INPUTS, INPUTS)
+    other.add(other_ND)
+    kept = KeptInverse([(2.0, problem.sums()), (0.5, other)], 1e-2)
+    first_DD, second_DD = ((own.T @ own).double() / len(own) for own in (problem.retain_ND, other_ND))
+    mean_DD = 2.0 * first_DD + 0.5 * second_DD
+    mean_DD += 1e-2 * mean_DD.diagonal().mean() * torch.eye(INPUTS)
+    torch.testing.assert_close(kept(torch.eye(INPUTS)), mean_DD.inverse(), rtol=1e-4, atol=1e-6)
+
+
 def test_singular_statistics_are_solved() -> None:
     sums = InputSums.empty("module", INPUTS, INPUTS)
     sums.add(torch.ones(3, INPUTS))  # rank 1
