@@ -27,7 +27,9 @@ from rfa.one_pass import OnePass, SolveSettings
 FIRST_STRENGTH = 2e-3
 SLOPE = 1.5  # by which the gap's odds commonly fall with the strength's logarithm; measured: 0.9 to 3
 LONGER = 1.5  # how much further each step goes, until the right strength lies between two that were tried
+FARTHEST = 30.0  # by which a step multiplies the strength at most where the gap falls slower than that
 TRIALS = 6
+CERTAIN = 0.49  # a gap from here on could be anything beyond
 CLOSE_ENOUGH = 0.03  # a gap this near to the aim ends the search
 
 Say = Callable[[int, int, str], None]  # done, of, what
@@ -66,7 +68,7 @@ def search_strength(
     try_strength: Callable[[float], float], aim: float, trials: int = TRIALS, first: float = FIRST_STRENGTH
 ) -> list[Trial]:
     """All trials, the one whose gap is nearest to `aim` last: from the `first` guess to where a common slope meets the
-    aim, until it lies between two trials, then in between.
+    aim, or the slope of the trials themselves if it is gentler, until it lies between two trials, then in between.
 
     The gap falls with the strength as a logistic curve does, from 1/2 to -1/2: its odds are steps in the strength's
     logarithm. Where two gaps are equally near the weaker strength is the better one.
@@ -80,7 +82,7 @@ def search_strength(
         weak = max((trial for trial in done if trial.gap > aim), default=None)
         strong = min((trial for trial in done if trial.gap <= aim), default=None)
         if weak is None or strong is None:
-            strength *= math.exp(reach * (_odds(done[-1].gap) - _odds(aim)))
+            strength *= math.exp(_step(done, aim, reach))
             reach *= LONGER
         else:  # where a line through both meets the aim, but well inside
             share = (_odds(weak.gap) - _odds(aim)) / (_odds(weak.gap) - _odds(strong.gap))
@@ -88,9 +90,20 @@ def search_strength(
     return sorted(done, key=lambda trial: (-abs(trial.gap - aim), -trial.strength))
 
 
+def _step(done: list[Trial], aim: float, reach: float) -> float:
+    """How far to go in the strength's logarithm; farther where the last two trials have seen a gentler slope."""
+    last, left = done[-1], _odds(done[-1].gap) - _odds(aim)
+    step = reach * left
+    if len(done) > 1 and max(abs(trial.gap) for trial in done[-2:]) < CERTAIN:
+        slope = (_odds(done[-2].gap) - _odds(last.gap)) / math.log(last.strength / done[-2].strength)
+        seen = abs(left) / max(slope, 1e-9)
+        step = math.copysign(max(abs(step), min(seen, math.log(FARTHEST))), left)
+    return step
+
+
 def _odds(gap: float) -> float:
-    """Half the logarithm of the odds of an AUC of 1/2 + gap; an AUC of nearly 0 or 1 could be anything beyond."""
-    return math.atanh(2 * min(max(gap, -0.49), 0.49))
+    """Half the logarithm of the odds of an AUC of 1/2 + gap."""
+    return math.atanh(2 * min(max(gap, -CERTAIN), CERTAIN))
 
 
 def solve_settings(cfg: SolveConfig) -> SolveSettings:

@@ -47,6 +47,12 @@ def test_a_logistic_gap_takes_few_trials(right: float, slope: float, most: int) 
     assert abs(trials[-1].gap - 0.05) <= CLOSE_ENOUGH
 
 
+@pytest.mark.parametrize("first", [2e-3, 50.0])
+def test_a_gap_that_hardly_falls_is_closed_too(first: float) -> None:
+    trials = search_strength(lambda strength: 0.0675 - 0.065 * strength**0.5, aim=0.0, first=first)
+    assert abs(trials[-1].gap) <= CLOSE_ENOUGH, "as of a classifier's rows: 0.067 at 0.002, -0.01 at 1.4"
+
+
 def test_a_better_first_guess_takes_fewer_trials() -> None:
     counts = []
     for first in (0.1, 0.005):
