@@ -27,7 +27,8 @@ class EngineState(NamedTuple):
 
 def deepspeed_settings(train: TrainConfig, stage: int, *, full: bool) -> dict[str, Any]:
     """DeepSpeed's configuration. Adapters stay fp32 beside a bf16 base: its own bf16 is for `full` training."""
-    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": REDUCE_BUCKET}
+    halved = full and train.precision == "bf16"  # without ZeRO the fp32 copies and moments would be out of reach
+    zero: dict[str, Any] = {"stage": max(stage, 1) if halved else stage, "reduce_bucket_size": REDUCE_BUCKET}
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = PERSISTENT_PARAMETER
         zero["stage3_max_live_parameters"] = LIVE_PARAMETERS
@@ -40,7 +41,7 @@ def deepspeed_settings(train: TrainConfig, stage: int, *, full: bool) -> dict[st
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": train.clip_norm,
         "zero_optimization": zero,
-        "bf16": {"enabled": full and train.precision == "bf16"},
+        "bf16": {"enabled": halved},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
@@ -60,7 +61,7 @@ class Engine:
         self.engine: Any = deepspeed.initialize(
             model=module, optimizer=optimizer, config=settings, dist_init_required=False
         )[0]
-        if world_size == 1:
+        if world_size == 1 and settings["zero_optimization"]["stage"] == 0:
             self.engine.enable_backward_allreduce = False  # spares two copies of all gradients
         self.module = module
         self.device: torch.device = self.engine.device

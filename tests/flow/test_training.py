@@ -1,5 +1,6 @@
 """Training on real Ray Train and DeepSpeed: what must not change the adapter does not change it."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -138,3 +139,18 @@ def test_bf16_trains_adapters_in_fp32(ray_session: None, quick: Quick, tmp_path:
     )
     assert {value.dtype for value in adapter.values()} == {torch.float32}
     assert all(bool(value.isfinite().all()) for value in adapter.values())
+
+
+def test_bf16_trains_whole_models_on_one_worker(
+    ray_session: None, overrides: list[str], command_here: CommandHere, tmp_path: Path
+) -> None:
+    changes = ["train.num_workers=1", "train.checkpoint_every=1", "finetune.epochs=2", "finetune.learning_rate=1e-3"]
+    losses: dict[str, list[float]] = {}
+    for precision in ("bf16", "fp32"):
+        own = [f"train.precision={precision}", f"output_dir={tmp_path}/{precision}"]
+        code, told = command_here("finetune", "quick", *overrides, *changes, *own)
+        assert code == 0, told
+        lines = (tmp_path / precision / "losses.jsonl").read_text().splitlines()
+        losses[precision] = [json.loads(line)["loss"] for line in lines]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.02), "but for rounding they learn alike"
+    assert losses["bf16"][-1] < losses["bf16"][0] - 0.1
