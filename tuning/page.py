@@ -43,7 +43,7 @@ def write_page(
         )
         if scored
         else None,
-        progress=svg(_progress(scored), size=(4.6, 2.6), x_label="trial") if scored else None,
+        progress=svg(_progress(scored, constraints), size=(4.6, 2.6), x_label="trial") if scored else None,
         importances={name: found for name in ("distance", "utility") if (found := _importances(trials, name))},
         lines=_parallel(trials, chosen),
     )
@@ -76,20 +76,20 @@ def _trade_off(scored: Mapping[int, Score], front: list[int], named: Mapping[str
     return svg(draw, size=(6.6, 3.6), x_label="utility (1: as before)")
 
 
-def best_so_far(scored: Mapping[int, Score]) -> list[float]:
-    """Least distance among the trials up to each, in order of their numbers, as far as utility holds."""
+def best_so_far(scored: Mapping[int, Score], constraints: Sequence[Constraint]) -> list[float]:
+    """Least distance among the trials up to each, in order of their numbers, that keep all constraints; NaN before."""
     best, line = float("nan"), []
     for number in sorted(scored):
         own = scored[number]
-        if own.utility >= 0.97 and not own.distance >= best:
+        if all(constraint.holds(own) for constraint in constraints) and not own.distance >= best:
             best = own.distance
         line.append(best)
     return line
 
 
-def _progress(scored: Mapping[int, Score]) -> Callable[[Any], None]:
+def _progress(scored: Mapping[int, Score], constraints: Sequence[Constraint]) -> Callable[[Any], None]:
     def draw(axes: Any) -> None:
-        axes.step(sorted(scored), best_so_far(scored), where="post", color=BLUE)
+        axes.step(sorted(scored), best_so_far(scored, constraints), where="post", color=BLUE)
         axes.set_ylim(bottom=0)
         axes.set_ylabel("least distance so far", color=SOFT)
 

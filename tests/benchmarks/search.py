@@ -20,6 +20,7 @@ import matplotlib as mpl
 
 from tuning.page import best_so_far
 from tuning.record import Ended, as_configured, read_trials
+from tuning.score import parse_constraints
 
 DOCS = Path(__file__).parents[2] / "docs"
 METHODS = {"tpe": "Optuna (TPE)", "random": "random search"}
@@ -87,7 +88,8 @@ def write(arguments: argparse.Namespace, searches: dict[str, tuple[float, dict[i
         "|---|" + "---:|" * len(shown),
     ]
     for method, (_, trials) in searches.items():
-        line = best_so_far({number: t.score for number, t in trials.items() if t.score is not None})
+        scored = {number: t.score for number, t in trials.items() if t.score is not None}
+        line = best_so_far(scored, parse_constraints([]))
         lines.append(f"| {METHODS[method]} | " + " | ".join(f"{line[min(n, len(line)) - 1]:.3f}" for n in shown) + " |")
     first = as_configured(trials)
     if first is not None and first.score is not None:
@@ -106,7 +108,9 @@ def draw(searches: dict[str, tuple[float, dict[int, Ended]]]) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for method, (_, trials) in searches.items():
         scored = {number: own.score for number, own in trials.items() if own.score is not None}
-        axes.step(range(1, len(scored) + 1), best_so_far(scored), where="post", label=METHODS[method])
+        axes.step(
+            range(1, len(scored) + 1), best_so_far(scored, parse_constraints([])), where="post", label=METHODS[method]
+        )
     axes.set_xlabel("trials")
     axes.set_ylabel("least distance so far, at utility 0.97 or more")
     axes.set_ylim(bottom=0)

@@ -104,7 +104,8 @@ def test_a_constraint_that_is_none_is_refused(text: str) -> None:
 
 def test_the_best_so_far_never_rises_and_ignores_what_costs_too_much() -> None:
     scores = {0: of(0.5, 1.0), 1: of(0.1, 0.5), 2: of(0.3, 0.97), 3: of(0.4, 1.0)}
-    assert best_so_far(scores) == [0.5, 0.5, 0.3, 0.3]
+    assert best_so_far(scores, parse_constraints([])) == [0.5, 0.5, 0.3, 0.3]
+    assert best_so_far(scores, parse_constraints(["utility>=1"])) == [0.5, 0.5, 0.5, 0.4]
 
 
 @pytest.mark.parametrize(
