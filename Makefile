@@ -20,7 +20,7 @@ test: .venv/.test model  ## everything CI checks
 	$(BIN)/basedpyright
 	$(BIN)/pytest
 
-papers: .venv/.test    ## both papers' experiments, all arms: docs/papers.md
+papers: .venv/.test model  ## both papers' experiments, all arms: docs/papers.md
 	$(BIN)/python -m tests.benchmarks.papers
 
 model: $(MODEL)/config.json  ## SmolLM2-135M-Instruct as a plain model folder
