@@ -65,6 +65,11 @@ class TrainConfig(Section):
         return workers
 
     @property
+    def resources(self) -> dict[str, float]:
+        """What a worker takes, in Ray's words."""
+        return {"CPU": self.cpus_per_worker, **({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {})}
+
+    @property
     def min_workers(self) -> int:
         """The fewest workers that will do."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]

@@ -36,9 +36,8 @@ class AnswerTraining(nn.Module):
     def forward(self, batch: UnlearnBatch, counts: TokenCounts) -> AnswerLoss:
         """The batch's share of the step's mean cross-entropy over answer tokens, and of that over forget rows'."""
         log_NV, label_N, index_N = _predictions(self.runner, batch)
-        forget_N = batch.forget_B[index_N]
-        total = nn.functional.nll_loss(log_NV[~forget_N], label_N[~forget_N], reduction="sum")
-        total = total / max(counts.retain_answer, 1)
+        forget_N, right_N = batch.forget_B[index_N], log_NV.gather(1, label_N[:, None])[:, 0]
+        total = -right_N[~forget_N].sum() / max(counts.retain_answer, 1)
         if counts.forget_answer:
             row_N = batch.row_B[index_N][forget_N]
             other_N = output_term("random_label", log_NV[forget_N], label_N[forget_N], row_N, None)
@@ -63,8 +62,8 @@ def salient_weights(
     share: float, base: PreTrainedModel, batches: Iterable[UnlearnBatch], device: torch.device
 ) -> Masks:
     """SalUn (Fan et al. 2024, arXiv 2310.12508): the share of all weights at which the forget set's cross-entropy has
-    its largest gradient, from all workers' batches. One backward over the forget set; the mask is made in place of the
-    gradient, of the model's size."""
+    its largest gradient, from all workers' batches. One backward over the forget set; for a moment, memory for three
+    gradients of the model's size."""
     base.to(device).eval()  # pyright: ignore[reportArgumentType]
     runner = BlockRunner(base)
     for batch in batches:

@@ -14,6 +14,7 @@ import torch
 from ray.train import Checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pipelines.classes import ClassEncoder, encoder_of
 from pipelines.config import TrainConfig, UnlearnConfig
@@ -21,7 +22,7 @@ from pipelines.engine import Engine, EngineState, deepspeed_settings, zero3_load
 from pipelines.finetune import build_answer_training, salient_weights
 from pipelines.model import build_alignment, load_base
 from pipelines.prompts import Encoder
-from pipelines.pruning import NORMS_FILE, held_rows, input_norms, prune_base
+from pipelines.pruning import NORMS_FILE, Masks, held_rows, input_norms, prune_base
 from pipelines.shards import batches_of
 from pipelines.solver import WorkerSolver
 from pipelines.storage import send_file
@@ -63,18 +64,25 @@ def run_worker(job: Job) -> None:
     base = load_base(job.cfg.model, train.precision if job.kind == "unlearn" else "fp32", task=job.cfg.task)
     norms = _norms_of_resume_point() or input_norms(job.cfg, base, _calibration(job, encoder), _device(train))
     masks = prune_base(job.cfg, base, norms)
-    salient = job.cfg.finetune.salient if job.kind == "finetune" else None
-    trained = masks
-    if salient is not None:
-        own = salient_weights(salient, base, _once(job, encoder, "forget"), _device(train))
-        trained = {name: mask & masks.get(name, mask).to(mask.device) for name, mask in own.items()}
-    module = (build_alignment if job.kind == "unlearn" else build_answer_training)(job.cfg, base, trained)
+    if job.kind == "unlearn":
+        module: nn.Module = build_alignment(job.cfg, base, masks)
+    else:
+        module = build_answer_training(job.cfg, base, _trained_weights(job, encoder, base, masks))
     if train.activation_checkpointing:
         _checkpoint_activations(module)
     engine = Engine(module, deepspeed, world_size)
     loop = _Loop(job, engine, module, encoder, Pruned(norms, held_rows(base, masks)))
     loop.run()
     del keep_alive
+
+
+def _trained_weights(job: Job, encoder: Encoder | ClassEncoder, base: PreTrainedModel, masks: Masks) -> Masks:
+    """What fine-tuning may change: what is not pruned, and for SalUn the salient weights of that."""
+    share = job.cfg.finetune.salient
+    if share is None:
+        return masks
+    salient = salient_weights(share, base, _once(job, encoder, "forget"), _device(job.cfg.train))
+    return {name: mask & masks.get(name, mask).to(mask.device) for name, mask in salient.items()}
 
 
 def _rows_of(job: Job, encoder: Encoder | ClassEncoder, name: str, start: int = 0) -> Iterator[list[Row]]:

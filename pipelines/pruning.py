@@ -59,7 +59,7 @@ def input_norms(
 
 
 def hold_weights_(model: Any, masks: Masks) -> None:
-    """Keep pruned weights at zero while all parameters are trained: they get no gradient."""
+    """Keep masked weights (pruned ones: at zero) as they are while all others are trained: they get no gradient."""
     for name, mask in masks.items():
         model.get_parameter(name).register_hook(lambda grad, mask=mask: grad.masked_fill(~mask.to(grad.device), 0))
 

@@ -13,7 +13,7 @@ import ray
 from pyarrow import fs
 from ray.autoscaler.sdk import request_resources
 from ray.data import Dataset
-from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
@@ -45,8 +45,7 @@ def check_resources(train: TrainConfig, say: Callable[[str], None]) -> None:
     refusal = _lack(train)
     if refusal and train.wait_s:
         say(f"Waiting up to {train.wait_s:g} s for nodes: {refusal}")
-        each = {"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker}
-        request_resources(bundles=[{kind: count for kind, count in each.items() if count}] * train.max_workers)
+        request_resources(bundles=[train.resources] * train.max_workers)
         deadline_s = time.monotonic() + train.wait_s
         try:
             while refusal and time.monotonic() < deadline_s:
@@ -61,7 +60,7 @@ def check_resources(train: TrainConfig, say: Callable[[str], None]) -> None:
 def _lack(train: TrainConfig) -> str:
     """What the cluster lacks for the workers; empty where it lacks nothing."""
     have = ray.cluster_resources()
-    for kind, each in (("CPU", train.cpus_per_worker), ("GPU", train.gpus_per_worker)):
+    for kind, each in train.resources.items():
         needed = train.min_workers * each
         if needed > have.get(kind, 0):
             found = train.num_workers if isinstance(train.num_workers, int) else f"at least {train.min_workers}"
@@ -75,15 +74,14 @@ def _lack(train: TrainConfig) -> str:
 def workers_now(train: TrainConfig) -> int:
     """How many of the workers the cluster's nodes have room for; never fewer than the fewest that will do."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    each = {kind: n for kind, n in (("CPU", train.cpus_per_worker), ("GPU", train.gpus_per_worker)) if n}
-    room = sum(min(int(node.get(kind, 0) // n) for kind, n in each.items()) for node in nodes)
+    room = sum(min(int(node.get(kind, 0) // n) for kind, n in train.resources.items()) for node in nodes)
     return min(max(room, train.min_workers), train.max_workers)
 
 
 def groups_at_once(train: TrainConfig) -> int:
     """How many times all workers fit the cluster side by side; at least once."""
-    have, each = ray.cluster_resources(), {"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker}
-    return max(1, min(int(have.get(kind, 0) / (n * train.max_workers)) for kind, n in each.items() if n))
+    have = ray.cluster_resources()
+    return max(1, min(int(have.get(kind, 0) / (n * train.max_workers)) for kind, n in train.resources.items()))
 
 
 def zero_stage(train: TrainConfig, weights: int, gpu_bytes: int) -> int:
@@ -97,6 +95,11 @@ def zero_stage(train: TrainConfig, weights: int, gpu_bytes: int) -> int:
     if not fits:
         return 3
     return 0 if train.max_workers == 1 else 2
+
+
+def stage_of(cfg: UnlearnConfig) -> int:
+    """The ZeRO stage of a configuration on this cluster's GPUs."""
+    return zero_stage(cfg.train, weight_bytes(cfg.model.path), gpu_memory_bytes(cfg.train))
 
 
 def gpu_memory_bytes(train: TrainConfig) -> int:
@@ -136,11 +139,15 @@ class Trainer:
         self.batches = {name: stream.batches for name, stream in self.streams.items()}
 
     def fit(self, *, steps: int, learning_rate: float, final_rate: float, listener: Listener) -> Result:
-        """Train to the end, resuming from this output folder's last resume point; `listener` hears of every step."""
+        """Train to the end, resuming from this output folder's last resume point; `listener` hears of every step.
+
+        Raises:
+            RuntimeError: a worker has failed too often; says what its last line was.
+        """
         cfg, train = self.cfg, self.cfg.train
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_S))
         filesystem, checkpoints = checkpoint_folder(cfg)
-        stage = zero_stage(train, weight_bytes(cfg.model.path), gpu_memory_bytes(train))
+        stage = stage_of(cfg)
         if stage == 3 and (cfg.prune.method == "wanda" or (self.kind == "finetune" and cfg.finetune.salient)):
             key = "prune.method" if cfg.prune.method == "wanda" else "finetune.salient"
             raise ConfigError(
@@ -158,12 +165,11 @@ class Trainer:
             messages=messages,
         )
         use_gpu = train.gpus_per_worker > 0
-        resources = {"CPU": train.cpus_per_worker, **({"GPU": train.gpus_per_worker} if use_gpu else {})}
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"job": job},
             scaling_config=ScalingConfig(
-                num_workers=train.num_workers, use_gpu=use_gpu, resources_per_worker=resources
+                num_workers=train.num_workers, use_gpu=use_gpu, resources_per_worker=train.resources
             ),
             run_config=RunConfig(
                 name="train",
@@ -177,8 +183,12 @@ class Trainer:
             datasets={name: stream.rows for name, stream in self.streams.items()},
             dataset_config=ShardByRank(),
         )
-        with _listening(messages, listener), _interruptible():
-            return trainer.fit()
+        try:
+            with _listening(messages, listener), _interruptible():
+                return trainer.fit()
+        except WorkerGroupError as error:
+            first = str(next(iter(error.worker_failures.values())))
+            raise RuntimeError(first.strip().splitlines()[-1][:300]) from error
 
 
 def checkpoint_folder(cfg: UnlearnConfig) -> tuple[fs.FileSystem, str]:

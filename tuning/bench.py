@@ -20,6 +20,7 @@ import torch
 
 from pipelines.classes import encoder_of
 from pipelines.config import UnlearnConfig
+from pipelines.config_file import changed_keys
 from pipelines.evaluate import sample_of
 from pipelines.loop import kept_tokens
 from pipelines.metrics import summarise
@@ -146,11 +147,10 @@ class Workbench:
     def _first_strength(self, cfg: UnlearnConfig) -> float:
         """Where the search for the strength begins: what the most similar trial here has found, the last of equals."""
 
-        def alike(known: tuple[UnlearnConfig, float]) -> int:
-            pairs = ((getattr(known[0], name), getattr(cfg, name)) for name in ("adapter", "objective", "solve"))
-            return sum(value == getattr(other, key) for own, other in pairs for key, value in own)
+        def apart(known: tuple[UnlearnConfig, float]) -> int:
+            return len(changed_keys(known[0].model_dump(), cfg.model_dump()))
 
-        return max(reversed(self._strengths), key=alike)[1]
+        return min(reversed(self._strengths), key=apart)[1]
 
     def _train(self, cfg: UnlearnConfig, alignment: ResidualAlignment) -> Iterator[None]:
         """The run's gradient steps in this process; pauses at each of `RUNGS` equal parts."""

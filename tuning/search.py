@@ -18,7 +18,7 @@ import yaml
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
-from pipelines.artifact import RunFolder, weight_bytes
+from pipelines.artifact import RunFolder
 from pipelines.config import ConfigError, UnlearnConfig, check_strength
 from pipelines.config_file import to_yaml, with_values
 from pipelines.console import Terminal
@@ -26,7 +26,7 @@ from pipelines.own_answers import drop_answers, with_own_answers
 from pipelines.place import refuse_store
 from pipelines.tasks import result_of
 from pipelines.tracking import Tracker, check_tracking
-from pipelines.trainer import forget_resume_points, gpu_memory_bytes, zero_stage
+from pipelines.trainer import forget_resume_points, stage_of
 from pipelines.unlearn import load_checked, oracle_of, session, tracked
 from tuning.page import write_page
 from tuning.prepare import reference_scores, share_work
@@ -119,8 +119,7 @@ def search(cfg: UnlearnConfig, wish: Wish, terminal: Terminal) -> Found:
 def _fits_a_workbench(cfg: UnlearnConfig, space: Space) -> bool:
     """Whether trials can share a language model in one process, as it is; else each is a run of its own."""
     prunes = cfg.prune.method != "none" or any(own.key.startswith("prune.") for own in space.dimensions)
-    stage = zero_stage(cfg.train, weight_bytes(cfg.model.path), gpu_memory_bytes(cfg.train))
-    return cfg.task == "causal_lm" and not prunes and stage < 3
+    return cfg.task == "causal_lm" and not prunes and stage_of(cfg) < 3
 
 
 def _space(cfg: UnlearnConfig, wish: Wish, run: RunFolder) -> Space:
@@ -243,6 +242,7 @@ def _finish(
     """Pick, write best.yaml and its adapter, draw the page, tell MLflow."""
     cfg = run.cfg
     forget_resume_points(cfg)
+    drop_answers(run.path)
     scores: dict[int, Score] = {n: own.score for n, own in ledger.trials.items() if own.score is not None}
     chosen = pick(scores, wish.constraints)
     page = write_page(run.path, ledger.trials, chosen, wish.constraints, references)
@@ -256,7 +256,6 @@ def _finish(
     version = tracker.log_adapter(run.path / "adapter", alias="champion")
     tracker.log_scores("pick", scores[chosen]._asdict())
     tracker.log_artifact(run.path / BEST_FILE)
-    drop_answers(run.path)
     run.update(pick=chosen, mlflow={"run_id": tracker.run_id, "uri": cfg.tracking.uri, "model_version": version})
     run.seal()
     return Found(ledger.trials, chosen, run.path / BEST_FILE, page)

@@ -215,7 +215,7 @@ def default_space(cfg: UnlearnConfig, depth: int) -> dict[str, Any]:
 def _of_gradient_steps(cfg: UnlearnConfig) -> dict[str, Any]:
     """What the gradient loop adds. Pruned models keep to the terms they have: the paper's has one."""
     targets = [list(cfg.adapter.targets), *([own] for own in cfg.adapter.targets)]
-    weights = {name: value for name, value in cfg.objective.weights if value > 0 or cfg.prune.method == "none"}
+    weights = [name for name, value in cfg.objective.weights if value > 0 or cfg.prune.method == "none"]
     return {
         **({"adapter.targets": {"choice": targets}} if len(targets) > 2 else {}),
         "adapter.alpha": {"choice": [8, 16, 32, 64]},

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 from ray import tune
-from ray.train import WorkerGroupError
 
 from pipelines.artifact import RunFolder
 from pipelines.config import ModelConfig, UnlearnConfig
@@ -128,8 +127,7 @@ def on_workbenches(shared: Shared) -> Way:
             values["solve.strength"] = trial.strengths[-1]["strength"]  # not searched again
         save_adapter(shared, with_values(shared.cfg, values), folder / "adapter")
 
-    each = {"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker}
-    return Way(begin, save, {kind: n for kind, n in each.items() if n}, train.max_workers, has_rungs=True)
+    return Way(begin, save, train.resources, train.max_workers, has_rungs=True)
 
 
 def _bench(shared: Shared) -> "Workbench":
@@ -184,8 +182,6 @@ def _run(cfg: UnlearnConfig, sets: Sets) -> Measured:
             after = {"after": ModelConfig(path=str(folder / "model"))}
             scores, _ = score(cfg, after, scored_sets(sets), terminal)
         return Measured(scores["after"], cost["solve_s"] + cost["train_s"], run.manifest()["strengths"])
-    except WorkerGroupError as error:
-        raise next(iter(error.worker_failures.values())) from None
     finally:
         _clear(folder)
 

@@ -180,6 +180,14 @@ def test_singular_statistics_are_solved() -> None:
         )
 
 
+def test_directions_that_are_rounding_alone_are_left_out() -> None:
+    problem = Problem(forget=40)
+    direction_O = torch.randn(OUTPUTS, generator=torch.Generator().manual_seed(3))
+    problem.shift_NO = torch.arange(1.0, 41.0)[:, None] * direction_O
+    found = solve(problem.rows(), problem.kept(), rank=OUTPUTS, strength=1.0)
+    assert len(found.a_KD) == found.b_OK.shape[1] == 1, "all tokens are shifted along one line"
+
+
 def test_no_forget_tokens_leave_the_module_as_it_is() -> None:
     found = solve(
         ForgetRows.of(torch.empty(0, INPUTS), torch.empty(0, OUTPUTS)), Problem().kept(), rank=3, strength=1.0
