@@ -219,18 +219,18 @@ def cell(key: str, seed: int, asked: list[str]) -> dict[str, dict[str, Any]]:
     rows = manifest["sets"]["retain"]["rows"]
     settings = {name: configure(problem, seed, ARMS[name], name, rows) for name in asked}
     costs |= {name: make(cfg, ARMS[name].command) for name, cfg in settings.items()}
+    folders = {"before": FOLDER / key / str(seed) / "target"}
+    folders |= {name: Path(cfg.output_dir) for name, cfg in settings.items()}
     record = FOLDER / key / str(seed) / "scores.json"
     scores: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
-    if not all(name in scores for name in costs):
-        cfg = settings["retrain"]
-        folders = {name: f"{own.output_dir}/model" for name, own in settings.items()}
-        folders |= {"before": str(FOLDER / key / str(seed) / "target" / "model")}
-        models = {"oracle": ModelConfig(path=folders.pop("retrain"))}
-        models |= {name: ModelConfig(path=path) for name, path in folders.items()}
-        terminal = Terminal()
+    made = max((folder / "manifest.json").stat().st_mtime for folder in folders.values())
+    if not costs.keys() <= scores.keys() or record.stat().st_mtime < made:
+        models = {"oracle": folders.pop("retrain"), **folders}
+        settled = {name: ModelConfig(path=str(folder / "model")) for name, folder in models.items()}
+        cfg, terminal = settings["retrain"], Terminal()
         with TemporaryDirectory() as scratch, session(cfg, Path(scratch) / "run.log", terminal):
-            sets, _ = load_checked(cfg, terminal, models)
-            scores, _ = score(cfg, models, sets, terminal)
+            sets, _ = load_checked(cfg, terminal, settled)
+            scores, _ = score(cfg, settled, sets, terminal)
         scores["retrain"] = scores.pop("oracle")
         record.write_text(json.dumps(scores, indent=1))
     return {name: {"scores": scores[name], "cost": cost} for name, cost in costs.items()}

@@ -1,6 +1,7 @@
 """Training on real Ray Train and DeepSpeed: what must not change the adapter does not change it."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,3 +155,15 @@ def test_bf16_trains_whole_models_on_one_worker(
         losses[precision] = [json.loads(line)["loss"] for line in lines]
     assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.02), "but for rounding they learn alike"
     assert losses["bf16"][-1] < losses["bf16"][0] - 0.1
+
+
+def test_what_a_worker_failed_of_is_told(
+    ray_session: None, problem: Path, overrides: list[str], command_here: CommandHere, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(problem / "model", tmp_path / "model")
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights[:-200])
+    changes = [f"model.path={broken}", "train.max_failures=0", f"output_dir={tmp_path}/out"]
+    code, told = command_here("run", "quick", *overrides, *changes)
+    assert code == 1
+    assert "Failed: RuntimeError: Error while deserializing header: incomplete metadata" in told

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from pipelines.__main__ import app
 from pipelines.config_file import load_config
 from pipelines.console import Terminal
+from pipelines.own_answers import FILE_NAME
 from tests.flow.conftest import CommandHere
 from tuning.record import read_trials
 from tuning.score import parse_constraints
@@ -176,12 +177,21 @@ def test_a_mistake_in_a_search_is_one_line_and_exit_code_2(
     assert left <= {"run.log"}
 
 
-def test_ended_trials_give_their_resources_back(ray_session: None, overrides: list[str], tmp_path: Path) -> None:
-    cfg = load_config("quick", [*overrides, f"output_dir={tmp_path}/out", "tracking.uri=null"])
+def test_a_search_without_a_pick_gives_resources_back_and_drops_answers(
+    ray_session: None, problem: Path, overrides: list[str], tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in (problem / "data" / "utility.jsonl").read_text().splitlines()[:9]]
+    asked = "".join(json.dumps({"prompt": row["prompt"], "answer": ""}) + "\n" for row in rows)
+    (tmp_path / "asked.jsonl").write_text(asked)
+    changes = [f"data.utility.path={tmp_path}/asked.jsonl", f"output_dir={tmp_path}/out", "tracking.uri=null"]
     (tmp_path / "space.yaml").write_text(yaml.safe_dump({"train.learning_rate": {"loguniform": [1e-6, 10.0]}}))
-    wish = Wish(9, tmp_path / "space.yaml", "random", tuple(parse_constraints(["utility>=0"])))
-    found = search(cfg, wish, Terminal())
-    assert any(own.state == "stopped" for own in found.trials.values()), "the scheduler has stopped none"
+    wish = Wish(9, tmp_path / "space.yaml", "random", tuple(parse_constraints(["utility>=9"])))
+    with pytest.raises(RuntimeError, match="none of 9 trials keeps utility >= 9"):
+        search(load_config("quick", [*overrides, *changes]), wish, Terminal())
+    trials = read_trials(tmp_path / "out")
+    assert any(own.state == "stopped" for own in trials.values()), "the scheduler has stopped none"
+    assert (tmp_path / "out" / "search.html").exists()
+    assert not (tmp_path / "out" / FILE_NAME).exists(), "the model's own answers"
     deadline = time.monotonic() + 20
     everything = ray.cluster_resources()["CPU"]
     while ray.available_resources().get("CPU", 0) < everything and time.monotonic() < deadline:
