@@ -58,30 +58,36 @@ def check_resources(train: TrainConfig, say: Callable[[str], None]) -> None:
 
 
 def _lack(train: TrainConfig) -> str:
-    """What the cluster lacks for the workers; empty where it lacks nothing."""
+    """What the cluster lacks for the workers, each of which is on one node; empty where it lacks nothing."""
+    if _room(train) >= train.min_workers:
+        return ""
+    found = train.num_workers if isinstance(train.num_workers, int) else f"at least {train.min_workers}"
     have = ray.cluster_resources()
     for kind, each in train.resources.items():
         needed = train.min_workers * each
         if needed > have.get(kind, 0):
-            found = train.num_workers if isinstance(train.num_workers, int) else f"at least {train.min_workers}"
             return (
                 f"train.num_workers: found {found} with {each:g} {kind} each, "
                 f"allowed: {needed:g} {kind} or fewer in all, this cluster has {have.get(kind, 0):g}"
             )
-    return ""
+    worker = " and ".join(f"{n:g} {kind}" for kind, n in train.resources.items())
+    return f"train.num_workers: found {found} with {worker} each, allowed: {_room(train)}, as many as the nodes hold"
+
+
+def _room(train: TrainConfig) -> int:
+    """How many workers the cluster's nodes hold."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(int(node.get(kind, 0) // n) for kind, n in train.resources.items()) for node in nodes)
 
 
 def workers_now(train: TrainConfig) -> int:
     """How many of the workers the cluster's nodes have room for; never fewer than the fewest that will do."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(min(int(node.get(kind, 0) // n) for kind, n in train.resources.items()) for node in nodes)
-    return min(max(room, train.min_workers), train.max_workers)
+    return min(max(_room(train), train.min_workers), train.max_workers)
 
 
 def groups_at_once(train: TrainConfig) -> int:
     """How many times all workers fit the cluster side by side; at least once."""
-    have = ray.cluster_resources()
-    return max(1, min(int(have.get(kind, 0) / (n * train.max_workers)) for kind, n in train.resources.items()))
+    return max(1, _room(train) // train.max_workers)
 
 
 def zero_stage(train: TrainConfig, weights: int, gpu_bytes: int) -> int:
