@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import ray
 
 from pipelines.artifact import RunFolder, weight_bytes
+from pipelines.classes import check_target
 from pipelines.config import ConfigError, TrainConfig, UnlearnConfig, check_strength
 from pipelines.console import Terminal
 from pipelines.data import Sets
@@ -63,6 +64,7 @@ def check(cfg: UnlearnConfig, terminal: Terminal, *, gpu: str | None = None, pri
     check_strength(cfg)
     with TemporaryDirectory() as folder, session(cfg, Path(folder) / "run.log", terminal):
         sets, size = load_checked(cfg, terminal, oracle_of(cfg, "evaluation.oracle"))
+        check_target(cfg, sets)
         have, device = ray.cluster_resources(), present_device(cfg.train)
         needs = result_of(on_this_node(plan_rows).remote(cfg, device, _row_counts(sets), price))
     weights = weight_bytes(cfg.model.path)

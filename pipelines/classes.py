@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from rfa.batch import Row
 
+LABELS_NEEDED = {"class_mean": 2, "balanced_mean": 1}  # by the targets that go by labels
+
 
 class ClassEncoder:
     """Encodes rows for one classifier. Picklable: tokenizer and image processor are loaded once in each process."""
@@ -138,6 +140,27 @@ def _check_labels(model: ModelConfig, *blocks: Any) -> None:
     for block in blocks:
         for label in block["label"].unique().to_pylist():
             class_number(label, known)
+
+
+def check_target(cfg: UnlearnConfig, sets: Sets) -> None:
+    """Refuse a target that goes by labels where the retain set has too few, before anything is trained.
+
+    Raises:
+        ConfigError: says how many labels it has.
+    """
+    least = LABELS_NEEDED.get(cfg.objective.target, 0)
+    if not least or (cfg.solve.mode == "off" and not cfg.objective.weights.align):
+        return
+    found = result_of(ray.remote(_count_labels).remote(*sets.retain.to_arrow_refs()))
+    if found < least:
+        raise ConfigError(
+            f"objective.target: found {cfg.objective.target}, and {found} labels in the column "
+            f"'{cfg.data.columns.label}' of retain (data.columns.label), allowed: {least} or more, or another target"
+        )
+
+
+def _count_labels(*blocks: Any) -> int:
+    return len({label for block in blocks for label in block["label"].unique().to_pylist()} - {""})
 
 
 def load_class_config(model: ModelConfig) -> Any:

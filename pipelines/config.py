@@ -74,6 +74,11 @@ class WeightsConfig(Section):
     output: Weight = Field(default=0.0, description="What objective.output asks of the forget set's answers.")
 
     @property
+    def align(self) -> bool:
+        """Whether any term looks at features."""
+        return self.retain > 0 or self.forget > 0
+
+    @property
     def read_forget_set(self) -> bool:
         """Whether any term looks at the forget set's rows."""
         return self.forget > 0 or self.output > 0

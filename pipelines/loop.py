@@ -167,7 +167,7 @@ class _Loop:
         if isinstance(self.module, ResidualAlignment):
             if self.job.cfg.solve.mode != "off" and checkpoint is None:
                 self._solve(self.module)
-            elif self.job.steps > 0:
+            elif self.job.steps > 0 and self.module.aligns:
                 self.module.fit(merged_features(self._retain_sums(self.module)))
         step = 0 if checkpoint is None else self._resume(checkpoint)
         started = time.monotonic()

@@ -13,7 +13,7 @@ import ray
 from ray.data import DataContext
 
 from pipelines.artifact import RunFolder
-from pipelines.classes import check_labels
+from pipelines.classes import check_labels, check_target
 from pipelines.config import ModelConfig, UnlearnConfig, check_strength
 from pipelines.console import Terminal
 from pipelines.data import Sets, load_sets
@@ -51,6 +51,7 @@ def unlearn(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
     check_tracking(cfg.tracking, run.path)
     with run.place.at_work(), session(cfg, run.path / "run.log", terminal):
         sets, _ = load_checked(cfg, terminal, oracle_of(cfg, "evaluation.oracle"))
+        check_target(cfg, sets)
         run.begin(sets)
         sets = with_own_answers(cfg, sets, run.path, terminal)
         with tracked(run, sets, terminal) as tracker:

@@ -90,7 +90,8 @@ class ResidualAlignment(nn.Module):
     the positions a term reads, and where the base model's features are needed too (a teacher) the frozen prefix below
     the first adapted block is run once for both.
 
-    Before training, `feature_sums` is collected over the retain set and `fit` makes the targets of it.
+    Before training, where features are aligned, `feature_sums` is collected over the retain set and `fit` makes the
+    targets of it.
 
     Args:
         learns_statistics: whether batch normalisation's statistics follow the rows that are trained on, as they must
@@ -212,8 +213,10 @@ class ResidualAlignment(nn.Module):
         return prefix_BTD, _Outputs(dict(base), {}, out.logits_NV)
 
     def _teacher_rows(self, batch: UnlearnBatch) -> Tensor:
-        assert self.targets is not None
-        all_rows = self._compares_outputs or (self.objective.residual == "drift" and self.targets.looks_at_sample)
+        all_rows = self._compares_outputs
+        if self.objective.residual == "drift" and self.aligns:
+            assert self.targets is not None
+            all_rows |= self.targets.looks_at_sample
         rows = torch.ones_like(batch.forget_B) if all_rows else ~batch.forget_B
         if not rows.any():  # a worker's share without retain rows: run one row, count none
             rows[0] = True

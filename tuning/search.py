@@ -19,6 +19,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
 from pipelines.artifact import RunFolder
+from pipelines.classes import check_target
 from pipelines.config import ConfigError, UnlearnConfig, check_strength
 from pipelines.config_file import to_yaml, with_values
 from pipelines.console import Terminal
@@ -103,6 +104,7 @@ def search(cfg: UnlearnConfig, wish: Wish, terminal: Terminal) -> Found:
         space = _space(cfg, wish, run)
         trials = wish.trials if wish.method != "grid" else min(wish.trials, 1 + len(space.points()))
         sets, _ = load_checked(cfg, terminal, oracle_of(cfg, "evaluation.oracle"))
+        check_target(cfg, sets)
         run.begin(sets)
         (run.path / SPACE_FILE).write_text(yaml.safe_dump(space.tree(), sort_keys=False), encoding="utf-8")
         sets = with_own_answers(cfg, sets, run.path, terminal)

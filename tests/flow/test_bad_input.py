@@ -33,6 +33,11 @@ CASES = [
         "train.num_workers: found 0, allowed: a number >= 1, or [min, max] with 1 <= min <= max",
     ),
     Case("wrong choice", ["objective.target=mean"], "objective.target: found 'mean', input should be 'retain_mean'"),
+    Case(
+        "target without labels",
+        ["objective.target=class_mean", "data.columns.label=none"],
+        "objective.target: found class_mean, and 0 labels in the column 'none' of retain (data.columns.label)",
+    ),
     Case("no override", ["train.steps"], "override 'train.steps': found no '=', allowed: key=value"),
     Case(
         "nothing forgets", ["objective.weights.forget=0"], "weights.forget, weights.output and weights.task are all 0"

@@ -167,6 +167,14 @@ def test_a_term_of_weight_zero_is_not_computed(build: Build, batch: UnlearnBatch
     assert float(loss.total.detach()) == float(loss.forget.detach())
 
 
+@pytest.mark.parametrize("residual", ["local", "drift"])
+def test_terms_of_the_outputs_alone_need_no_targets(build: Build, batch: UnlearnBatch, residual: str) -> None:
+    alignment = build(objective(residual, weights=Weights(0, 0, 1, 1, 1)), warm=True)
+    expected = float(alignment(batch).total.detach())
+    alignment.targets = None
+    assert float(alignment(batch).total.detach()) == expected
+
+
 def test_task_is_the_models_own_cross_entropy(build: Build, batch: UnlearnBatch) -> None:
     alignment = build(objective("local", weights=Weights(1, 1, 0, 1, 0)), warm=True)
     retain = batch.rows(~batch.forget_B)
