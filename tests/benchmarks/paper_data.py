@@ -31,6 +31,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
 SMOLLM = Path("models/SmolLM2-135M-Instruct").absolute()  # `make model` puts it there
 CATEGORIES = ("food", "law", "education", "literature")  # of Debian's fortunes
+OTHERS = ("wisdom", "work")  # never trained on
 LENGTHS, TRAINED = range(60, 161), 30  # characters of a text that is taken; of each category, rows to train on
 REVIEWS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
@@ -47,15 +48,16 @@ def fashion_mnist(folder: Path) -> Path:
 
 
 def fortunes(folder: Path, seed: int) -> Path:
-    """Two JSONL files, `train` and `test`, of id, text and label: short texts of four categories."""
+    """Three JSONL files of id, text and label: short texts of four categories in `train` and `test`, of two others in
+    `utility`."""
     target = folder / f"fortunes-{seed}"
-    if (target / "test.jsonl").exists():
+    if (target / "utility.jsonl").exists():
         return target
-    rows: dict[str, list[dict[str, str]]] = {"train": [], "test": []}
+    rows: dict[str, list[dict[str, str]]] = {"train": [], "test": [], "utility": []}
     with tempfile.TemporaryDirectory() as scratch:
         for package in ("fortunes", "fortunes-min"):
             _unpack(package, Path(scratch))
-        for label in CATEGORIES:
+        for label in (*CATEGORIES, *OTHERS):
             whole = (Path(scratch) / "usr/share/games/fortunes" / label).read_text(encoding="utf-8", errors="replace")
             texts = [" ".join(text.split()) for text in re.split(r"^%$", whole, flags=re.MULTILINE)]
             items = [
@@ -64,8 +66,9 @@ def fortunes(folder: Path, seed: int) -> Path:
                 if len(text) in LENGTHS
             ]
             order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
-            rows["train"] += [items[index] for index in order[:TRAINED]]
-            rows["test"] += [items[index] for index in order[TRAINED:]]
+            trained = TRAINED if label in CATEGORIES else 0
+            rows["train"] += [items[index] for index in order[:trained]]
+            rows["test" if trained else "utility"] += [items[index] for index in order[trained:]]
     target.mkdir(parents=True, exist_ok=True)
     for name, own in rows.items():
         (target / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own), encoding="utf-8")

@@ -18,7 +18,9 @@ evaluation, starting the worker included. Mean over the seeds, plus or minus hal
 the means, and how far from it: UA at least 99 % (rows: within 1.5 points, reviews 2), RA and TA no more than 1 point
 lower (reviews 2), MIA efficacy within 5 points, under half of the seconds.
 Sizes are chosen for two CPU cores: models of 0.3 M parameters, MiniLM's first three blocks (17 M) and SmolLM2 (135 M,
-in bf16); 15,000 rows of Fashion-MNIST (20,000 where rows are forgotten), 3,000 reviews, 120 short texts.
+in bf16); 14,000 rows of Fashion-MNIST (20,000 where rows are forgotten), 3,000 reviews, 120 short texts. Where rows or
+texts go, RFA has a utility set as well: rows never trained on, 9,500, 2,700 and 120, of which no label is read (RFA by
+gradient with images alone).
 """
 PAPER = """## The paper's own figures
 
