@@ -1,4 +1,4 @@
-"""What a model folder that somebody else wrote may not do."""
+"""What a model folder that somebody else wrote may not do, and what presets expect of published architectures."""
 
 import json
 import shutil
@@ -6,11 +6,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from transformers import dynamic_module_utils
+from transformers import BertConfig, PretrainedConfig, ResNetConfig, ViTConfig, dynamic_module_utils
 
 from pipelines.config import ConfigError, ModelConfig
-from pipelines.model import load_base, load_model_config
+from pipelines.config_file import load_config
+from pipelines.model import blank_model, load_base, load_model_config
 from pipelines.prompts import load_tokenizer
+from rfa.adapters import lora_layers
 
 
 @pytest.fixture
@@ -58,3 +60,19 @@ def test_a_broken_index_is_one_line(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(ConfigError, match="is no index of weights, allowed: what save_pretrained writes"):
         load_model_config(ModelConfig(path=str(folder)))
+
+
+@pytest.mark.parametrize(
+    "preset, architecture, adapted",
+    [
+        ("prunelora_image", ViTConfig(num_labels=10), 13),  # ViT-B: twelve attention outputs and the head
+        ("prunelora_resnet", ResNetConfig(num_labels=10), 54),  # ResNet-50: 53 convolutions and the head
+        ("rfa_image", ViTConfig(num_labels=10), 1),
+        ("rfa_text", BertConfig(), 2),
+    ],
+    ids=["PruneLoRA, ViT-B", "PruneLoRA, ResNet-50", "RFA, ViT-B", "RFA, BERT"],
+)
+def test_presets_name_layers_that_published_models_have(
+    preset: str, architecture: PretrainedConfig, adapted: int
+) -> None:
+    assert len(lora_layers(blank_model(load_config(preset), architecture))) == adapted
