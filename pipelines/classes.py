@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
+from ray.data import Dataset
 
 from pipelines.config import ConfigError, ModelConfig, UnlearnConfig
 from pipelines.data import Sets
@@ -131,15 +132,14 @@ def check_labels(cfg: UnlearnConfig, sets: Sets) -> None:
         ConfigError: names the label.
     """
     if cfg.task != "causal_lm":
-        blocks = [block for _, rows in sets.items() for block in rows.to_arrow_refs()]
-        result_of(ray.remote(_check_labels).remote(cfg.model, *blocks))
+        found = sorted(set().union(*(_labels_of(rows) for _, rows in sets.items())))
+        result_of(ray.remote(_check_labels).remote(cfg.model, found))
 
 
-def _check_labels(model: ModelConfig, *blocks: Any) -> None:
+def _check_labels(model: ModelConfig, labels: list[str]) -> None:
     known = class_numbers(model)
-    for block in blocks:
-        for label in block["label"].unique().to_pylist():
-            class_number(label, known)
+    for label in labels:
+        class_number(label, known)
 
 
 def check_target(cfg: UnlearnConfig, sets: Sets) -> None:
@@ -151,7 +151,7 @@ def check_target(cfg: UnlearnConfig, sets: Sets) -> None:
     least = LABELS_NEEDED.get(cfg.objective.target, 0)
     if not least or (cfg.solve.mode == "off" and not cfg.objective.weights.align):
         return
-    found = result_of(ray.remote(_count_labels).remote(*sets.retain.to_arrow_refs()))
+    found = len(_labels_of(sets.retain) - {""})
     if found < least:
         raise ConfigError(
             f"objective.target: found {cfg.objective.target}, and {found} labels in the column "
@@ -159,8 +159,13 @@ def check_target(cfg: UnlearnConfig, sets: Sets) -> None:
         )
 
 
-def _count_labels(*blocks: Any) -> int:
-    return len({label for block in blocks for label in block["label"].unique().to_pylist()} - {""})
+def _labels_of(rows: Dataset) -> set[str]:
+    """The labels in a set: its blocks stay where they are."""
+    return set().union(*ray.get([ray.remote(_distinct_labels).remote(block) for block in rows.to_arrow_refs()]))
+
+
+def _distinct_labels(block: Any) -> list[str]:
+    return block["label"].unique().to_pylist()
 
 
 def load_class_config(model: ModelConfig) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from ray.train import Checkpoint
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from pipelines.classes import load_image_processor
@@ -14,7 +14,8 @@ from pipelines.config import UnlearnConfig
 from pipelines.finetune import build_answer_training
 from pipelines.model import build_alignment, load_base
 from pipelines.prompts import load_tokenizer
-from pipelines.pruning import NORMS_FILE, keep_pruned_, prune_base
+from pipelines.pruning import keep_pruned_, prune_base
+from pipelines.resume_point import read_point
 from rfa.prune import sparsity
 
 
@@ -25,12 +26,10 @@ def write_model(cfg: UnlearnConfig, checkpoint: Checkpoint, folder: str, full: b
     Loads the base model, puts the trained parameters in, saves; needs memory for one copy of the model. Returns how
     many parameters were trained and, of a pruned model, its pruned layers' share of zeros before and after merging.
     """
-    with checkpoint.as_directory() as source:
-        trained = load_file(Path(source) / "trained.safetensors")
-        path = Path(source) / NORMS_FILE
-        norms = load_file(path) if path.exists() else None
+    point = read_point(checkpoint)
+    trained = point.parameters
     base = load_base(cfg.model, "fp32" if full else cfg.train.precision, task=cfg.task)
-    masks = prune_base(cfg, base, norms)
+    masks = prune_base(cfg, base, point.norms)
     numbers = {"sparsity_before_merge": sparsity(base, masks)} if masks else {}
     module = (build_answer_training if full else build_alignment)(cfg, base, masks)
     wanted = {name for name, parameter in module.named_parameters() if parameter.requires_grad}

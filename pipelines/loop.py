@@ -1,18 +1,14 @@
 """The training loop of a worker: build, resume, step, checkpoint, report."""
 
-import json
 import resource
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import ray.train
 import torch
 from ray.train import Checkpoint
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,10 +18,10 @@ from pipelines.engine import Engine, EngineState, deepspeed_settings, zero3_load
 from pipelines.finetune import build_answer_training, salient_weights
 from pipelines.model import build_alignment, load_base
 from pipelines.prompts import Encoder
-from pipelines.pruning import NORMS_FILE, Masks, held_rows, input_norms, prune_base
+from pipelines.pruning import Masks, held_rows, input_norms, prune_base
+from pipelines.resume_point import ResumePoint, read_norms, read_point, report_point
 from pipelines.shards import batches_of
 from pipelines.solver import WorkerSolver
-from pipelines.storage import send_file
 from pipelines.worker import Job
 from rfa.adapters import ADAPTER
 from rfa.batch import Row, TokenCounts, UnlearnBatch, collate
@@ -62,7 +58,8 @@ def run_worker(job: Job) -> None:
     keep_alive = zero3_loading(deepspeed)
     encoder = encoder_of(job.cfg)
     base = load_base(job.cfg.model, train.precision if job.kind == "unlearn" else "fp32", task=job.cfg.task)
-    norms = _norms_of_resume_point() or input_norms(job.cfg, base, _calibration(job, encoder), _device(train))
+    norms = read_norms(ray.train.get_checkpoint())
+    norms = norms or input_norms(job.cfg, base, _calibration(job, encoder), _device(train))
     masks = prune_base(job.cfg, base, norms)
     if job.kind == "unlearn":
         module: nn.Module = build_alignment(job.cfg, base, masks)
@@ -104,15 +101,6 @@ def _once(job: Job, encoder: Encoder | ClassEncoder, name: str, most: int | None
         yield collate(rows, [], encoder.pad_token_id, blank)
 
 
-def _norms_of_resume_point() -> dict[str, Tensor] | None:
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as folder:
-        path = Path(folder) / NORMS_FILE
-        return load_file(path) if path.exists() else None
-
-
 def _device(train: TrainConfig) -> torch.device:
     return torch.device("cuda" if train.gpus_per_worker else "cpu")
 
@@ -136,15 +124,6 @@ def _checkpoint_activations(module: nn.Module) -> None:
     model: Any = module.model
     base = model.get_base_model() if isinstance(module, ResidualAlignment) else model
     base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-
-
-def _send_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:
-    """To an object store as Ray would, but for `copy_files`, which does not tell of a file that could not be sent."""
-    storage: Any = ray.train.get_context().get_storage()
-    path = storage.build_checkpoint_path_from_name(name)
-    for file in Path(checkpoint.path).iterdir():
-        send_file(file, storage.storage_filesystem, f"{path}/{file.name}")
-    return Checkpoint(path, storage.storage_filesystem)
 
 
 class _Loop:
@@ -284,30 +263,26 @@ class _Loop:
 
     def _resume(self, checkpoint: Checkpoint) -> int:
         """Load a resume point, or the end of a run that was not exported; returns the step to go on from."""
-        with checkpoint.as_directory() as folder:
-            path = Path(folder)
-            progress = json.loads((path / "progress.json").read_text())
-            parameters = load_file(path / "trained.safetensors")
-            moments = path / "optimizer.safetensors"
-            resume = load_file(moments) if moments.exists() else None
-        if resume is None:  # nothing has been trained yet, or all has
-            self.engine.place(parameters)
+        point = read_point(checkpoint)
+        step = int(point.progress["step"])
+        if point.moments is None:  # nothing has been trained yet, or all has
+            self.engine.place(point.parameters)
         else:
-            rng = resume.pop("rng")
+            rng = point.moments.pop("rng")
             # One step at learning rate 0 makes the optimizer's states; its moments are then replaced.
-            self._step(next(self._stream(progress["step"])), rate=0.0)
-            self.engine.load(EngineState(parameters, resume), progress["step"])
+            self._step(next(self._stream(step)), rate=0.0)
+            self.engine.load(EngineState(point.parameters, point.moments), step)
             torch.set_rng_state(rng)
-        self.seconds, self.tokens = progress["seconds"], progress["tokens"]
-        self.solve_s, self.trials = progress["solve_s"], progress["trials"]
-        return int(progress["step"])
+        self.seconds, self.tokens = point.progress["seconds"], point.progress["tokens"]
+        self.solve_s, self.trials = point.progress["solve_s"], point.progress["trials"]
+        return step
 
     def _report(self, step: int, *, final: bool) -> None:
-        """A checkpoint from rank 0; every worker reports. Before the first step and after the last one there are no
+        """A resume point from rank 0; every worker reports. Before the first step and after the last one there are no
         moments to keep."""
         with_moments = step > 0 and not final
         state = self.engine.state(with_moments=with_moments)
-        metrics = {
+        progress = {
             "step": step,
             "seconds": self.seconds,
             "solve_s": self.solve_s,
@@ -316,19 +291,12 @@ class _Loop:
             "peak_memory_bytes": self._peak_memory(),
             "num_workers": self.world_size,
         }
-        if self.rank != 0:
-            ray.train.report(metrics, checkpoint=None)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder)
-            save_file(state.parameters, path / "trained.safetensors")
-            if with_moments:
-                save_file({**state.moments, "rng": torch.get_rng_state()}, path / "optimizer.safetensors")
-            if self.pruned.norms is not None:
-                save_file(dict(self.pruned.norms), path / NORMS_FILE)
-            (path / "progress.json").write_text(json.dumps(metrics))
-            upload = _send_checkpoint if "://" in self.job.cfg.output_dir else None
-            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder), checkpoint_upload_fn=upload)
+        if self.rank == 0:
+            moments = {**state.moments, "rng": torch.get_rng_state()} if with_moments else None
+            point = ResumePoint(progress, state.parameters, moments, self.pruned.norms)
+            report_point(point, self.job.cfg.output_dir)
+        else:
+            ray.train.report(progress, checkpoint=None)
 
     def _peak_memory(self) -> int:
         """Most memory any worker has held: GPU memory, or the process's resident memory on CPUs."""

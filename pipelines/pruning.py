@@ -18,7 +18,6 @@ from rfa.prune import apply_masks_, collecting_norms, kept_rows, prune_, prune_t
 from rfa.residual import BlockRunner
 
 Masks = dict[str, Tensor]
-NORMS_FILE = "norms.safetensors"  # beside a resume point
 
 
 def prune_base(cfg: UnlearnConfig, base: PreTrainedModel, norms: Mapping[str, Tensor] | None) -> Masks:
