@@ -250,6 +250,7 @@ def session(cfg: UnlearnConfig, log_path: Path, terminal: Terminal) -> Iterator[
             threading.Thread(target=preload, daemon=True).start()
             # One environment for all workers, and idle ones kept: Ray reuses a process, with what it has imported.
             os.environ.setdefault("RAY_num_workers_soft_limit", "8")
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a Ray of one node is lost as a whole
             ray.init(include_dashboard=False, runtime_env={"env_vars": worker_environment(cfg.train)})
         context = DataContext.get_current()
         context.enable_progress_bars = False

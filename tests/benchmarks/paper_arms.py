@@ -94,7 +94,7 @@ GENERATOR = {
     "SCRUB": [*COLD, "train.steps=14", "objective.weights.output=1"],
 }
 HEAD_RATE = "train.learning_rate=0.02"  # of all that adapts a small classifier's head
-BY_CLASS = [HEAD_RATE, "data.forget.max_rows=1400", "data.retain.max_rows=12600", "finetune.epochs=8"]
+BY_CLASS = [HEAD_RATE, "data.forget.max_rows=1200", "data.retain.max_rows=10800", "finetune.epochs=8"]
 WHOLE = [f"data.{name}.{change}" for name in ("forget", "retain", "general") for change in ("column=null", "values=[]")]
 BY_ROW = [
     *WHOLE, HEAD_RATE, "data.forget.share=[0, 0.05]", "data.retain.share=[0.05, 0.5]", "data.forget.max_rows=1000",

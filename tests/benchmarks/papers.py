@@ -117,7 +117,8 @@ def start_worker(cores: Any) -> None:
     """A core and a Ray of its own for a process that works cells off: two go side by side, each on one thread."""
     os.sched_setaffinity(0, {cores.get()})
     logging.disable()  # of Ray's
-    os.environ.update(RAY_num_workers_soft_limit="8")  # idle processes are kept, with what they have imported
+    # Idle processes are kept, with what they have imported; there are no other nodes to watch.
+    os.environ.update(RAY_num_workers_soft_limit="8", RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0")
     environment = {"env_vars": worker_environment(load_config("rfa_image", []).train)}
     ray.init("local", num_cpus=2, object_store_memory=2**30, include_dashboard=False, runtime_env=environment)
 
