@@ -45,7 +45,7 @@ LOUD = {"PruneLoRA": ("#d55e00", "D"), "RFA, one pass": ("#0072b2", "o"), "RFA, 
 QUIET = ("P", "X", "v", "^", "<", ">", "p", "h", "d", "*", "8")  # markers of all other arms
 GREEN, SOFT = "#009e73", "#555b65"
 FINE = ("activation distance", "feature distance", "sparsity", "peak GiB", "min-k AUC", "extraction strength")
-BROKEN = 1e5  # a perplexity above the vocabulary's size: worse than a guess
+BROKEN = 1e4  # where the picture cuts perplexities: such a model is broken
 Scores = dict[str, Any]  # of one run: its scores and its cost
 Found = dict[str, list[Scores]]  # of one problem, by arm: a run a seed
 
@@ -175,8 +175,8 @@ def _draw_texts(panel: Any, result: Result) -> None:
     panel.set_xscale("log")
     panel.set_yscale("log")
     panel.invert_xaxis()
-    panel.xaxis.set_major_formatter(lambda value, _position: f"{value:g}")
-    panel.xaxis.set_minor_formatter(lambda value, _position: f"{value:g}" if value in (2, 3, 5, 20, 50) else "")
+    panel.xaxis.set_major_formatter(lambda value, _position: f"{value:,g}")
+    panel.xaxis.set_minor_formatter(lambda _value, _position: "")
     panel.yaxis.set_major_formatter(lambda value, _position: f"{value:,g}")
     panel.set_xlabel(f"perplexity of kept texts (better to the right), cut at {BROKEN:,.0f}", fontsize=8)
     panel.set_ylabel("perplexity of the forgotten texts", fontsize=8)
