@@ -18,7 +18,7 @@ test: .venv/.test model  ## everything CI checks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest
 
 papers: .venv/.test model  ## both papers' experiments, all arms: docs/papers.md
 	$(BIN)/python -m tests.benchmarks.papers
