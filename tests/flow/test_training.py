@@ -157,6 +157,15 @@ def test_bf16_trains_whole_models_on_one_worker(
     assert losses["bf16"][-1] < losses["bf16"][0] - 0.1
 
 
+def test_without_a_term_of_features_a_target_needs_no_labels(
+    ray_session: None, overrides: list[str], command_here: CommandHere, tmp_path: Path
+) -> None:
+    changes = ["objective.target=class_mean", "data.columns.label=none", "solve.mode=off", "train.num_workers=1"]
+    changes += ["objective.weights={retain: 0, forget: 0, task: 1}", "train.max_failures=0", "evaluation.quick=true"]
+    code, told = command_here("run", "quick", *overrides, *changes, f"output_dir={tmp_path}/out")
+    assert code == 0, told
+
+
 def test_what_a_worker_failed_of_is_told(
     ray_session: None, problem: Path, overrides: list[str], command_here: CommandHere, tmp_path: Path
 ) -> None:
