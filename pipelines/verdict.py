@@ -100,8 +100,7 @@ def _count(before: Entry, after: Entry, oracle: Entry) -> Forgetting:
     measured = telling = nearer = beyond = 0
     missed: list[str] = []
     for name in (*FORGET_SCORES, *CLASS_SCORES):
-        stand_in = CHANCE if name.startswith("mia.") else before.get(name.replace("forget.", "holdout."))
-        old, new, aim = before.get(name), after.get(name), oracle.get(name) if oracle else stand_in
+        old, new, aim = before.get(name), after.get(name), oracle.get(name) if oracle else _stand_in(name, before)
         if old is None or new is None or aim is None:
             continue
         measured += 1
@@ -114,6 +113,13 @@ def _count(before: Entry, after: Entry, oracle: Entry) -> Forgetting:
             if name in DECISIVE and not is_nearer:
                 missed.append(DECISIVE[name])
     return Forgetting(measured, telling, nearer, beyond, missed)
+
+
+def _stand_in(name: str, before: Entry) -> float | None:
+    """What a score should come to, without an oracle; None where only an oracle can tell, as of `mia_efficacy`."""
+    if name.startswith("mia."):
+        return CHANCE
+    return before.get(name.replace("forget.", "holdout.")) if name.startswith("forget.") else None
 
 
 def _judge(counts: Forgetting, before: Entry, after: Entry, has_oracle: bool) -> tuple[Level, str, str]:

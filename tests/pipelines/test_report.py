@@ -137,6 +137,16 @@ def test_with_neither_oracle_nor_holdout_only_failure_can_be_told(rouge: float, 
     assert found.level == level
 
 
+def test_without_an_oracle_nothing_says_that_a_class_that_is_gone_is_gone_too_far() -> None:
+    before = {"forget.accuracy": 0.91, "mia_efficacy": 0.16, "retain.accuracy": 0.87}
+    gone = {"forget.accuracy": 0.0, "mia_efficacy": 1.0, "retain.accuracy": 0.87}
+    level, sentence = verdict(scores_of(before=before, after=gone))
+    assert level == "undecided"
+    assert "stand at 0 % of the original's on average, but nothing given says how low is right" in sentence
+    assert verdict(scores_of(before=before, after=gone, oracle=gone)).level == "forgotten"
+    assert verdict(scores_of(before=before, after=before)).level == "not_forgotten"
+
+
 def test_null_scores_are_left_out_of_the_count() -> None:
     after = forget_entry(0.5, forget__rouge=None, mia__zlib=None)
     level, sentence = verdict(scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5)))
