@@ -18,9 +18,10 @@ from torch import Tensor
 
 from pipelines.storage import send_file
 
-PARAMETERS, MOMENTS, PROGRESS, NORMS = (
-    "trained.safetensors", "optimizer.safetensors", "progress.json", "norms.safetensors",
-)  # fmt: skip
+PARAMETERS = "trained.safetensors"
+MOMENTS = "optimizer.safetensors"
+PROGRESS = "progress.json"
+NORMS = "norms.safetensors"
 
 
 class ResumePoint(NamedTuple):
