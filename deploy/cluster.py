@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from deploy.submit import Plan
-from pipelines.config import ConfigError
+from pipelines.config.schema import ConfigError
 
 ALLOWED = "the URL of a cluster's job server, such as http://127.0.0.1:8265"
-CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")  # each sets its own level
+CHATTY = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray._private.runtime_env.packaging",
+)  # each sets its own level
 POLL_S = 1
 MAX_LOST = 30  # polls in a row without an answer before following ends
 
@@ -107,15 +110,25 @@ class Cluster:
             allowed = "RAY_AUTH_MODE=token and the cluster's RAY_AUTH_TOKEN in the environment"
             raise ConfigError(f"--address: {self.address} {found}, allowed: {allowed}") from None
         except (ConnectionError, RequestException):
-            raise LostError(f"--address: nothing answers at {self.address}, allowed: {ALLOWED}") from None
+            raise LostError(
+                f"--address: nothing answers at {self.address}, allowed: {ALLOWED}"
+            ) from None
         except RuntimeError as error:  # the client's only word for any status but 200
             code = re.search(r"status code (\d+)", str(error))
             if code is None or code[1] != "404":
-                raise LostError(f"--address: {self.address} answers {' '.join(str(error).split())[:300]}") from None
+                raise LostError(
+                    f"--address: {self.address} answers {' '.join(str(error).split())[:300]}"
+                ) from None
             if not job_id:
-                raise ConfigError(f"--address: {self.address} is no job server, allowed: {ALLOWED}") from None
-            known = [str(job.submission_id) for job in self._client.list_jobs() if job.submission_id]
-            raise ConfigError(f"JOB_ID: found '{job_id}', allowed: {', '.join(known) or 'none yet'}") from None
+                raise ConfigError(
+                    f"--address: {self.address} is no job server, allowed: {ALLOWED}"
+                ) from None
+            known = [
+                str(job.submission_id) for job in self._client.list_jobs() if job.submission_id
+            ]
+            raise ConfigError(
+                f"JOB_ID: found '{job_id}', allowed: {', '.join(known) or 'none yet'}"
+            ) from None
 
 
 def exit_code(info: Any) -> int:

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.config import ConfigError
-from pipelines.console import Action, RunDir, Terminal, guarded
+from pipelines.config.schema import ConfigError
+from pipelines.terminal import Action, RunDir, Terminal, guarded
 
 app = typer.Typer()
 job = typer.Typer(help="A submitted job: its state, its log, its end.", no_args_is_help=True)
@@ -27,10 +27,14 @@ def gate(
     run_dir: RunDir,
     require: Annotated[
         list[str] | None,
-        typer.Option(metavar="CONDITION", help="A score's limit, such as after.forget.probability<=0.2; repeatable."),
+        typer.Option(
+            metavar="CONDITION",
+            help="A score's limit, such as after.forget.probability<=0.2; repeatable.",
+        ),
     ] = None,
     verdict: Annotated[
-        list[str] | None, typer.Option(metavar="VERDICT", help="A verdict that may pass; repeatable. [forgotten]")
+        list[str] | None,
+        typer.Option(metavar="VERDICT", help="A verdict that may pass; repeatable. [forgotten]"),
     ] = None,
 ) -> Action:
     """Refuse a run whose verdict or scores miss what is required: exit code 3, one reason a line.
@@ -40,8 +44,8 @@ def gate(
 
     def action(terminal: Terminal) -> None:
         from deploy.gate import parse_requirement, reasons_to_refuse
-        from pipelines.place import open_place
-        from pipelines.report import RUN_FILES
+        from pipelines.report.page import RUN_FILES
+        from pipelines.storage.output import open_place
 
         requirements = [parse_requirement(text) for text in require or ()]
         with open_place(run_dir, "RUN_DIR").copied(*RUN_FILES) as folder:
@@ -59,10 +63,14 @@ def gate(
 @guarded()
 def serve(
     run_dir: RunDir,
-    host: Annotated[str, typer.Option(help="The address to listen on; anybody who reaches it can ask.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; anybody who reaches it can ask.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 512,
-    max_queue: Annotated[int, typer.Option(min=0, help="Requests that wait while one is answered, at most.")] = 32,
+    max_queue: Annotated[
+        int, typer.Option(min=0, help="Requests that wait while one is answered, at most.")
+    ] = 32,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Size of a request, at most.")] = 65536,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs for the model; 0 answers on a CPU.")] = 0,
 ) -> Action:
@@ -75,8 +83,14 @@ def serve(
             from deploy.serve import Settings
             from deploy.server import serve_run
         except ImportError as error:
-            raise ConfigError(f"serve: {error}; allowed: ray-unlearn installed with its extra, cluster") from None
-        limits = {"max_tokens": max_tokens, "max_queue": max_queue, "max_body_bytes": max_body_bytes}
+            raise ConfigError(
+                f"serve: {error}; allowed: ray-unlearn installed with its extra, cluster"
+            ) from None
+        limits = {
+            "max_tokens": max_tokens,
+            "max_queue": max_queue,
+            "max_body_bytes": max_body_bytes,
+        }
         settings = Settings(run_dir=str(Path(run_dir).resolve()), gpus=gpus, **limits)
         try:
             serve_run(settings, host, port, terminal)
@@ -93,13 +107,22 @@ def submit(
     command: Annotated[list[str], typer.Argument(metavar="-- COMMAND CONFIG [KEY=VALUE]...")],
     address: Address,
     follow: Annotated[
-        bool, typer.Option("--follow/--no-wait", help="Show the log to the end, or only print the job's id.")
+        bool,
+        typer.Option(
+            "--follow/--no-wait", help="Show the log to the end, or only print the job's id."
+        ),
     ] = True,
     env_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Variables for the job, NAME=value a line: keys, passwords.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Variables for the job, NAME=value a line: keys, passwords."
+        ),
     ] = None,
     install: Annotated[
-        bool, typer.Option(help="Install the pinned packages on the nodes, or take what their image has.")
+        bool,
+        typer.Option(
+            help="Install the pinned packages on the nodes, or take what their image has."
+        ),
     ] = True,
 ) -> Action:
     """Run a command in a cluster, as a Ray job: submit --address URL -- run CONFIG ...
@@ -141,7 +164,9 @@ def status(job_id: JobId, address: Address) -> Action:
 def logs(
     job_id: JobId,
     address: Address,
-    follow: Annotated[bool, typer.Option("--follow", help="On to the job's end; the exit code is the job's.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="On to the job's end; the exit code is the job's.")
+    ] = False,
 ) -> Action:
     """Print a job's log."""
 
@@ -165,7 +190,9 @@ def stop(job_id: JobId, address: Address) -> Action:
     def action(terminal: Terminal) -> None:
         from deploy.cluster import Cluster
 
-        terminal.say(f"{job_id}: {'stopped' if Cluster(address).stop(job_id) else 'had ended before'}")
+        terminal.say(
+            f"{job_id}: {'stopped' if Cluster(address).stop(job_id) else 'had ended before'}"
+        )
 
     return action
 
@@ -177,7 +204,9 @@ def _follow(cluster: Any, job_id: str, terminal: Terminal) -> None:
     try:
         info = cluster.follow(job_id, lambda text: typer.echo(text, nl=False))
     except KeyboardInterrupt:
-        terminal.say(f"The job goes on. To stop it: ray-unlearn job stop --address {cluster.address} {job_id}")
+        terminal.say(
+            f"The job goes on. To stop it: ray-unlearn job stop --address {cluster.address} {job_id}"
+        )
         raise typer.Exit(130) from None
     code = exit_code(info)
     if code and info.driver_exit_code is None:  # it never ran, so the log does not say why

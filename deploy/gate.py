@@ -1,6 +1,6 @@
 """The gate before a deployment: a run whose verdict or scores miss what is required is refused, with the reasons.
 
-The verdict is the report's own (`pipelines.verdict`), so the gate and the page never disagree.
+The verdict is the report's own (`pipelines.evaluation.verdict`), so the gate and the page never disagree.
 """
 
 import operator
@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from pipelines.config import ConfigError
-from pipelines.report import read_run
-from pipelines.verdict import Level, verdict
+from pipelines.config.schema import ConfigError
+from pipelines.evaluation.verdict import Level, verdict
+from pipelines.report.page import read_run
 
 COMPARISONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 NUMBER = r"-?\d+(\.\d+)?(e-?\d+)?"
-REQUIREMENT = re.compile(rf"(?P<model>\w+)\.(?P<score>[\w.]+)\s*(?P<sign><=|>=|<|>)\s*(?P<limit>{NUMBER})")
+REQUIREMENT = re.compile(
+    rf"(?P<model>\w+)\.(?P<score>[\w.]+)\s*(?P<sign><=|>=|<|>)\s*(?P<limit>{NUMBER})"
+)
 ALLOWED = "MODEL.SCORE<=NUMBER, or with >=, < or >, for example after.forget.probability<=0.2"
 
 
@@ -40,7 +42,9 @@ def parse_requirement(text: str) -> Requirement:
     return Requirement(match["model"], match["score"], match["sign"], float(match["limit"]))
 
 
-def reasons_to_refuse(run_dir: Path, requirements: Sequence[Requirement], levels: Sequence[str]) -> list[str]:
+def reasons_to_refuse(
+    run_dir: Path, requirements: Sequence[Requirement], levels: Sequence[str]
+) -> list[str]:
     """One line for each requirement that the run misses; none when it may pass.
 
     Args:
@@ -56,11 +60,17 @@ def reasons_to_refuse(run_dir: Path, requirements: Sequence[Requirement], levels
             raise ConfigError(f"--verdict: found '{level}', allowed: {', '.join(get_args(Level))}")
     scores = read_run(run_dir).scores
     level, sentence = verdict(scores)
-    reasons = [] if level in levels else [f"verdict: {level}, required: {' or '.join(levels)} ({sentence})"]
+    reasons = (
+        []
+        if level in levels
+        else [f"verdict: {level}, required: {' or '.join(levels)} ({sentence})"]
+    )
     for model, score, sign, limit in requirements:
         value = _score(scores["models"], model, score)
         if value is None or not COMPARISONS[sign](value, limit):
-            reasons.append(f"{model}.{score}: {'not measured' if value is None else value}, required: {sign} {limit:g}")
+            reasons.append(
+                f"{model}.{score}: {'not measured' if value is None else value}, required: {sign} {limit:g}"
+            )
     return reasons
 
 
@@ -70,5 +80,7 @@ def _score(models: dict[str, Any], model: str, score: str) -> float | None:
     if model not in entries:
         raise ConfigError(f"--require: found model '{model}', this run has: {', '.join(entries)}")
     if score not in entries[model]:
-        raise ConfigError(f"--require: found score '{score}', {model} has: {', '.join(sorted(entries[model]))}")
+        raise ConfigError(
+            f"--require: found score '{score}', {model} has: {', '.join(sorted(entries[model]))}"
+        )
     return entries[model][score]

@@ -6,10 +6,8 @@ job metadata, which Ray's job server and dashboard show. `deploy.submit` has the
 
 import json
 import os
-from pathlib import Path
 
-ENVIRONMENT_FILE = "environment.json"
-CODE = Path(__file__).parent.parent
+from deploy.submit import CODE, ENVIRONMENT_FILE
 
 
 def load_environment() -> None:

@@ -18,10 +18,12 @@ from ray import serve
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from pipelines.config import ModelConfig, Section
+from pipelines.config.schema import ModelConfig, Section
 
 APPLICATION, GENERATOR = "ray-unlearn", "Generator"
-HTTP = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # its documentation pages load scripts from outside
+HTTP = FastAPI(
+    docs_url=None, redoc_url=None, openapi_url=None
+)  # its documentation pages load scripts from outside
 
 
 class Settings(Section):
@@ -29,7 +31,9 @@ class Settings(Section):
 
     run_dir: str = Field(description="The output_dir of a finished run.")
     max_tokens: int = Field(default=512, ge=1, description="Tokens of an answer, at most.")
-    max_queue: int = Field(default=32, ge=0, description="Requests that wait while one is answered, at most.")
+    max_queue: int = Field(
+        default=32, ge=0, description="Requests that wait while one is answered, at most."
+    )
     max_body_bytes: int = Field(default=64 * 1024, ge=1, description="Size of a request, at most.")
     gpus: float = Field(default=0, ge=0, description="GPUs for the model; 0 answers on a CPU.")
 
@@ -95,12 +99,20 @@ def parse(body: bytes, settings: Settings) -> Completion:
     except ValidationError as error:
         fault = error.errors(include_input=False, include_url=False)[0]
         key = ".".join(map(str, fault["loc"])) or "body"
-        known = f", allowed: {', '.join(Completion.model_fields)}" if fault["type"] == "extra_forbidden" else ""
-        raise RefusalError(400, f"{key}: {fault['msg'][0].lower()}{fault['msg'][1:]}{known}") from None
+        known = (
+            f", allowed: {', '.join(Completion.model_fields)}"
+            if fault["type"] == "extra_forbidden"
+            else ""
+        )
+        raise RefusalError(
+            400, f"{key}: {fault['msg'][0].lower()}{fault['msg'][1:]}{known}"
+        ) from None
     if request.model != settings.name:
         raise RefusalError(404, f"model: found '{request.model}', allowed: '{settings.name}'")
     if request.max_tokens > settings.max_tokens:
-        raise RefusalError(400, f"max_tokens: found {request.max_tokens}, allowed: up to {settings.max_tokens}")
+        raise RefusalError(
+            400, f"max_tokens: found {request.max_tokens}, allowed: up to {settings.max_tokens}"
+        )
     return request
 
 
@@ -109,10 +121,12 @@ class Generator:
     """The model. Safetensors alone are loaded, and no code that comes with a model is run."""
 
     def __init__(self, settings: Settings) -> None:
-        from pipelines.model import load_base, load_model_config
-        from pipelines.prompts import load_tokenizer
+        from pipelines.encoding.text import load_tokenizer
+        from pipelines.model.load import load_base, load_model_config
 
-        self.context = getattr(load_model_config(settings.model, "RUN_DIR"), "max_position_embeddings", None)
+        self.context = getattr(
+            load_model_config(settings.model, "RUN_DIR"), "max_position_embeddings", None
+        )
         self.tokenizer = load_tokenizer(settings.model)
         self.device = "cuda" if settings.gpus else "cpu"
         base: Any = load_base(settings.model, "bf16" if settings.gpus else "fp32")
@@ -164,7 +178,9 @@ class Api:
         """200 while the model can answer, else 503."""
         status = await asyncio.to_thread(serve.status)
         state = status.applications[APPLICATION].deployments[GENERATOR].status
-        return JSONResponse({"model": self.settings.name, "status": state}, 200 if state == "HEALTHY" else 503)
+        return JSONResponse(
+            {"model": self.settings.name, "status": state}, 200 if state == "HEALTHY" else 503
+        )
 
     @HTTP.post("/v1/completions")
     async def completions(self, http: Request) -> JSONResponse:
@@ -175,12 +191,19 @@ class Api:
                 done = await self.generator.complete.remote(request)
             except BackPressureError:
                 limit = self.settings.max_queue
-                raise RefusalError(503, f"queue: full, allowed: {limit} waiting requests; try again later") from None
+                raise RefusalError(
+                    503, f"queue: full, allowed: {limit} waiting requests; try again later"
+                ) from None
             if "refused" in done:
                 raise RefusalError(400, done["refused"])
         except RefusalError as refusal:
             return refusal.response()
-        choice = {"index": 0, "text": done["text"], "logprobs": None, "finish_reason": done["finish_reason"]}
+        choice = {
+            "index": 0,
+            "text": done["text"],
+            "logprobs": None,
+            "finish_reason": done["finish_reason"],
+        }
         return JSONResponse(
             {
                 "id": f"cmpl-{uuid.uuid4().hex}",
@@ -196,6 +219,7 @@ class Api:
 def build_app(settings: Settings) -> serve.Application:
     """The application; a Serve configuration names it as `deploy.serve:build_app`, with Settings as its args."""
     generator = Generator.options(
-        max_queued_requests=settings.max_queue, ray_actor_options={"num_cpus": 1, "num_gpus": settings.gpus}
+        max_queued_requests=settings.max_queue,
+        ray_actor_options={"num_cpus": 1, "num_gpus": settings.gpus},
     ).bind(settings)
     return Api.bind(generator, settings)

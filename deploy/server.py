@@ -8,11 +8,11 @@ import ray
 from ray import serve
 
 from deploy.serve import APPLICATION, Settings, build_app
-from pipelines.config import ConfigError, ModelConfig
-from pipelines.config_file import load_config
-from pipelines.console import Terminal
-from pipelines.tasks import on_this_node, result_of
-from pipelines.unlearn import session
+from pipelines.cluster.session import session
+from pipelines.cluster.tasks import on_this_node, result_of
+from pipelines.config.load import load_config
+from pipelines.config.schema import ConfigError, ModelConfig
+from pipelines.terminal import Terminal
 
 
 def serve_run(settings: Settings, host: str, port: int, terminal: Terminal) -> None:
@@ -23,20 +23,28 @@ def serve_run(settings: Settings, host: str, port: int, terminal: Terminal) -> N
     """
     run_dir = Path(settings.run_dir)
     if not (run_dir / "model").is_dir():
-        raise ConfigError(f"RUN_DIR: {run_dir / 'model'} not found, allowed: the output_dir of a finished run")
+        raise ConfigError(
+            f"RUN_DIR: {run_dir / 'model'} not found, allowed: the output_dir of a finished run"
+        )
     cfg = load_config(str(run_dir / "config.yaml"))
     if cfg.task != "causal_lm":
-        raise ConfigError(f"RUN_DIR: {run_dir} holds a run with task={cfg.task}, allowed: causal_lm")
+        raise ConfigError(
+            f"RUN_DIR: {run_dir} holds a run with task={cfg.task}, allowed: causal_lm"
+        )
     _refuse_taken_port(host, port)
-    with session(cfg, run_dir / "serve.log", terminal):
+    with session(cfg.train, run_dir / "serve.log", terminal):
         result_of(on_this_node(_check_model).remote(settings.model))
         have = ray.cluster_resources().get("GPU", 0)
         if settings.gpus > have:
-            raise ConfigError(f"--gpus: found {settings.gpus:g}, allowed: up to {have:g}, which this cluster has")
+            raise ConfigError(
+                f"--gpus: found {settings.gpus:g}, allowed: up to {have:g}, which this cluster has"
+            )
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
         try:
             serve.run(build_app(settings), name=APPLICATION)
-            terminal.say(f"Serving {settings.name} at http://{host}:{port}/v1/completions; Ctrl-C stops it.")
+            terminal.say(
+                f"Serving {settings.name} at http://{host}:{port}/v1/completions; Ctrl-C stops it."
+            )
             threading.Event().wait()
         finally:
             serve.shutdown()
@@ -48,10 +56,12 @@ def _refuse_taken_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ConfigError(f"--port: {host}:{port} cannot be had ({error.strerror}), allowed: a free one") from None
+            raise ConfigError(
+                f"--port: {host}:{port} cannot be had ({error.strerror}), allowed: a free one"
+            ) from None
 
 
 def _check_model(model: ModelConfig) -> None:
-    from pipelines.model import load_model_config
+    from pipelines.model.load import load_model_config
 
     load_model_config(model, "RUN_DIR")

@@ -12,11 +12,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deploy.job import CODE, ENVIRONMENT_FILE
-from pipelines.config import ConfigError
-from pipelines.config_file import read_config
-from pipelines.place import refuse_store
+from pipelines.config.load import read_config
+from pipelines.config.schema import ConfigError
+from pipelines.storage.output import refuse_store
 
+ENVIRONMENT_FILE = "environment.json"
+CODE = Path(__file__).parent.parent
 COMMANDS = ("run", "tune", "check", "finetune", "evaluate")
 OVERRIDE = re.compile(r"[\w.]+=")
 PACKAGES = ("rfa", "pipelines", "tuning", "deploy")
@@ -46,7 +47,10 @@ def plan_job(command: Sequence[str], env_file: Path | None, *, install: bool) ->
         ConfigError: the command, its configuration or a file is not what it must be; nothing has been sent.
     """
     arguments, own = _shipped_command(command)
-    files: dict[str, Path | str] = {**{name: _source(name) for name in (*PACKAGES, CONSTRAINTS)}, **own}
+    files: dict[str, Path | str] = {
+        **{name: _source(name) for name in (*PACKAGES, CONSTRAINTS)},
+        **own,
+    }
     runtime_env: dict[str, Any] = {}
     if install:
         project = tomllib.loads(_source("pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -62,12 +66,16 @@ def _shipped_command(command: Sequence[str]) -> tuple[list[str], dict[str, Path]
     files here."""
     if len(command) < 2 or command[0] not in COMMANDS:
         found = " ".join(command) or "nothing"
-        raise ConfigError(f"submit: found '{found}' after --, allowed: {', '.join(COMMANDS)}, and then CONFIG")
+        raise ConfigError(
+            f"submit: found '{found}' after --, allowed: {', '.join(COMMANDS)}, and then CONFIG"
+        )
     name, config, *rest = command
     cfg = read_config(config, [text for text in rest if OVERRIDE.match(text)])
     for text in (*rest, f"tracking.uri={cfg.tracking.uri}"):
         if PASSWORD.search(text):
-            raise ConfigError(f"{text.split('=')[0]}: holds a password, allowed: passwords in --env-file")
+            raise ConfigError(
+                f"{text.split('=')[0]}: holds a password, allowed: passwords in --env-file"
+            )
     if name == "tune":
         refuse_store(cfg.output_dir)
     if "://" not in cfg.output_dir and not Path(cfg.output_dir).is_absolute():
@@ -84,7 +92,9 @@ def _shipped_command(command: Sequence[str]) -> tuple[list[str], dict[str, Path]
 def _source(name: str) -> Path:
     path = CODE / name
     if not path.exists():
-        raise ConfigError(f"{path}: not found; allowed: ray-unlearn installed from its source folder with --editable")
+        raise ConfigError(
+            f"{path}: not found; allowed: ray-unlearn installed from its source folder with --editable"
+        )
     return path
 
 
@@ -100,9 +110,13 @@ def read_env_file(path: Path) -> dict[str, str]:
         with path.open(encoding="utf-8") as stream:
             lines = list(parse_stream(stream))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--env-file: {path} cannot be read ({type(error).__name__}); allowed: a text file") from None
+        raise ConfigError(
+            f"--env-file: {path} cannot be read ({type(error).__name__}); allowed: a text file"
+        ) from None
     for line in lines:
         if line.error or (line.key is not None and line.value is None):
             blank = len(line.original.string) - len(line.original.string.lstrip("\n"))
-            raise ConfigError(f"--env-file: {path}: found no NAME=value in line {line.original.line + blank}")
+            raise ConfigError(
+                f"--env-file: {path}: found no NAME=value in line {line.original.line + blank}"
+            )
     return {line.key: str(line.value) for line in lines if line.key is not None}

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 
 import deploy.commands
-from pipelines.config import ConfigError, ModelConfig
-from pipelines.config_file import describe, load_config, preset_names
-from pipelines.console import Action, RunDir, Terminal, guarded
-from pipelines.synthetic import write_problem
+from pipelines.config.load import describe, load_config, preset_names
+from pipelines.config.schema import ConfigError, ModelConfig
+from pipelines.data.synthetic import write_problem
+from pipelines.terminal import Action, RunDir, Terminal, guarded
 
 app = typer.Typer(
     name="ray-unlearn",
@@ -22,10 +22,14 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 Config = Annotated[
-    str, typer.Argument(metavar="CONFIG", help=f"A YAML file, or a preset: {', '.join(preset_names())}.")
+    str,
+    typer.Argument(
+        metavar="CONFIG", help=f"A YAML file, or a preset: {', '.join(preset_names())}."
+    ),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it, for example train.steps=50.")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it, for example train.steps=50."),
 ]
 KEYS = "\b\nConfiguration keys, with their defaults:\n" + "\n".join(
     f"  {key} = {default}\n      {meaning}" for key, default, meaning in describe()
@@ -58,9 +62,14 @@ def check(
     config: Config,
     overrides: Overrides = None,
     gpu: Annotated[
-        str, typer.Option(metavar="KIND", help="Plan for such GPUs, H100 for example, before there is a cluster.")
+        str,
+        typer.Option(
+            metavar="KIND", help="Plan for such GPUs, H100 for example, before there is a cluster."
+        ),
     ] = "",
-    price: Annotated[float, typer.Option(min=0, help="Of a GPU and hour: the table then says what a run costs.")] = 0,
+    price: Annotated[
+        float, typer.Option(min=0, help="Of a GPU and hour: the table then says what a run costs.")
+    ] = 0,
 ) -> Action:
     """Validate configuration, model, data and resources, and plan memory, time and cost. Trains nothing.
 
@@ -69,9 +78,11 @@ def check(
 
     def action(terminal: Terminal) -> None:
         cfg = load_config(config, overrides)
-        from pipelines.check import check as check_run
+        from pipelines.planning.check import check as check_run
 
-        terminal.table("What a run would do", check_run(cfg, terminal, gpu=gpu or None, price=price or None))
+        terminal.table(
+            "What a run would do", check_run(cfg, terminal, gpu=gpu or None, price=price or None)
+        )
 
     return action
 
@@ -96,17 +107,26 @@ def tune(
     config: Config,
     overrides: Overrides = None,
     space: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="YAML: configuration keys with distributions. Default: by mode.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="YAML: configuration keys with distributions. Default: by mode."
+        ),
     ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="Trials in all, those of a resumed search included.")] = 60,
-    method: Annotated[str, typer.Option(help="tpe (Optuna's, of both objectives), random or grid.")] = "tpe",
+    trials: Annotated[
+        int, typer.Option(min=1, help="Trials in all, those of a resumed search included.")
+    ] = 60,
+    method: Annotated[
+        str, typer.Option(help="tpe (Optuna's, of both objectives), random or grid.")
+    ] = "tpe",
     require: Annotated[
         list[str] | None,
         typer.Option(
             help="A bound on the pick, as utility>=0.97 (the default); on distance, cost_s ... too. Repeatable."
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the search in output_dir.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the search in output_dir.")
+    ] = False,
 ) -> Action:
     """Search ranks, layers, targets, strengths and weights with Ray Tune: forgetting against kept utility.
 
@@ -117,9 +137,11 @@ def tune(
     def action(terminal: Terminal) -> None:
         cfg = load_config(config, overrides)
         from tuning.score import parse_constraints
-        from tuning.search import Wish, search
+        from tuning.search import SearchOptions, search
 
-        wish = Wish.of(trials, space, method, parse_constraints(require or ()), resume=resume)
+        wish = SearchOptions.of(
+            trials, space, method, parse_constraints(require or ()), resume=resume
+        )
         found = search(cfg, wish, terminal)
         terminal.table(f"Trial {found.pick} of {len(found.trials)}", found.summary())
         terminal.say(f"Configuration: {found.best}")
@@ -146,8 +168,12 @@ def evaluate(
 
         scores = evaluate_model(cfg, ModelConfig(path=model), terminal)
         terminal.scores(scores)
-        target = Path(output or f"scores-{Path(model).resolve().parent.name}-{Path(model).name}.json")
-        target.write_text(json.dumps({"schema": 1, "models": scores}, indent=2, allow_nan=False), encoding="utf-8")
+        target = Path(
+            output or f"scores-{Path(model).resolve().parent.name}-{Path(model).name}.json"
+        )
+        target.write_text(
+            json.dumps({"schema": 1, "models": scores}, indent=2, allow_nan=False), encoding="utf-8"
+        )
         terminal.say(f"Scores: {target}")
 
     return action
@@ -159,8 +185,8 @@ def report(run_dir: RunDir) -> Action:
     """Rebuild a run's page, report.html, from the files beside it."""
 
     def action(terminal: Terminal) -> None:
-        from pipelines.place import open_place
-        from pipelines.report import RUN_FILES, write_report
+        from pipelines.report.page import RUN_FILES, write_report
+        from pipelines.storage.output import open_place
 
         place = open_place(run_dir, "RUN_DIR")
         with place.copied(*RUN_FILES) as folder:
@@ -180,8 +206,8 @@ def verify(run_dir: RunDir) -> Action:
     """
 
     def action(terminal: Terminal) -> None:
-        from pipelines.place import open_place
-        from pipelines.verify import differences
+        from pipelines.storage.output import open_place
+        from pipelines.storage.verify import differences
 
         found = differences(open_place(run_dir, "RUN_DIR"))
         for line in found:
@@ -196,20 +222,28 @@ def verify(run_dir: RunDir) -> Action:
 @app.command()
 @guarded()
 def make_data(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="New folder for the five JSONL files.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="New folder for the five JSONL files.")
+    ],
     authors: Annotated[int, typer.Option(help="Fictitious authors to learn; 2 to 1000.")] = 20,
     questions: Annotated[int, typer.Option(help="Question types for each author; 1 to 20.")] = 4,
-    forget: Annotated[int, typer.Option(help="Authors that must be forgotten, fewer than --authors.")] = 3,
+    forget: Annotated[
+        int, typer.Option(help="Authors that must be forgotten, fewer than --authors.")
+    ] = 3,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
 ) -> Action:
     """Write a synthetic deletion problem: forget, retain, holdout, utility and general sets."""
 
     def action(terminal: Terminal) -> None:
         try:
-            counts = write_problem(folder, authors=authors, questions=questions, seed=seed, forget=forget)
+            counts = write_problem(
+                folder, authors=authors, questions=questions, seed=seed, forget=forget
+            )
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        terminal.say(f"{folder}: " + ", ".join(f"{name} {rows} rows" for name, rows in counts.items()))
+        terminal.say(
+            f"{folder}: " + ", ".join(f"{name} {rows} rows" for name, rows in counts.items())
+        )
 
     return action
 

@@ -1,38 +1,33 @@
 """The flow: one screen from the data to the report. `unlearn` reads from top to bottom; the rest is its vocabulary."""
 
-import os
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
-import ray
-from ray.data import DataContext
-
-from pipelines.artifact import RunFolder
-from pipelines.classes import check_labels, check_target
-from pipelines.config import ModelConfig, UnlearnConfig, check_strength
-from pipelines.console import Terminal
-from pipelines.data import Sets, load_sets
-from pipelines.evaluate import evaluate, evaluation_work
-from pipelines.losses import LossLog
-from pipelines.own_answers import answered_only, check_answered, drop_answers, with_own_answers
-from pipelines.report import write_report
-from pipelines.tasks import on_every_node, on_this_node, result_of
-from pipelines.tracking import Tracker, check_tracking, open_tracker, preload
-from pipelines.trainer import Trainer, check_resources, forget_resume_points, worker_environment
+from pipelines.cluster.session import session
+from pipelines.cluster.tasks import on_every_node, on_this_node, result_of
+from pipelines.config.schema import ModelConfig, UnlearnConfig, check_strength
+from pipelines.data.sets import Sets
+from pipelines.encoding.labelled import check_target
+from pipelines.evaluation.own_answers import (
+    answered_only,
+    check_answered,
+    drop_answers,
+    with_own_answers,
+)
+from pipelines.evaluation.pool import evaluate, evaluation_work
+from pipelines.preflight import load_checked, oracle_of
+from pipelines.report.page import write_report
+from pipelines.storage.run_folder import RunFolder
+from pipelines.terminal import Terminal
+from pipelines.tracking.tracker import Tracker, check_tracking, open_tracker, preload
+from pipelines.training.progress import ProgressLog
+from pipelines.training.trainer import Trainer, forget_resume_points
 
 Scores = dict[str, dict[str, float | None]]
-
-
-class Checked(NamedTuple):
-    """What is known before training: the sets, and the model's size."""
-
-    sets: Sets
-    size: Any
 
 
 def unlearn(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
@@ -49,10 +44,10 @@ def unlearn(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
         return run
     check_strength(cfg)
     check_tracking(cfg.tracking, run.path)
-    with run.place.at_work(), session(cfg, run.path / "run.log", terminal):
+    with run.place.at_work(), session(cfg.train, run.path / "run.log", terminal, preload):
         sets, _ = load_checked(cfg, terminal, oracle_of(cfg, "evaluation.oracle"))
         check_target(cfg, sets)
-        run.begin(sets)
+        run.begin(sets.inputs())
         sets = with_own_answers(cfg, sets, run.path, terminal)
         with tracked(run, sets, terminal) as tracker:
             cost = run.manifest().get("cost") or train(run, sets, tracker, terminal)
@@ -72,20 +67,23 @@ def finetune(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
     run = RunFolder(cfg, "finetune")
     if run.is_complete:
         return run
-    with run.place.at_work(), session(cfg, run.path / "run.log", terminal):
+    with run.place.at_work(), session(cfg.train, run.path / "run.log", terminal, preload):
         sets, _ = load_checked(cfg, terminal, {})
         rows = sets.union(cfg.finetune.sets)
         check_answered(cfg, sets)
-        run.begin(sets)
+        run.begin(sets.inputs())
         streams = {"retain": (rows, cfg.finetune.batch_size)}
         if cfg.finetune.salient is not None:
             streams["forget"] = (sets.forget, cfg.finetune.batch_size)
         trainer = Trainer(cfg, "finetune", streams)
         steps = cfg.finetune.epochs * trainer.batches["retain"]
         started = time.monotonic()
-        with LossLog(run.place, "Fine-tuning", steps, terminal) as losses:
+        with ProgressLog(run.place, "Fine-tuning", steps, terminal) as losses:
             result = trainer.fit(
-                steps=steps, learning_rate=cfg.finetune.learning_rate, final_rate=0.1, listener=losses.hear
+                steps=steps,
+                learning_rate=cfg.finetune.learning_rate,
+                final_rate=0.1,
+                listener=losses.hear,
             )
         cost = cost_of(result, time.monotonic() - started)
         run.update(cost={**cost, **export(run, checkpoint_of(result), full=True)})
@@ -101,24 +99,37 @@ def evaluate_model(cfg: UnlearnConfig, model: ModelConfig, terminal: Terminal) -
     Utility rows without an answer are left out: there is nothing to score.
     """
     models = {"model": model, **oracle_of(cfg, "oracle")}
-    with TemporaryDirectory() as folder, session(cfg, Path(folder) / "run.log", terminal):
-        sets, _ = load_checked(cfg, terminal, {"--model": model, **oracle_of(cfg, "evaluation.oracle")})
+    with (
+        TemporaryDirectory() as folder,
+        session(cfg.train, Path(folder) / "run.log", terminal, preload),
+    ):
+        sets, _ = load_checked(
+            cfg, terminal, {"--model": model, **oracle_of(cfg, "evaluation.oracle")}
+        )
         return score(cfg, models, answered_only(sets), terminal)[0]
 
 
-def train(run: RunFolder, sets: Sets, tracker: Tracker | None, terminal: Terminal) -> dict[str, Any]:
+def train(
+    run: RunFolder, sets: Sets, tracker: Tracker | None, terminal: Terminal
+) -> dict[str, Any]:
     """Train the adapter, write it and the merged model; returns what it cost."""
     cfg = run.cfg
     keep = sets.union(("retain", "utility"), present_only=True)
-    streams = {"retain": (keep, cfg.train.retain_batch_size), "forget": (sets.forget, cfg.train.forget_batch_size)}
+    streams = {
+        "retain": (keep, cfg.train.retain_batch_size),
+        "forget": (sets.forget, cfg.train.forget_batch_size),
+    }
     if cfg.solve.mode != "off" and cfg.solve.strength == "auto":
         assert sets.holdout is not None
         streams["holdout"] = (sets.holdout, cfg.train.forget_batch_size)
     trainer = Trainer(cfg, "unlearn", streams)
     started = time.monotonic()
-    with LossLog(run.place, "Unlearning", cfg.train.steps, terminal, tracker) as losses:
+    with ProgressLog(run.place, "Unlearning", cfg.train.steps, terminal, tracker) as losses:
         result = trainer.fit(
-            steps=cfg.train.steps, learning_rate=cfg.train.learning_rate, final_rate=0.0, listener=losses.hear
+            steps=cfg.train.steps,
+            learning_rate=cfg.train.learning_rate,
+            final_rate=0.0,
+            listener=losses.hear,
         )
     cost = cost_of(result, time.monotonic() - started)
     cost |= export(run, checkpoint_of(result))
@@ -128,7 +139,9 @@ def train(run: RunFolder, sets: Sets, tracker: Tracker | None, terminal: Termina
     return cost
 
 
-def score(cfg: UnlearnConfig, models: dict[str, ModelConfig], sets: Sets, terminal: Terminal) -> tuple[Scores, float]:
+def score(
+    cfg: UnlearnConfig, models: dict[str, ModelConfig], sets: Sets, terminal: Terminal
+) -> tuple[Scores, float]:
     """Scores of each model, and the seconds they took."""
     started = time.monotonic()
     bar = terminal.bar("Evaluating " + ", ".join(models), evaluation_work(cfg, models, sets))
@@ -145,31 +158,12 @@ def record(run: RunFolder, tracker: Tracker) -> None:
     for trial in run.manifest()["strengths"][-1:]:
         tracker.log_scores("solve", trial)
     version = tracker.log_adapter(run.path / "adapter")
-    run.update(mlflow={"run_id": tracker.run_id, "uri": run.cfg.tracking.uri, "model_version": version})
+    run.update(
+        mlflow={"run_id": tracker.run_id, "uri": run.cfg.tracking.uri, "model_version": version}
+    )
     drop_answers(run.path)
     run.seal()
     tracker.log_artifact(write_report(run.path))
-
-
-def load_checked(cfg: UnlearnConfig, terminal: Terminal, others: dict[str, ModelConfig]) -> Checked:
-    """The sets, once the cluster is known to be large enough and the model to be what the configuration says.
-
-    The model is checked in a task, without its weights, while the data is read: the driver imports none of what that
-    takes. `others` are further models that will be needed, by their keys.
-    """
-    check_resources(cfg.train, terminal.say)
-    size = on_this_node(_check_models).remote(cfg, others)
-    sets = load_sets(cfg.data, cfg.task)
-    checked = Checked(sets, result_of(size))
-    check_labels(cfg, sets)
-    terminal.say("Data: " + ", ".join(f"{name} {sets.counts[name]} rows" for name in sets.names()))
-    return checked
-
-
-def _check_models(cfg: UnlearnConfig, others: dict[str, ModelConfig]) -> Any:
-    from pipelines.model import check_models
-
-    return check_models(cfg, others)
 
 
 def export(run: RunFolder, checkpoint: Any, *, full: bool = False) -> dict[str, float]:
@@ -179,7 +173,7 @@ def export(run: RunFolder, checkpoint: Any, *, full: bool = False) -> dict[str, 
 
 
 def _write_model(*arguments: Any) -> dict[str, float]:
-    from pipelines.export import write_model
+    from pipelines.training.export import write_model
 
     return write_model(*arguments)
 
@@ -188,11 +182,6 @@ def result_models(run: RunFolder) -> dict[str, ModelConfig]:
     """The models that are compared: before, after and, when configured, the oracle."""
     after = ModelConfig(path=str(run.path / "model"))
     return {"before": run.cfg.model, "after": after, **oracle_of(run.cfg, "oracle")}
-
-
-def oracle_of(cfg: UnlearnConfig, name: str) -> dict[str, ModelConfig]:
-    """The retrain oracle under a name, where one is configured."""
-    return {} if cfg.evaluation.oracle is None else {name: ModelConfig(path=cfg.evaluation.oracle)}
 
 
 def cost_of(result: Any, train_s: float) -> dict[str, Any]:
@@ -236,27 +225,3 @@ def tracked(run: RunFolder, sets: Sets, terminal: Terminal) -> Iterator[Tracker]
         raise
     finally:
         tracker.close(status)
-
-
-@contextmanager
-def session(cfg: UnlearnConfig, log_path: Path, terminal: Terminal) -> Iterator[None]:
-    """Ray, started here or joined where it runs already, with its chatter in the run's log."""
-    with terminal.chatter_to(log_path):
-        started_here = not ray.is_initialized()
-        if started_here:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            # Ray would log the failures of tasks whose results nobody fetches, and what a row's error says is text.
-            os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
-            threading.Thread(target=preload, daemon=True).start()
-            # One environment for all workers, and idle ones kept: Ray reuses a process, with what it has imported.
-            os.environ.setdefault("RAY_num_workers_soft_limit", "8")
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a Ray of one node is lost as a whole
-            ray.init(include_dashboard=False, runtime_env={"env_vars": worker_environment(cfg.train)})
-        context = DataContext.get_current()
-        context.enable_progress_bars = False
-        context.execution_options.preserve_order = True
-        try:
-            yield
-        finally:
-            if started_here:
-                ray.shutdown()

@@ -22,7 +22,11 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     config = getattr(model, "config", None)
     text = config.get_text_config() if config is not None else None
     depth = getattr(text, "num_hidden_layers", None) or len(getattr(text, "depths", ()))
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    lists = [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and len(m) == depth
+    ]
     if not lists:
         raise ValueError(
             f"model: no list of {depth} blocks in {type(model).__name__}, allowed: a decoder or an encoder of blocks"
@@ -43,7 +47,11 @@ def block_range(model: nn.Module, name: str) -> tuple[int, int]:
 
 
 def target_names(
-    model: nn.Module, targets: Sequence[str], layers: tuple[int, int] | None, *, everywhere: bool = False
+    model: nn.Module,
+    targets: Sequence[str],
+    layers: tuple[int, int] | None,
+    *,
+    everywhere: bool = False,
 ) -> list[str]:
     """Full names of the layers that `targets` and `layers` choose, lowest first; with `everywhere` and without
     `layers` also outside the blocks, as a classifier's head is.
@@ -54,7 +62,9 @@ def target_names(
     prefix, blocks = find_blocks(model)
     first, last = layers if layers is not None else (0, len(blocks) - 1)
     if not 0 <= first <= last < len(blocks):
-        raise ValueError(f"adapter.layers: found [{first}, {last}], allowed: 0 to {len(blocks) - 1}")
+        raise ValueError(
+            f"adapter.layers: found [{first}, {last}], allowed: 0 to {len(blocks) - 1}"
+        )
     everywhere = everywhere and layers is None
     found = [name for name, m in model.named_modules() if isinstance(m, _ADAPTABLE)]
     found = [name for name in found if everywhere or name.startswith(f"{prefix}.")]
@@ -62,7 +72,9 @@ def target_names(
         if not any(f".{name}".endswith(f".{target}") for name in found):
             choices = ", ".join(sorted({ending(name) for name in found}))
             whose = "this model has" if everywhere else "this model's blocks have"
-            raise ValueError(f"adapter.targets: no linear layer ends with '{target}'; {whose}: {choices}")
+            raise ValueError(
+                f"adapter.targets: no linear layer ends with '{target}'; {whose}: {choices}"
+            )
     own = [name for name in found if any(f".{name}".endswith(f".{target}") for target in targets)]
     chosen = [name for name in own if everywhere or first <= block_range(model, name)[0] <= last]
     if not chosen:
@@ -110,7 +122,9 @@ def attach(
 
 def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     """The adapted modules with their names, in the model's order."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    return [
+        (name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    ]
 
 
 def check_gradients(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
@@ -127,7 +141,9 @@ def check_gradients(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
     model.zero_grad(set_to_none=True)
     if silent:
         shown = ", ".join(silent[:3]) + (f" and {len(silent) - 3} more" if len(silent) > 3 else "")
-        raise ValueError(f"adapter.targets: no gradient reaches {shown}; choose layers that the forward pass calls")
+        raise ValueError(
+            f"adapter.targets: no gradient reaches {shown}; choose layers that the forward pass calls"
+        )
 
 
 @contextmanager

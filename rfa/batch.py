@@ -30,15 +30,19 @@ class Row(NamedTuple):
     @property
     def size(self) -> int:
         """Tokens; an image counts as many as it has patches of 16 x 16, as a ViT's."""
-        return len(self.input_ids) if self.pixels_CHW is None else max(1, self.pixels_CHW[0].numel() // 256)
+        return (
+            len(self.input_ids)
+            if self.pixels_CHW is None
+            else max(1, self.pixels_CHW[0].numel() // 256)
+        )
 
 
-class Places(NamedTuple):
+class SelectedFeatures(NamedTuple):
     """Chosen places of a module's output: features, the rows they belong to, and their shares of the mean."""
 
     feature_ND: Tensor
     index_N: Tensor
-    share_N: Tensor
+    weight_N: Tensor
 
 
 class UnlearnBatch(NamedTuple):
@@ -69,14 +73,19 @@ class UnlearnBatch(NamedTuple):
         return self._mapped(lambda tensor: tensor[index_R])
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> "UnlearnBatch":
-        tensors = {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        tensors = {
+            name: value for name, value in self._asdict().items() if isinstance(value, Tensor)
+        }
         return self._replace(**{name: change(tensor) for name, tensor in tensors.items()})
 
     def model_inputs(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         """What the forward of a model of that precision is called with."""
         if self.pixels_BCHW is not None:
             return {"pixel_values": self.pixels_BCHW.to(dtype)}
-        inputs: dict[str, Any] = {"input_ids": self.input_ids_BT, "attention_mask": self.attention_BT.long()}
+        inputs: dict[str, Any] = {
+            "input_ids": self.input_ids_BT,
+            "attention_mask": self.attention_BT.long(),
+        }
         return inputs if self.classified else {**inputs, "use_cache": False}
 
     def expected(self, positions_BT: Tensor) -> Tensor:
@@ -86,7 +95,7 @@ class UnlearnBatch(NamedTuple):
             return self.label_B[index_N2[:, 0]]
         return self.input_ids_BT[index_N2[:, 0], index_N2[:, 1] + 1]
 
-    def places(self, feature_BSD: Tensor, tokens_BT: Tensor) -> Places:
+    def places(self, feature_BSD: Tensor, tokens_BT: Tensor) -> SelectedFeatures:
         """The features at chosen tokens, or at all places of their rows in a module whose places are no tokens.
 
         In a classified batch each row has a share of 1 in all, else each token: as `counts` counts them."""
@@ -95,8 +104,12 @@ class UnlearnBatch(NamedTuple):
         else:
             chosen_BS = tokens_BT.any(1)[:, None].expand(feature_BSD.shape[:2])
         index_N = chosen_BS.nonzero()[:, 0]
-        places_B = chosen_BS.sum(1) if self.classified else torch.ones_like(chosen_BS[:, 0], dtype=torch.long)
-        return Places(feature_BSD[chosen_BS], index_N, 1 / places_B[index_N])
+        places_B = (
+            chosen_BS.sum(1)
+            if self.classified
+            else torch.ones_like(chosen_BS[:, 0], dtype=torch.long)
+        )
+        return SelectedFeatures(feature_BSD[chosen_BS], index_N, 1 / places_B[index_N])
 
     def retain_tokens_BT(self, tokens: str = "all") -> Tensor:
         """Tokens of kept rows, retain and utility."""
@@ -141,7 +154,9 @@ class TokenCounts(NamedTuple):
     forget_answer: float
 
 
-def collate(retain: Sequence[Row], forget: Sequence[Row], pad_token_id: int, blank: Row | None = None) -> UnlearnBatch:
+def collate(
+    retain: Sequence[Row], forget: Sequence[Row], pad_token_id: int, blank: Row | None = None
+) -> UnlearnBatch:
     """Pad retain rows, then forget rows, to the longest of them.
 
     With no rows at all (a worker whose share of a small set is empty) the batch is one row that no term counts: `blank`
@@ -175,7 +190,9 @@ def collate(retain: Sequence[Row], forget: Sequence[Row], pad_token_id: int, bla
         row_B=torch.tensor([row.row for row in rows]),
         label_B=torch.tensor([row.label for row in rows]),
         utility_B=torch.tensor([row.utility for row in rows]),
-        pixels_BCHW=None if rows[0].pixels_CHW is None else torch.stack([_pixels(row) for row in rows]),
+        pixels_BCHW=None
+        if rows[0].pixels_CHW is None
+        else torch.stack([_pixels(row) for row in rows]),
         classified=classified,
     )
 

@@ -32,7 +32,9 @@ class FeatureSums:
         if label >= 0:
             own.by_label[label] = (len(feature_ND), feature_ND.sum(0))
         if keep_tokens:
-            chosen = torch.linspace(0, len(feature_ND) - 1, min(keep_tokens, len(feature_ND))).long()
+            chosen = torch.linspace(
+                0, len(feature_ND) - 1, min(keep_tokens, len(feature_ND))
+            ).long()
             own.sample[row] = feature_ND[chosen].float()
         self.merge(own)
 
@@ -48,7 +50,7 @@ class FeatureSums:
 
 
 @dataclass
-class PlaceTarget:
+class ModuleTarget:
     """The target at one aligned place. `energy` is E|h0|^2 over retain tokens, the unit of every distance there."""
 
     energy: float
@@ -57,7 +59,7 @@ class PlaceTarget:
     spread_D: Tensor | None = None
 
 
-def fit_target(kind: str, sums: FeatureSums, *, clusters: int, seed: int) -> PlaceTarget:
+def fit_target(kind: str, sums: FeatureSums, *, clusters: int, seed: int) -> ModuleTarget:
     """The target of one place from its retain sums.
 
     Raises:
@@ -72,12 +74,14 @@ def fit_target(kind: str, sums: FeatureSums, *, clusters: int, seed: int) -> Pla
             f"objective.target: {kind} needs a label column (data.columns.label); the retain rows have none"
         )
     if kind == "retain_mean":
-        return PlaceTarget(energy, mean_D[None].float())
+        return ModuleTarget(energy, mean_D[None].float())
     if kind == "gaussian":
         variance_D = (sums.square_D / sums.count - mean_D.square()).clamp_min(0)
-        return PlaceTarget(energy, mean_D[None].float(), spread_D=variance_D.sqrt().float())
+        return ModuleTarget(energy, mean_D[None].float(), spread_D=variance_D.sqrt().float())
     if kind == "cluster_mean":
-        from sklearn.cluster import KMeans  # a second to import, in every process that knows this module
+        from sklearn.cluster import (
+            KMeans,
+        )  # a second to import, in every process that knows this module
 
         sample_ND = torch.cat([sums.sample[row] for row in sorted(sums.sample)]).double().numpy()
         fitted = KMeans(
@@ -86,14 +90,16 @@ def fit_target(kind: str, sums: FeatureSums, *, clusters: int, seed: int) -> Pla
             max_iter=25,
             random_state=seed,
         ).fit(sample_ND)
-        return PlaceTarget(energy, torch.from_numpy(fitted.cluster_centers_).float())
+        return ModuleTarget(energy, torch.from_numpy(fitted.cluster_centers_).float())
     labels = sorted(sums.by_label)
     means_KD = torch.stack([sums.by_label[label][1] / sums.by_label[label][0] for label in labels])
     if kind == "balanced_mean":
-        return PlaceTarget(energy, means_KD.mean(0, keepdim=True).float())
+        return ModuleTarget(energy, means_KD.mean(0, keepdim=True).float())
     if len(labels) < 2:
-        raise ValueError("objective.target: class_mean needs at least two labels among the retain rows; found 1")
-    return PlaceTarget(energy, means_KD.float(), label_K=torch.tensor(labels))
+        raise ValueError(
+            "objective.target: class_mean needs at least two labels among the retain rows; found 1"
+        )
+    return ModuleTarget(energy, means_KD.float(), label_K=torch.tensor(labels))
 
 
 class Targets:
@@ -103,7 +109,7 @@ class Targets:
     features with lower residuals already in place (`local`), those are what it looks at.
     """
 
-    def __init__(self, kind: str, places: dict[str, PlaceTarget], seed: int) -> None:
+    def __init__(self, kind: str, places: dict[str, ModuleTarget], seed: int) -> None:
         self.kind = kind
         self.places = places
         self.seed = seed

@@ -16,9 +16,17 @@ from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
 KEY, SECRET = "key", "wJalrXUtnFEMI-K7MDENG"
-FAULTS = ("500", "reset", "reset midway", "silence", "silence midway")  # midway: of what is sent or is received
+FAULTS = (
+    "500",
+    "reset",
+    "reset midway",
+    "silence",
+    "silence midway",
+)  # midway: of what is sent or is received
 LATE_S = 4.0  # pyarrow's own patience is 3 s
-logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line a request would bury why a test failed
+logging.getLogger("werkzeug").setLevel(
+    logging.WARNING
+)  # a line a request would bury why a test failed
 
 
 class Bucket:
@@ -44,7 +52,9 @@ class Bucket:
 
     def heal(self) -> None:
         """From now on all is well, and nothing is refused yet."""
-        self.refuses: Callable[[str, str], bool] = lambda _method, _path: False  # by method and path
+        self.refuses: Callable[[str, str], bool] = lambda _method, _path: (
+            False
+        )  # by method and path
         self.fault = "500"  # what is refused gets this: one of FAULTS, or "late", and answered then
         self.refused: list[str] = []
         self._healed.set()
@@ -64,7 +74,9 @@ class Bucket:
             return [b""]
         return self._broken_off(environ, start_response, length // 2)
 
-    def _broken_off(self, environ: dict[str, Any], start_response: Any, half: int) -> Iterator[bytes]:
+    def _broken_off(
+        self, environ: dict[str, Any], start_response: Any, half: int
+    ) -> Iterator[bytes]:
         fault, healed = self.fault, self._healed
         if "midway" in fault and environ["REQUEST_METHOD"] == "GET":
             whole = b"".join(self._app(environ, start_response))
@@ -101,7 +113,9 @@ class Bucket:
         """The step that an unfinished run would go on from: of the last resume point that Ray Train's controller has
         heard of, seconds after it was written; 0 while there is none."""
         try:
-            snapshot = json.loads(self.read(f"{folder}/checkpoints/train/checkpoint_manager_snapshot.json"))
+            snapshot = json.loads(
+                self.read(f"{folder}/checkpoints/train/checkpoint_manager_snapshot.json")
+            )
         except (FileNotFoundError, ValueError):  # none yet, or replaced between two reads
             return 0
         latest = snapshot["latest_checkpoint_result"]
@@ -109,7 +123,9 @@ class Bucket:
 
     def steps(self, folder: str) -> list[int]:
         """The steps that the driver of a run has heard of, in that order."""
-        return [json.loads(line)["step"] for line in self.read(f"{folder}/losses.jsonl").splitlines()]
+        return [
+            json.loads(line)["step"] for line in self.read(f"{folder}/losses.jsonl").splitlines()
+        ]
 
 
 def reset(connection: socket.socket) -> None:

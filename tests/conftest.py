@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["HF_HUB_OFFLINE"] = "1"  # before Ray starts its workers: no test waits for a hub that is not there
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # before Ray starts its workers: no test waits for a hub that is not there
+)
 
 import pytest
 import ray
@@ -15,8 +17,8 @@ import ray
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A local Ray of two CPUs, started once, as a command starts its own: idle workers are kept and used again."""
-    from pipelines.config import TrainConfig
-    from pipelines.trainer import worker_environment
+    from pipelines.cluster.resources import worker_environment
+    from pipelines.config.schema import TrainConfig
 
     os.environ.setdefault("RAY_num_workers_soft_limit", "8")
     # "local": a cluster that somebody else left on this machine is not joined
@@ -31,7 +33,7 @@ def ray_session() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def problem(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `model`, tiny and random, and `data`, synthetic."""
-    from pipelines.synthetic import write_problem
+    from pipelines.data.synthetic import write_problem
     from tests.tiny_model import write_tiny_model
 
     folder = tmp_path_factory.mktemp("problem")
@@ -44,4 +46,7 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def overrides(problem: Path) -> list[str]:
     """What points the `quick` preset at the problem."""
     sets = ("forget", "retain", "utility", "holdout", "general")
-    return [f"model.path={problem}/model", *(f"data.{name}.path={problem}/data/{name}.jsonl" for name in sets)]
+    return [
+        f"model.path={problem}/model",
+        *(f"data.{name}.path={problem}/data/{name}.jsonl" for name in sets),
+    ]

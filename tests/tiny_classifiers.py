@@ -33,7 +33,9 @@ def write_images(folder: Path, seed: int = 0) -> Path:
             image[top : top + 4, left : left + 4] += 110
         header = struct.pack(">HBB3I", 0, 8, 3, count, 8, 8)
         (folder / f"{name}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-        (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">HBBI", 0, 8, 1, count) + labels.tobytes())
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">HBBI", 0, 8, 1, count) + labels.tobytes()
+        )
     return folder
 
 
@@ -41,12 +43,24 @@ def write_image_model(kind: str, folder: Path) -> Path:
     """A fresh ViT or ResNet for them, with its image processor."""
     torch.manual_seed(0)
     if kind == "vit":
-        shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+        shape = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+        }
         config = ViTConfig(image_size=8, patch_size=4, num_channels=1, num_labels=CLASSES, **shape)
         model = ViTForImageClassification(config)
     else:
-        sizes = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"}
-        model = ResNetForImageClassification(ResNetConfig(num_channels=1, num_labels=CLASSES, **sizes))
+        sizes = {
+            "embedding_size": 16,
+            "hidden_sizes": [16, 32],
+            "depths": [1, 1],
+            "layer_type": "basic",
+        }
+        model = ResNetForImageClassification(
+            ResNetConfig(num_channels=1, num_labels=CLASSES, **sizes)
+        )
     model.save_pretrained(folder)
     still = {"do_resize": False, "size": {"height": 8, "width": 8}}
     ViTImageProcessorPil(**still, image_mean=[0.5], image_std=[0.5]).save_pretrained(folder)
@@ -66,7 +80,9 @@ def write_texts(folder: Path, seed: int = 0) -> Path:
             }
             for n in range(count)
         ]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
     return folder
 
 
@@ -74,7 +90,12 @@ def write_text_model(folder: Path, tokenizer: Path) -> Path:
     """A fresh BERT with the tokenizer of another model folder."""
     torch.manual_seed(0)
     loaded = AutoTokenizer.from_pretrained(tokenizer)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    }
     config = BertConfig(vocab_size=len(loaded), num_labels=CLASSES, hidden_dropout_prob=0, **shape)
     BertForSequenceClassification(config).save_pretrained(folder)
     loaded.save_pretrained(folder)

@@ -7,8 +7,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from pipelines.curves import SOFT, svg
-from tuning.record import Ended, as_configured
+from pipelines.report.curves import SOFT, svg
+from tuning.record import TrialRecord, as_configured
 from tuning.score import OF_CLASSES, Constraint, Score, pareto_front
 from tuning.space import encoded
 
@@ -18,7 +18,7 @@ FEWEST = 8  # trials that an importance is computed from
 
 def write_page(
     folder: Path,
-    trials: Mapping[int, Ended],
+    trials: Mapping[int, TrialRecord],
     chosen: int | None,
     constraints: Sequence[Constraint],
     references: Mapping[str, Mapping[str, float | None]],
@@ -27,7 +27,9 @@ def write_page(
     scored = {number: own.score for number, own in sorted(trials.items()) if own.score is not None}
     front, configured = pareto_front(scored), as_configured(trials)
     text = resources.files("tuning").joinpath("search.html.jinja").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     page = environment.from_string(text).render(
         trials=[trials[number] for number in sorted(trials)],
         front=front,
@@ -39,12 +41,18 @@ def write_page(
         fields=Score._fields,
         keys=list(dict.fromkeys(key for own in trials.values() for key in own.values)),
         trade_off=_trade_off(
-            scored, front, {"as configured": configured, "pick": None if chosen is None else trials[chosen]}
+            scored,
+            front,
+            {"as configured": configured, "pick": None if chosen is None else trials[chosen]},
         )
         if scored
         else None,
-        progress=svg(_progress(scored, constraints), size=(4.6, 2.6), x_label="trial") if scored else None,
-        importances={name: found for name in ("distance", "utility") if (found := _importances(trials, name))},
+        progress=svg(_progress(scored, constraints), size=(4.6, 2.6), x_label="trial")
+        if scored
+        else None,
+        importances={
+            name: found for name in ("distance", "utility") if (found := _importances(trials, name))
+        },
         lines=_parallel(trials, chosen),
     )
     path = folder / "search.html"
@@ -52,7 +60,9 @@ def write_page(
     return path
 
 
-def _trade_off(scored: Mapping[int, Score], front: list[int], named: Mapping[str, Ended | None]) -> str:
+def _trade_off(
+    scored: Mapping[int, Score], front: list[int], named: Mapping[str, TrialRecord | None]
+) -> str:
     """Every trial as a point; the front as a line; some trials by name."""
 
     def draw(axes: Any) -> None:
@@ -64,7 +74,13 @@ def _trade_off(scored: Mapping[int, Score], front: list[int], named: Mapping[str
             label="trial",
         )
         line = [scored[number] for number in front]
-        axes.plot([own.utility for own in line], [own.distance for own in line], color=BLUE, marker="o", label="front")
+        axes.plot(
+            [own.utility for own in line],
+            [own.distance for own in line],
+            color=BLUE,
+            marker="o",
+            label="front",
+        )
         for (label, own), colour in zip(named.items(), (ORANGE, GREEN), strict=True):
             if own is not None and own.score is not None:
                 place = [own.score.utility], [own.score.distance]
@@ -87,7 +103,9 @@ def best_so_far(scored: Mapping[int, Score], constraints: Sequence[Constraint]) 
     return line
 
 
-def _progress(scored: Mapping[int, Score], constraints: Sequence[Constraint]) -> Callable[[Any], None]:
+def _progress(
+    scored: Mapping[int, Score], constraints: Sequence[Constraint]
+) -> Callable[[Any], None]:
     def draw(axes: Any) -> None:
         axes.step(sorted(scored), best_so_far(scored, constraints), where="post", color=BLUE)
         axes.set_ylim(bottom=0)
@@ -96,7 +114,7 @@ def _progress(scored: Mapping[int, Score], constraints: Sequence[Constraint]) ->
     return draw
 
 
-def _importances(trials: Mapping[int, Ended], name: str) -> list[tuple[str, int]]:
+def _importances(trials: Mapping[int, TrialRecord], name: str) -> list[tuple[str, int]]:
     """Share of a score's variance that each key explains, in percent (fANOVA: Hutter et al. 2014), largest first."""
     import optuna
 
@@ -107,11 +125,13 @@ def _importances(trials: Mapping[int, Ended], name: str) -> list[tuple[str, int]
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     return [
         (key, round(100 * share))
-        for key, share in optuna.importance.get_param_importances(study, evaluator=evaluator).items()
+        for key, share in optuna.importance.get_param_importances(
+            study, evaluator=evaluator
+        ).items()
     ]
 
 
-def _study(trials: Mapping[int, Ended], name: str) -> Any:
+def _study(trials: Mapping[int, TrialRecord], name: str) -> Any:
     """The trials that have values, as a study of one score."""
     import optuna
 
@@ -141,19 +161,27 @@ def _distribution(seen: list[Any]) -> Any:
     return CategoricalDistribution(seen)
 
 
-def _parallel(trials: Mapping[int, Ended], chosen: int | None) -> str | None:
+def _parallel(trials: Mapping[int, TrialRecord], chosen: int | None) -> str | None:
     """Parallel coordinates: a line a trial across the keys' values, the darker the smaller its distance."""
     scored = [own for own in trials.values() if own.score is not None and own.values]
     keys = list(dict.fromkeys(key for own in scored for key in own.values))
     if len(scored) < 2 or len(keys) < 2:
         return None
-    places = {key: _places([own.values[key] for own in scored if key in own.values]) for key in keys}
+    places = {
+        key: _places([own.values[key] for own in scored if key in own.values]) for key in keys
+    }
 
     def draw(axes: Any) -> None:
         worst = max(own.score.distance for own in scored if own.score)
-        for own in sorted(scored, key=lambda own: (own.number == chosen, -own.score.distance if own.score else 0)):
+        for own in sorted(
+            scored, key=lambda own: (own.number == chosen, -own.score.distance if own.score else 0)
+        ):
             assert own.score is not None
-            points = [(x, places[key][str(own.values[key])]) for x, key in enumerate(keys) if key in own.values]
+            points = [
+                (x, places[key][str(own.values[key])])
+                for x, key in enumerate(keys)
+                if key in own.values
+            ]
             is_pick = own.number == chosen
             share = 1 - own.score.distance / max(worst, 1e-9)
             axes.plot(
@@ -166,7 +194,14 @@ def _parallel(trials: Mapping[int, Ended], chosen: int | None) -> str | None:
             ends = sorted(places[key].items(), key=lambda item: item[1])
             shown = ends if len(ends) <= 6 else [ends[0], ends[-1]]
             for text, y in shown:
-                axes.annotate(_short(text), (x, y), textcoords="offset points", xytext=(4, 0), fontsize=7, color=SOFT)
+                axes.annotate(
+                    _short(text),
+                    (x, y),
+                    textcoords="offset points",
+                    xytext=(4, 0),
+                    fontsize=7,
+                    color=SOFT,
+                )
         axes.set_xticks(range(len(keys)), [key.split(".", 1)[1] for key in keys])
         axes.set_yticks([])
         axes.set_xlim(-0.1, len(keys) - 0.6)

@@ -1,46 +1,30 @@
 """What a search does once for all trials: tokenise, collect the solver's statistics, score what they are compared with.
 
-The driver imports none of what models take: that is in `tuning.bench`, on the workers.
+The driver imports none of what models take: that is in `tuning.workbench`, on the workers.
 """
 
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 
-from pipelines.classes import encoder_of
-from pipelines.config import UnlearnConfig
-from pipelines.config_file import with_values
-from pipelines.console import Terminal
-from pipelines.data import Sets
-from pipelines.evaluate import evaluate, evaluation_work, pieces_of
-from pipelines.shards import plan_stream
-from pipelines.tasks import result_of
-from pipelines.unlearn import oracle_of
+from pipelines.cluster.tasks import result_of
+from pipelines.config.load import with_values
+from pipelines.config.schema import UnlearnConfig
+from pipelines.data.sets import Sets
+from pipelines.encoding.batches import plan_stream
+from pipelines.encoding.labelled import build_encoder
+from pipelines.evaluation.pool import evaluate, evaluation_work, pieces_of
+from pipelines.preflight import oracle_of
+from pipelines.terminal import Terminal
+from tuning.contracts import Shared
 from tuning.space import Space
 
 
-class Shared(NamedTuple):
-    """What all trials share, as references into Ray's object store.
-
-    `cfg` is the configuration that trials change; `widest` the one whose adapter covers every trial's. `kept`, `forget`
-    and `holdout` are tokenised rows in batches; `scored` are rows as the scorer takes them, texts included.
-    """
-
-    cfg: UnlearnConfig
-    widest: UnlearnConfig
-    kept: Any
-    forget: Any
-    holdout: Any
-    scored: list[Any]
-    token_kinds: tuple[str, ...]
-    collected: Any = None
-
-
 def _collect(shared: Shared, rank: int, world_size: int) -> Any:
-    from tuning.bench import Workbench
+    from tuning.workbench import Workbench
 
     return Workbench(shared).collect(rank, world_size)
 
@@ -56,7 +40,7 @@ def save_adapter(shared: Shared, cfg: UnlearnConfig, folder: Path) -> None:
     """Find the adapter of one configuration again, in a task, and write it in PEFT's format."""
 
     def save() -> None:
-        from tuning.bench import Workbench
+        from tuning.workbench import Workbench
 
         Workbench(shared).save_adapter(cfg, folder)
 
@@ -67,7 +51,7 @@ def save_adapter(shared: Shared, cfg: UnlearnConfig, folder: Path) -> None:
 def share_work(cfg: UnlearnConfig, space: Space, sets: Sets, terminal: Terminal) -> Shared:
     """Tokenise, and collect the solver's statistics on all workers."""
     cfg = quick(cfg)
-    encoder = encoder_of(cfg)
+    encoder = build_encoder(cfg)
 
     def rows_of(dataset: Any, batch_size: int) -> Any:
         return plan_stream(dataset, encoder, batch_size, cfg.seed).rows.to_arrow_refs()[0]
@@ -87,7 +71,9 @@ def share_work(cfg: UnlearnConfig, space: Space, sets: Sets, terminal: Terminal)
     bar = terminal.bar("Collecting statistics", train.max_workers + 1)
     resources = {"num_cpus": train.cpus_per_worker, "num_gpus": train.gpus_per_worker}
     task = ray.remote(_collect).options(**resources)
-    parts: list[Any] = [task.remote(shared, rank, train.max_workers) for rank in range(train.max_workers)]
+    parts: list[Any] = [
+        task.remote(shared, rank, train.max_workers) for rank in range(train.max_workers)
+    ]
     add: Any = ray.remote(num_cpus=0, num_returns=2)(_merge)
     whole, done = add.remote(*parts)
     waiting = [*parts, done]
@@ -100,7 +86,11 @@ def share_work(cfg: UnlearnConfig, space: Space, sets: Sets, terminal: Terminal)
 
 def _widest(cfg: UnlearnConfig, space: Space) -> tuple[UnlearnConfig, tuple[str, ...]]:
     """A configuration whose adapter has all modules that any trial adapts, and the kinds of tokens that are shifted."""
-    targets, layers, kinds = dict.fromkeys(cfg.adapter.targets), [cfg.adapter.layers], {cfg.objective.tokens: None}
+    targets, layers, kinds = (
+        dict.fromkeys(cfg.adapter.targets),
+        [cfg.adapter.layers],
+        {cfg.objective.tokens: None},
+    )
     for dimension, value in space.corners():
         if dimension.key == "adapter.targets":
             targets |= dict.fromkeys(value)
@@ -109,7 +99,11 @@ def _widest(cfg: UnlearnConfig, space: Space) -> tuple[UnlearnConfig, tuple[str,
         elif dimension.key == "objective.tokens":
             kinds[value] = None
     ranges = [own for own in layers if own is not None]
-    whole = None if len(ranges) < len(layers) else [min(r[0] for r in ranges), max(r[1] for r in ranges)]
+    whole = (
+        None
+        if len(ranges) < len(layers)
+        else [min(r[0] for r in ranges), max(r[1] for r in ranges)]
+    )
     values = {
         "adapter.targets": list(targets),
         "adapter.layers": whole,
@@ -124,7 +118,9 @@ def scored_sets(sets: Sets) -> Sets:
     """The sets that trials are scored on: general knowledge, which is never trained on, rather than the utility set."""
     if sets.general is None:
         return sets
-    return replace(sets, utility=None, counts={name: n for name, n in sets.counts.items() if name != "utility"})
+    return replace(
+        sets, utility=None, counts={name: n for name, n in sets.counts.items() if name != "utility"}
+    )
 
 
 def quick(cfg: UnlearnConfig) -> UnlearnConfig:
@@ -132,11 +128,19 @@ def quick(cfg: UnlearnConfig) -> UnlearnConfig:
     return with_values(cfg, {"evaluation.quick": True, "evaluation.robustness": []})
 
 
-def reference_scores(cfg: UnlearnConfig, sets: Sets, folder: Path, terminal: Terminal) -> dict[str, Any]:
+def reference_scores(
+    cfg: UnlearnConfig, sets: Sets, folder: Path, terminal: Terminal
+) -> dict[str, Any]:
     """Scores of the original model and of the oracle; a search that goes on has them already."""
     path = folder / "references.json"
     if not path.exists():
-        cfg, sets, models = quick(cfg), scored_sets(sets), {"before": cfg.model, **oracle_of(cfg, "oracle")}
+        cfg, sets, models = (
+            quick(cfg),
+            scored_sets(sets),
+            {"before": cfg.model, **oracle_of(cfg, "oracle")},
+        )
         bar = terminal.bar("Evaluating " + ", ".join(models), evaluation_work(cfg, models, sets))
-        path.write_text(json.dumps(evaluate(cfg, models, sets, bar.advance), indent=2), encoding="utf-8")
+        path.write_text(
+            json.dumps(evaluate(cfg, models, sets, bar.advance), indent=2), encoding="utf-8"
+        )
     return json.loads(path.read_text(encoding="utf-8"))

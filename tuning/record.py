@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 from ray import tune
 
-from pipelines.console import Terminal
-from pipelines.tracking import Tracker
+from pipelines.terminal import Terminal
+from pipelines.tracking.tracker import Tracker
 from tuning.score import Score
 
 FILE_NAME = "trials.jsonl"
 
 
-class Ended(NamedTuple):
+class TrialRecord(NamedTuple):
     """A trial that has ended: `finished`, `stopped` on the way by the scheduler, or `failed` for a reason.
 
     `values` are its changes to the configuration, `seconds` what it took in all, `ended_s` when it ended, in seconds of
@@ -34,7 +34,7 @@ class Ended(NamedTuple):
     reason: str | None = None
 
 
-class Ledger(tune.Callback):
+class TrialLog(tune.Callback):
     """Keeps `trials.jsonl`, and tells MLflow and the terminal of each trial as it ends."""
 
     def __init__(self, folder: Path, tracker: Tracker, terminal: Terminal, wanted: int) -> None:
@@ -52,7 +52,9 @@ class Ledger(tune.Callback):
         self._bar = terminal.bar("Trials", wanted)
         self._bar.at(len(self.trials), total=wanted, note=self._note())
         self._wanted = wanted
-        for own in list(self.trials.values())[-1:]:  # the search may have been killed before MLflow knew of it
+        for own in list(self.trials.values())[
+            -1:
+        ]:  # the search may have been killed before MLflow knew of it
             self._log(own)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -88,7 +90,7 @@ class Ledger(tune.Callback):
 
     def _add(self, trial: Any, state: str, **content: Any) -> None:
         now = time.time()
-        ended = Ended(
+        ended = TrialRecord(
             number=int(trial.config["number"]),
             state=state,
             values=json.loads(trial.config["values"]),
@@ -102,7 +104,7 @@ class Ledger(tune.Callback):
         self._log(ended)
         self._bar.at(len(self.trials), total=self._wanted, note=self._note())
 
-    def _log(self, ended: Ended) -> None:
+    def _log(self, ended: TrialRecord) -> None:
         own = self._tracker.child(f"trial-{ended.number:04d}")
         own.log_parameters(ended.values)
         if ended.score is not None:
@@ -114,11 +116,15 @@ class Ledger(tune.Callback):
         failed = sum(own.state == "failed" for own in self.trials.values())
         scored = [own for own in self.trials.values() if own.score is not None]
         best = min(scored, key=lambda own: own.score.distance if own.score else 0.0, default=None)
-        parts = [f"nearest {best.score.distance:.3f}, utility {best.score.utility:.3f}"] if best and best.score else []
+        parts = (
+            [f"nearest {best.score.distance:.3f}, utility {best.score.utility:.3f}"]
+            if best and best.score
+            else []
+        )
         return ", ".join(parts + ([f"{failed} failed"] if failed else []))
 
 
-def as_configured(trials: Mapping[int, Ended]) -> Ended | None:
+def as_configured(trials: Mapping[int, TrialRecord]) -> TrialRecord | None:
     """The trial without changes to the configuration, once it has ended."""
     return next((own for own in trials.values() if not own.values), None)
 
@@ -134,20 +140,23 @@ def _reason(trial: Any) -> str:
     return f"{type(cause).__name__}: {first}"[:300]
 
 
-def _line(ended: Ended) -> str:
-    return json.dumps({**ended._asdict(), "score": ended.score._asdict() if ended.score else None}) + "\n"
+def _line(ended: TrialRecord) -> str:
+    return (
+        json.dumps({**ended._asdict(), "score": ended.score._asdict() if ended.score else None})
+        + "\n"
+    )
 
 
-def read_trials(folder: Path) -> dict[int, Ended]:
+def read_trials(folder: Path) -> dict[int, TrialRecord]:
     """The trials of a search folder by number; a line that a killed search has torn is passed over."""
     path = folder / FILE_NAME
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found: dict[int, Ended] = {}
+    found: dict[int, TrialRecord] = {}
     for line in lines:
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
             continue
         score = Score(**entry.pop("score")) if entry["score"] is not None else entry.pop("score")
-        found[entry["number"]] = Ended(score=score, **entry)
+        found[entry["number"]] = TrialRecord(score=score, **entry)
     return found

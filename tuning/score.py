@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from pipelines.config import ConfigError, UnlearnConfig
+from pipelines.config.schema import ConfigError, UnlearnConfig
 
 OWN_WORDS = ("forget.probability", "forget.fact_recall", "mia.min_k")
 OTHER_WORDS = ("forget.probability_paraphrased", "forget.fact_recall_paraphrased")
@@ -70,10 +70,14 @@ def score_trial(scores: Scores, before: Scores, oracle: Scores | None, cost_s: f
     Raises:
         NotANumberError: a score that is needed is missing or not finite.
     """
-    own = [abs(_number(scores, name) - target) for name, target in _never_saw(scores, oracle).items()]
+    own = [
+        abs(_number(scores, name) - target) for name, target in _never_saw(scores, oracle).items()
+    ]
     other = [_gap_in_other_words(name, scores, oracle) for name in OTHER_WORDS if name in scores]
     names = KEPT_CLASSES if OF_CLASSES[0] in before else KEPT
-    kept = [_number(scores, name) / max(_number(before, name), 1e-9) for name in names if name in before]
+    kept = [
+        _number(scores, name) / max(_number(before, name), 1e-9) for name in names if name in before
+    ]
     parts = [*own, *other]
     return Score(_mean(parts), min(kept), _mean(own), _mean(other) if other else 0.0, cost_s)
 
@@ -88,7 +92,9 @@ def check_sets(cfg: UnlearnConfig) -> None:
     if cfg.task == "causal_lm" and data.holdout is None and not has_oracle:
         raise ConfigError("data.holdout: missing, required by a search without evaluation.oracle")
     if cfg.task != "causal_lm" and data.general is None and (has_oracle or data.holdout is None):
-        raise ConfigError("data.general: missing, required by a search that scores classifiers by the attack on them")
+        raise ConfigError(
+            "data.general: missing, required by a search that scores classifiers by the attack on them"
+        )
 
 
 def _never_saw(scores: Scores, oracle: Scores | None) -> dict[str, float]:
@@ -96,11 +102,16 @@ def _never_saw(scores: Scores, oracle: Scores | None) -> dict[str, float]:
     accuracy, efficacy = OF_CLASSES
     if oracle is not None:
         return {
-            name: _number(oracle, name) for name in (OF_CLASSES if accuracy in scores else OWN_WORDS) if name in scores
+            name: _number(oracle, name)
+            for name in (OF_CLASSES if accuracy in scores else OWN_WORDS)
+            if name in scores
         }
     if accuracy not in scores:
         of_holdout = {name: f"holdout.{_metric(name)}" for name in OWN_WORDS if name in scores}
-        return {name: CHANCE if name.startswith("mia.") else _number(scores, own) for name, own in of_holdout.items()}
+        return {
+            name: CHANCE if name.startswith("mia.") else _number(scores, own)
+            for name, own in of_holdout.items()
+        }
     if "holdout.accuracy" in scores:
         return {accuracy: _number(scores, "holdout.accuracy"), "mia.loss": CHANCE}
     return {accuracy: 0.0, efficacy: 1.0}
@@ -150,7 +161,9 @@ def _parse(text: str) -> Constraint:
         number = math.nan
     if name not in Score._fields or not math.isfinite(number):
         names = ", ".join(Score._fields)
-        raise ConfigError(f"--require: found '{text}', allowed: NAME>=NUMBER or NAME<=NUMBER, NAME one of {names}")
+        raise ConfigError(
+            f"--require: found '{text}', allowed: NAME>=NUMBER or NAME<=NUMBER, NAME one of {names}"
+        )
     return Constraint(name, sign == ">=", number)
 
 
@@ -166,5 +179,7 @@ def pareto_front(scores: Mapping[int, Score]) -> list[int]:
 def pick(scores: Mapping[int, Score], constraints: Iterable[Constraint]) -> int | None:
     """The trial of least distance among those that keep all constraints; the cheaper one of equals. None: none does."""
     wanted = list(constraints)
-    allowed = [number for number, score in scores.items() if all(own.holds(score) for own in wanted)]
+    allowed = [
+        number for number, score in scores.items() if all(own.holds(score) for own in wanted)
+    ]
     return min(allowed, key=lambda n: (scores[n].distance, scores[n].cost_s, n), default=None)

@@ -18,20 +18,23 @@ import yaml
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
-from pipelines.artifact import RunFolder
-from pipelines.classes import check_target
-from pipelines.config import ConfigError, UnlearnConfig, check_strength
-from pipelines.config_file import to_yaml, with_values
-from pipelines.console import Terminal
-from pipelines.own_answers import drop_answers, with_own_answers
-from pipelines.place import refuse_store
-from pipelines.tasks import result_of
-from pipelines.tracking import Tracker, check_tracking
-from pipelines.trainer import forget_resume_points, stage_of
-from pipelines.unlearn import load_checked, oracle_of, session, tracked
+from pipelines.cluster.resources import stage_of
+from pipelines.cluster.session import session
+from pipelines.cluster.tasks import result_of
+from pipelines.config.load import to_yaml, with_values
+from pipelines.config.schema import ConfigError, UnlearnConfig, check_strength
+from pipelines.encoding.labelled import check_target
+from pipelines.evaluation.own_answers import drop_answers, with_own_answers
+from pipelines.preflight import load_checked, oracle_of
+from pipelines.storage.output import refuse_store
+from pipelines.storage.run_folder import RunFolder
+from pipelines.terminal import Terminal
+from pipelines.tracking.tracker import Tracker, check_tracking
+from pipelines.training.trainer import forget_resume_points
+from pipelines.unlearn import tracked
 from tuning.page import write_page
 from tuning.prepare import reference_scores, share_work
-from tuning.record import Ended, Ledger, as_configured
+from tuning.record import TrialLog, TrialRecord, as_configured
 from tuning.score import Constraint, Score, check_sets, pick
 from tuning.space import Space, default_space, load_space, read_space
 from tuning.trial import RUNGS, Trial, Way, as_runs, on_workbenches
@@ -42,7 +45,7 @@ AS_IT_IS = "as_it_is"  # marks the trial of the configuration without changes
 SPACE_FILE, BEST_FILE = "space.yaml", "best.yaml"
 
 
-class Wish(NamedTuple):
+class SearchOptions(NamedTuple):
     """What the user asks of a search."""
 
     trials: int
@@ -53,8 +56,14 @@ class Wish(NamedTuple):
 
     @classmethod
     def of(
-        cls, trials: int, space: Path | None, method: str, constraints: Iterable[Constraint], *, resume: bool
-    ) -> "Wish":
+        cls,
+        trials: int,
+        space: Path | None,
+        method: str,
+        constraints: Iterable[Constraint],
+        *,
+        resume: bool,
+    ) -> "SearchOptions":
         """From the command line.
 
         Raises:
@@ -66,10 +75,10 @@ class Wish(NamedTuple):
         return cls(trials, space, methods[method], tuple(constraints), resume)
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """The result: trials by number, the pick, and the page."""
 
-    trials: dict[int, Ended]
+    trials: dict[int, TrialRecord]
     pick: int
     best: Path
     page: Path
@@ -86,7 +95,7 @@ class Found(NamedTuple):
         return rows
 
 
-def search(cfg: UnlearnConfig, wish: Wish, terminal: Terminal) -> Found:
+def search(cfg: UnlearnConfig, wish: SearchOptions, terminal: Terminal) -> SearchResult:
     """Search a space of configurations; write the best one, its adapter and a page.
 
     Raises:
@@ -96,23 +105,31 @@ def search(cfg: UnlearnConfig, wish: Wish, terminal: Terminal) -> Found:
     refuse_store(cfg.output_dir)
     run = RunFolder(cfg, "tune")
     if run.manifest() and not wish.resume:
-        raise ConfigError(f"output_dir: {run.path} holds a search, allowed: a new folder, or --resume to go on with it")
+        raise ConfigError(
+            f"output_dir: {run.path} holds a search, allowed: a new folder, or --resume to go on with it"
+        )
     check_strength(cfg)
     check_sets(cfg)
     check_tracking(cfg.tracking, run.path)
-    with session(cfg, run.path / "run.log", terminal):
+    with session(cfg.train, run.path / "run.log", terminal):
         space = _space(cfg, wish, run)
         trials = wish.trials if wish.method != "grid" else min(wish.trials, 1 + len(space.points()))
         sets, _ = load_checked(cfg, terminal, oracle_of(cfg, "evaluation.oracle"))
         check_target(cfg, sets)
-        run.begin(sets)
-        (run.path / SPACE_FILE).write_text(yaml.safe_dump(space.tree(), sort_keys=False), encoding="utf-8")
+        run.begin(sets.inputs())
+        (run.path / SPACE_FILE).write_text(
+            yaml.safe_dump(space.tree(), sort_keys=False), encoding="utf-8"
+        )
         sets = with_own_answers(cfg, sets, run.path, terminal)
         with tracked(run, sets, terminal) as tracker:
             shares = _fits_a_workbench(cfg, space)
-            way = on_workbenches(share_work(cfg, space, sets, terminal)) if shares else as_runs(cfg, sets)
+            way = (
+                on_workbenches(share_work(cfg, space, sets, terminal))
+                if shares
+                else as_runs(cfg, sets)
+            )
             references = reference_scores(cfg, sets, run.path, terminal)
-            ledger = Ledger(run.path, tracker, terminal, trials)
+            ledger = TrialLog(run.path, tracker, terminal, trials)
             if ledger.left:
                 _run_trials(cfg, way, space, wish, ledger, references)
             return _finish(run, way, wish, ledger, references, tracker)
@@ -120,11 +137,13 @@ def search(cfg: UnlearnConfig, wish: Wish, terminal: Terminal) -> Found:
 
 def _fits_a_workbench(cfg: UnlearnConfig, space: Space) -> bool:
     """Whether trials can share a language model in one process, as it is; else each is a run of its own."""
-    prunes = cfg.prune.method != "none" or any(own.key.startswith("prune.") for own in space.dimensions)
+    prunes = cfg.prune.method != "none" or any(
+        own.key.startswith("prune.") for own in space.dimensions
+    )
     return cfg.task == "causal_lm" and not prunes and stage_of(cfg) < 3
 
 
-def _space(cfg: UnlearnConfig, wish: Wish, run: RunFolder) -> Space:
+def _space(cfg: UnlearnConfig, wish: SearchOptions, run: RunFolder) -> Space:
     """The space of the file, of the search that goes on, or the default one."""
     before = run.path / SPACE_FILE
     if wish.space is None and not before.exists():
@@ -142,7 +161,7 @@ def _depth(cfg: UnlearnConfig) -> int:
     """Blocks of the model; asked in a task, since the driver imports none of what that takes."""
 
     def blocks(model: Any) -> int:
-        from pipelines.model import load_model_config
+        from pipelines.model.load import load_model_config
 
         return int(load_model_config(model).get_text_config().num_hidden_layers)
 
@@ -153,14 +172,18 @@ def _run_trials(
     cfg: UnlearnConfig,
     way: Way,
     space: Space,
-    wish: Wish,
-    ledger: Ledger,
+    wish: SearchOptions,
+    ledger: TrialLog,
     references: Mapping[str, dict[str, float | None]],
 ) -> None:
     before, oracle = references["before"], references.get("oracle")
     trainable = tune.with_parameters(Trial, begin=way.begin, before=before, oracle=oracle)
-    by_gradient = cfg.train.steps > 0 or any(dimension.key == "train.steps" for dimension in space.dimensions)
-    asha = ASHAScheduler(metric="distance", mode="min", max_t=RUNGS, grace_period=1, reduction_factor=2)
+    by_gradient = cfg.train.steps > 0 or any(
+        dimension.key == "train.steps" for dimension in space.dimensions
+    )
+    asha = ASHAScheduler(
+        metric="distance", mode="min", max_t=RUNGS, grace_period=1, reduction_factor=2
+    )
     folder = ledger.folder / "checkpoints"
     _quiet_tune()
     tune.Tuner(
@@ -184,7 +207,7 @@ def _run_trials(
     ).fit()
 
 
-def _sampled(space: Space, wish: Wish, seed: int, ledger: Ledger) -> Any:
+def _sampled(space: Space, wish: SearchOptions, seed: int, ledger: TrialLog) -> Any:
     """Ray Tune's Optuna search, whose study is told what the ledger knows."""
     import optuna
     from optuna.storages import JournalStorage
@@ -194,7 +217,9 @@ def _sampled(space: Space, wish: Wish, seed: int, ledger: Ledger) -> Any:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     seed += len(ledger.trials)  # a search that goes on must not draw the same values again
     samplers = {
-        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True),
+        "tpe": lambda: optuna.samplers.TPESampler(
+            seed=seed, multivariate=True, group=True, constant_liar=True
+        ),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
         "grid": lambda: optuna.samplers.RandomSampler(seed=seed),  # its points are given
     }
@@ -236,28 +261,35 @@ def _quiet_tune() -> None:
 def _finish(
     run: RunFolder,
     way: Way,
-    wish: Wish,
-    ledger: Ledger,
+    wish: SearchOptions,
+    ledger: TrialLog,
     references: Mapping[str, dict[str, float | None]],
     tracker: Tracker,
-) -> Found:
+) -> SearchResult:
     """Pick, write best.yaml and its adapter, draw the page, tell MLflow."""
     cfg = run.cfg
     forget_resume_points(cfg)
     drop_answers(run.path)
-    scores: dict[int, Score] = {n: own.score for n, own in ledger.trials.items() if own.score is not None}
+    scores: dict[int, Score] = {
+        n: own.score for n, own in ledger.trials.items() if own.score is not None
+    }
     chosen = pick(scores, wish.constraints)
     page = write_page(run.path, ledger.trials, chosen, wish.constraints, references)
     tracker.log_artifact(page)
     if chosen is None:
         wanted = ", ".join(map(str, wish.constraints))
-        raise RuntimeError(f"none of {len(ledger.trials)} trials keeps {wanted}; the page is {page}")
+        raise RuntimeError(
+            f"none of {len(ledger.trials)} trials keeps {wanted}; the page is {page}"
+        )
     best = with_values(cfg, {**ledger.trials[chosen].values, "output_dir": f"{run.path}-best"})
     (run.path / BEST_FILE).write_text(to_yaml(best), encoding="utf-8")
     way.save_adapter(ledger.trials[chosen], run.path)
     version = tracker.log_adapter(run.path / "adapter", alias="champion")
     tracker.log_scores("pick", scores[chosen]._asdict())
     tracker.log_artifact(run.path / BEST_FILE)
-    run.update(pick=chosen, mlflow={"run_id": tracker.run_id, "uri": cfg.tracking.uri, "model_version": version})
+    run.update(
+        pick=chosen,
+        mlflow={"run_id": tracker.run_id, "uri": cfg.tracking.uri, "model_version": version},
+    )
     run.seal()
-    return Found(ledger.trials, chosen, run.path / BEST_FILE, page)
+    return SearchResult(ledger.trials, chosen, run.path / BEST_FILE, page)

@@ -18,12 +18,14 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from pipelines.config import ConfigError, UnlearnConfig
-from pipelines.config_file import describe, with_values
+from pipelines.config.load import describe, with_values
+from pipelines.config.schema import ConfigError, UnlearnConfig
 
 KINDS = ("choice", "uniform", "loguniform", "int")
 SEARCHED = ("adapter.", "objective.", "solve.", "prune.")
-SEARCHED_KEYS = tuple(f"train.{key}" for key in ("steps", "learning_rate", "warmup_steps", "clip_norm"))
+SEARCHED_KEYS = tuple(
+    f"train.{key}" for key in ("steps", "learning_rate", "warmup_steps", "clip_norm")
+)
 
 
 class Dimension(NamedTuple):
@@ -103,7 +105,9 @@ def _grid_values(dimension: Dimension) -> list[Any]:
         return list(dimension.values)
     if dimension.kind == "int":
         return list(range(dimension.values[0], dimension.values[1] + 1))
-    raise ConfigError(f"{dimension.key}: found {dimension.kind}, allowed with --method grid: choice or int")
+    raise ConfigError(
+        f"{dimension.key}: found {dimension.kind}, allowed with --method grid: choice or int"
+    )
 
 
 def load_space(path: Path, cfg: UnlearnConfig) -> Space:
@@ -115,7 +119,9 @@ def load_space(path: Path, cfg: UnlearnConfig) -> Space:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({type(error).__name__}); allowed: a YAML file") from error
+        raise ConfigError(
+            f"{path}: cannot be read ({type(error).__name__}); allowed: a YAML file"
+        ) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     return read_space(tree, cfg, str(path))
@@ -124,7 +130,9 @@ def load_space(path: Path, cfg: UnlearnConfig) -> Space:
 def read_space(tree: Any, cfg: UnlearnConfig, source: str) -> Space:
     """A space from its YAML tree; `source` is what errors call it. Errors as `load_space`."""
     if not isinstance(tree, dict) or not tree:
-        raise ConfigError(f"{source}: found {type(tree).__name__}, allowed: configuration keys with distributions")
+        raise ConfigError(
+            f"{source}: found {type(tree).__name__}, allowed: configuration keys with distributions"
+        )
     dimensions: list[Dimension] = []
     for key, entry in tree.items():
         dimensions.append(_dimension(str(key), entry, [own.key for own in dimensions], source))
@@ -139,7 +147,9 @@ def read_space(tree: Any, cfg: UnlearnConfig, source: str) -> Space:
 
 def _dimension(key: str, entry: Any, before: list[str], source: str) -> Dimension:
     if key not in {known for known, _, _ in describe()}:
-        raise ConfigError(f"{source}: {key}: unknown key, allowed: keys that `ray-unlearn run --help` lists")
+        raise ConfigError(
+            f"{source}: {key}: unknown key, allowed: keys that `ray-unlearn run --help` lists"
+        )
     if not key.startswith(SEARCHED) and key not in SEARCHED_KEYS:
         allowed = ", ".join([f"{prefix}*" for prefix in SEARCHED] + list(SEARCHED_KEYS))
         raise ConfigError(f"{source}: {key}: not a key to search over, allowed: {allowed}")
@@ -163,15 +173,27 @@ def _check_values(key: str, kind: str, values: list[Any], source: str) -> None:
         if not values:
             raise ConfigError(f"{source}: {key}: found no choice, allowed: at least one")
         return
-    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
-    fits = len(values) == len(numbers) == 2 and all(map(math.isfinite, numbers)) and numbers[0] < numbers[1]
+    numbers = [
+        value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)
+    ]
+    fits = (
+        len(values) == len(numbers) == 2
+        and all(map(math.isfinite, numbers))
+        and numbers[0] < numbers[1]
+    )
     if kind == "loguniform":
         fits = fits and numbers[0] > 0
     if kind == "int":
         fits = fits and all(isinstance(number, int) for number in numbers)
     if not fits:
-        wanted = {"uniform": "two numbers", "loguniform": "two numbers above 0", "int": "two whole numbers"}[kind]
-        raise ConfigError(f"{source}: {key}: found {json.dumps(values)[:80]}, allowed: {wanted}, the smaller first")
+        wanted = {
+            "uniform": "two numbers",
+            "loguniform": "two numbers above 0",
+            "int": "two whole numbers",
+        }[kind]
+        raise ConfigError(
+            f"{source}: {key}: found {json.dumps(values)[:80]}, allowed: {wanted}, the smaller first"
+        )
 
 
 def default_space(cfg: UnlearnConfig, depth: int) -> dict[str, Any]:
@@ -187,12 +209,19 @@ def default_space(cfg: UnlearnConfig, depth: int) -> dict[str, Any]:
         last = depth - 1
         # The lowest blocks matter: without them nothing was forgotten at a price worth it (docs/one_pass.md).
         layers = [[0, last], [0, 3 * last // 4], [depth // 8, last]]
-        tree["adapter.layers"] = {"choice": [own for place, own in enumerate(layers) if own not in layers[:place]]}
+        tree["adapter.layers"] = {
+            "choice": [own for place, own in enumerate(layers) if own not in layers[:place]]
+        }
         tree["objective.tokens"] = {"choice": ["answer", "all"]}
     if cfg.solve.mode != "off" or cfg.objective.weights.forget > 0:
         tree |= {
-            "objective.target": {"choice": list(dict.fromkeys([cfg.objective.target, "cluster_mean", "retain_mean"]))},
-            "objective.clusters": {"choice": [8, 32, 128], "when": {"objective.target": "cluster_mean"}},
+            "objective.target": {
+                "choice": list(dict.fromkeys([cfg.objective.target, "cluster_mean", "retain_mean"]))
+            },
+            "objective.clusters": {
+                "choice": [8, 32, 128],
+                "when": {"objective.target": "cluster_mean"},
+            },
         }
     if cfg.prune.method != "none":
         whole = cfg.train.deepspeed.stage != 3  # which wanda has to see
@@ -204,7 +233,9 @@ def default_space(cfg: UnlearnConfig, depth: int) -> dict[str, Any]:
         tree["solve.utility_weight"] = {"choice": [1.0, 2.0, 4.0]}
         # Where a holdout set finds each trial's strength, no draw does better: the right one depends on all other keys.
         if cfg.solve.strength != "auto":
-            tree["solve.strength"] = {"loguniform": [cfg.solve.strength / 8, cfg.solve.strength * 8]}
+            tree["solve.strength"] = {
+                "loguniform": [cfg.solve.strength / 8, cfg.solve.strength * 8]
+            }
         if reads_text:
             tree["solve.fact_weight"] = {"loguniform": [1.0, 16.0]}
     if cfg.train.steps > 0:
@@ -215,10 +246,16 @@ def default_space(cfg: UnlearnConfig, depth: int) -> dict[str, Any]:
 def _of_gradient_steps(cfg: UnlearnConfig) -> dict[str, Any]:
     """What the gradient loop adds. Pruned models keep to the terms they have: the paper's has one."""
     targets = [list(cfg.adapter.targets), *([own] for own in cfg.adapter.targets)]
-    weights = [name for name, value in cfg.objective.weights if value > 0 or cfg.prune.method == "none"]
+    weights = [
+        name for name, value in cfg.objective.weights if value > 0 or cfg.prune.method == "none"
+    ]
     return {
         **({"adapter.targets": {"choice": targets}} if len(targets) > 2 else {}),
         "adapter.alpha": {"choice": [8, 16, 32, 64]},
         "train.learning_rate": {"loguniform": [1e-4, 3e-2]},
-        **({f"objective.weights.{name}": {"loguniform": [0.1, 10.0]} for name in weights} if len(weights) > 1 else {}),
+        **(
+            {f"objective.weights.{name}": {"loguniform": [0.1, 10.0]} for name in weights}
+            if len(weights) > 1
+            else {}
+        ),
     }

@@ -13,33 +13,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import ray
 from ray import tune
 
-from pipelines.artifact import RunFolder
-from pipelines.config import ModelConfig, UnlearnConfig
-from pipelines.config_file import with_values
-from pipelines.console import Terminal
-from pipelines.data import Sets
-from pipelines.tasks import result_of, this_node
-from pipelines.trainer import groups_at_once
-from pipelines.unlearn import score, session, train
-from tuning.prepare import Shared, quick, save_adapter, scored_sets
-from tuning.record import Ended
+from pipelines.cluster.resources import groups_at_once
+from pipelines.cluster.session import session
+from pipelines.cluster.tasks import result_of, this_node
+from pipelines.config.load import with_values
+from pipelines.config.schema import ModelConfig, UnlearnConfig
+from pipelines.data.sets import Sets
+from pipelines.storage.run_folder import RunFolder
+from pipelines.terminal import Terminal
+from pipelines.unlearn import score, train
+from tuning.contracts import RUNGS, Measured, Shared
+from tuning.prepare import quick, save_adapter, scored_sets
+from tuning.record import TrialRecord
 from tuning.score import score_trial
 
 if TYPE_CHECKING:
-    from tuning.bench import Workbench
+    from tuning.workbench import Workbench
 
-RUNGS = 4  # how often a trial of gradient steps is scored on a workbench: where a scheduler can stop it
 KEPT_FILES = ("adapter", "masks.safetensors")  # of a trial that was a run
 
 _BENCHES: "list[Workbench]" = []  # this process's, once it has one
-
-
-class Measured(NamedTuple):
-    """Scores of a trial as it stands, the seconds of work on its adapter so far, and the strengths that were tried."""
-
-    scores: dict[str, float | None]
-    cost_s: float
-    strengths: list[dict[str, float]]
 
 
 class Stages(NamedTuple):
@@ -49,7 +42,9 @@ class Stages(NamedTuple):
     measured: Iterator[Measured]
 
 
-Begin = Callable[[int, Mapping[str, Any]], Stages]  # from a trial's number and its changes to the configuration
+Begin = Callable[
+    [int, Mapping[str, Any]], Stages
+]  # from a trial's number and its changes to the configuration
 
 
 class Trial(tune.Trainable):
@@ -78,7 +73,9 @@ class Trial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Work up to the next rung, and the values there."""
         if self._stages is None:
-            self._left, self._stages = self._begin(self.config["number"], json.loads(self.config["values"]))
+            self._left, self._stages = self._begin(
+                self.config["number"], json.loads(self.config["values"])
+            )
         measured = next(self._stages)
         self._left -= 1
         score = score_trial(measured.scores, self._before, self._oracle, measured.cost_s)
@@ -107,7 +104,7 @@ class Way(NamedTuple):
     """
 
     begin: Begin
-    save_adapter: Callable[[Ended, Path], None]
+    save_adapter: Callable[[TrialRecord, Path], None]
     resources: dict[str, float]  # of a trial's actor
     at_once: int
     has_rungs: bool  # trials of gradient steps are scored on the way
@@ -121,7 +118,7 @@ def on_workbenches(shared: Shared) -> Way:
         cfg = with_values(shared.cfg, dict(values))
         return Stages(RUNGS if cfg.train.steps else 1, _bench(shared).trial(cfg))
 
-    def save(trial: Ended, folder: Path) -> None:
+    def save(trial: TrialRecord, folder: Path) -> None:
         values = dict(trial.values)
         if trial.strengths:
             values["solve.strength"] = trial.strengths[-1]["strength"]  # not searched again
@@ -133,7 +130,7 @@ def on_workbenches(shared: Shared) -> Way:
 def _bench(shared: Shared) -> "Workbench":
     """This process's workbench, made when it is first needed."""
     if not _BENCHES:
-        from tuning.bench import Workbench
+        from tuning.workbench import Workbench
 
         _BENCHES.append(Workbench(shared))
     return _BENCHES[0]
@@ -159,7 +156,7 @@ def as_runs(cfg: UnlearnConfig, sets: Sets) -> Way:
 
         return Stages(1, measure())
 
-    def save(trial: Ended, folder: Path) -> None:
+    def save(trial: TrialRecord, folder: Path) -> None:
         for name in KEPT_FILES:  # of an earlier pick
             _remove(folder / name)
         shutil.copytree(folder_of(trial.number), folder, dirs_exist_ok=True)
@@ -170,18 +167,22 @@ def as_runs(cfg: UnlearnConfig, sets: Sets) -> Way:
 
 def _run(cfg: UnlearnConfig, sets: Sets) -> Measured:
     """Unlearn as `ray-unlearn run` does and score the merged model; only the adapter and the masks are left."""
-    from pipelines.model import check_models  # late: the driver imports none of what that takes
+    from pipelines.model.load import (
+        check_models,
+    )  # late: the driver imports none of what that takes
 
     check_models(cfg, {})
     folder = Path(cfg.output_dir)
     run, terminal = RunFolder(cfg, "run"), Terminal()
     run.path.mkdir(parents=True)
     try:
-        with session(cfg, folder / "run.log", terminal):
+        with session(cfg.train, folder / "run.log", terminal):
             cost = train(run, sets, None, terminal)
             after = {"after": ModelConfig(path=str(folder / "model"))}
             scores, _ = score(cfg, after, scored_sets(sets), terminal)
-        return Measured(scores["after"], cost["solve_s"] + cost["train_s"], run.manifest()["strengths"])
+        return Measured(
+            scores["after"], cost["solve_s"] + cost["train_s"], run.manifest()["strengths"]
+        )
     finally:
         _clear(folder)
 

@@ -27,17 +27,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipelines.config import ModelConfig
-from pipelines.config_file import load_config
-from pipelines.data import load_sets
-from pipelines.metrics import Sample, summarise
-from pipelines.model import attach_adapter, load_base
-from pipelines.scorer import Scorer, _texts
-from pipelines.solver import WorkerSolver
+from pipelines.config.load import load_config
+from pipelines.config.schema import ModelConfig
+from pipelines.data.sets import load_sets
+from pipelines.evaluation.metrics import Sample, summarise
+from pipelines.evaluation.text_scorer import Scorer, _texts
+from pipelines.model.load import attach_adapter, load_base
+from pipelines.training.strength import WorkerSolver
 from rfa.adapters import ADAPTER, adapters_off
 from rfa.batch import Row, UnlearnBatch, collate
-from rfa.loss import Objective, ResidualAlignment, Weights
-from rfa.residual import BlockRunner
+from rfa.features import BlockRunner
+from rfa.objective import Objective, ResidualAlignment, Weights
 
 RETAIN_ROWS, FORGET_ROWS = 16, 8  # in one gradient step
 NPO_BETA = 0.1  # Zhang et al. 2024
@@ -58,7 +58,9 @@ class Point(NamedTuple):
     scores: dict[str, float | None]
 
     def distance(self, oracle: dict[str, float | None]) -> float:
-        return float(np.mean([abs((self.scores[key] or 0.0) - (oracle[key] or 0.0)) for key in COMPARED]))
+        return float(
+            np.mean([abs((self.scores[key] or 0.0) - (oracle[key] or 0.0)) for key in COMPARED])
+        )
 
 
 class Problem:
@@ -75,7 +77,9 @@ class Problem:
         self.scorer = Scorer(cfg, {})
         torch.set_num_threads(2)
         self.pad = self.scorer._pad
-        self.scored = {name: self._thinned(rows) for name, rows in self.rows.items() if name != "utility"}
+        self.scored = {
+            name: self._thinned(rows) for name, rows in self.rows.items() if name != "utility"
+        }
 
     def _thinned(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         limit = min(self.cfg.evaluation.max_rows or len(rows), len(rows))
@@ -89,7 +93,9 @@ class Problem:
         ]
         if name != "forget":
             return rows
-        facts = [encoder.fact_span(row["prompt"], row["answer"], row["fact"]) for row in self.rows[name]]
+        facts = [
+            encoder.fact_span(row["prompt"], row["answer"], row["fact"]) for row in self.rows[name]
+        ]
         return [row._replace(fact=fact) for row, fact in zip(rows, facts, strict=True)]
 
     def score(self, model: PreTrainedModel) -> dict[str, float | None]:
@@ -105,8 +111,13 @@ class Problem:
         return summarise(samples)
 
     def kept_batches(self) -> list[UnlearnBatch]:
-        rows = sorted([*self.tokens("retain"), *self.tokens("utility")], key=lambda row: len(row.input_ids))
-        return [collate(rows[start : start + RETAIN_ROWS], [], self.pad) for start in range(0, len(rows), RETAIN_ROWS)]
+        rows = sorted(
+            [*self.tokens("retain"), *self.tokens("utility")], key=lambda row: len(row.input_ids)
+        )
+        return [
+            collate(rows[start : start + RETAIN_ROWS], [], self.pad)
+            for start in range(0, len(rows), RETAIN_ROWS)
+        ]
 
     def steps(self) -> Iterator[UnlearnBatch]:
         """Random batches of forget, retain and utility rows, for ever."""
@@ -114,18 +125,26 @@ class Problem:
         forget, kept = self.tokens("forget"), [*self.tokens("retain"), *self.tokens("utility")]
         while True:
             some = [
-                generator.permutation(len(rows))[:size] for rows, size in ((kept, RETAIN_ROWS), (forget, FORGET_ROWS))
+                generator.permutation(len(rows))[:size]
+                for rows, size in ((kept, RETAIN_ROWS), (forget, FORGET_ROWS))
             ]
-            yield collate([kept[index] for index in some[0]], [forget[index] for index in some[1]], self.pad)
+            yield collate(
+                [kept[index] for index in some[0]], [forget[index] for index in some[1]], self.pad
+            )
 
     def alignment(self, weights: Weights | None = None, *changes: str) -> ResidualAlignment:
         """The target model with fresh adapters."""
         cfg = load_config(self.source, [*self.overrides, *changes])
         chosen = cfg.objective
         objective = Objective(
-            target=chosen.target, tokens=chosen.tokens, clusters=chosen.clusters, weights=weights or Weights()
+            target=chosen.target,
+            tokens=chosen.tokens,
+            clusters=chosen.clusters,
+            weights=weights or Weights(),
         )
-        return ResidualAlignment(attach_adapter(load_base(cfg.model), cfg), objective, seed=cfg.seed)
+        return ResidualAlignment(
+            attach_adapter(load_base(cfg.model), cfg), objective, seed=cfg.seed
+        )
 
 
 def one_pass(problem: Problem, mode: str) -> Iterator[tuple[Point, ResidualAlignment]]:
@@ -143,18 +162,33 @@ def one_pass(problem: Problem, mode: str) -> Iterator[tuple[Point, ResidualAlign
     kept = problem.kept_batches()
     solver.collect(((batch, 8) for batch in kept), len(kept))
     collected_s = time.monotonic() - started
-    forget, holdout = ([collate([], problem.tokens(name), problem.pad)] for name in ("forget", "holdout"))
+    forget, holdout = (
+        [collate([], problem.tokens(name), problem.pad)] for name in ("forget", "holdout")
+    )
     trials = solver.solve(forget, holdout)
     seconds = time.monotonic() - started
     model = alignment.model.get_base_model()
     chosen = trials[-1].strength
     name = f"one pass, {mode}"
-    yield Point(name, f"strength {chosen:.2g}, found by {len(trials)} solves", seconds, problem.score(model)), alignment
+    yield (
+        Point(
+            name,
+            f"strength {chosen:.2g}, found by {len(trials)} solves",
+            seconds,
+            problem.score(model),
+        ),
+        alignment,
+    )
     for factor in (0.25, 0.5, 0.71, 1.41, 2.0, 4.0):
         started = time.monotonic()
         solver.one_pass.solve(forget, chosen * factor)
         solve_s = time.monotonic() - started
-        yield Point(name, f"strength {chosen * factor:.2g}", collected_s + solve_s, problem.score(model)), alignment
+        yield (
+            Point(
+                name, f"strength {chosen * factor:.2g}", collected_s + solve_s, problem.score(model)
+            ),
+            alignment,
+        )
     solver.one_pass.solve(forget, chosen)
 
 
@@ -183,7 +217,9 @@ def descend(
         optimizer.zero_grad()
         seconds += time.monotonic() - started
         if step % every == 0:
-            yield Point(method, f"{step} steps", seconds, problem.score(alignment.model.get_base_model()))
+            yield Point(
+                method, f"{step} steps", seconds, problem.score(alignment.model.get_base_model())
+            )
         if step == steps:
             return
 
@@ -216,8 +252,13 @@ def npo(alignment: ResidualAlignment) -> Callable[[UnlearnBatch], Tensor]:
             forget = batch.rows(batch.forget_B)
             reference_B = answer_loss(alignment, forget)
         loss_B = answer_loss(alignment, batch)
-        ratio_B = (reference_B - loss_B[batch.forget_B]) * tokens_B[batch.forget_B]  # log of new over old
-        return -2 / NPO_BETA * F.logsigmoid(-NPO_BETA * ratio_B).mean() + loss_B[~batch.forget_B].mean()
+        ratio_B = (reference_B - loss_B[batch.forget_B]) * tokens_B[
+            batch.forget_B
+        ]  # log of new over old
+        return (
+            -2 / NPO_BETA * F.logsigmoid(-NPO_BETA * ratio_B).mean()
+            + loss_B[~batch.forget_B].mean()
+        )
 
     return loss
 
@@ -255,15 +296,25 @@ def all_points(problem: Problem, steps: int) -> Iterator[Point]:
     )
     # The settings that were the demo's before there was a solver, chosen there among seven.
     gradient = problem.alignment(
-        Weights(retain=1, forget=0.3, task=3, output=0.2), "adapter.rank=16", "adapter.layers=[8,20]"
+        Weights(retain=1, forget=0.3, task=3, output=0.2),
+        "adapter.rank=16",
+        "adapter.layers=[8,20]",
     )
     yield from descend(
-        problem, "RFA by gradient", gradient, aligned(problem, gradient), learning_rate=5e-4, steps=steps, every=8
+        problem,
+        "RFA by gradient",
+        gradient,
+        aligned(problem, gradient),
+        learning_rate=5e-4,
+        steps=steps,
+        every=8,
     )
     for method, loss in (("gradient difference", gradient_difference), ("NPO", npo)):
         other = problem.alignment()
         # Of 1e-4 and 1e-3 the first had moved gradient difference nowhere after 40 steps.
-        yield from descend(problem, method, other, loss(other), learning_rate=1e-3, steps=24, every=4)
+        yield from descend(
+            problem, method, other, loss(other), learning_rate=1e-3, steps=24, every=4
+        )
 
 
 def write(points: list[Point], before: Point, oracle: Point, problem: Problem) -> None:
@@ -272,20 +323,28 @@ def write(points: list[Point], before: Point, oracle: Point, problem: Problem) -
         "# One pass against gradients",
         "",
         f"Written by `python -m tests.benchmarks.one_pass {problem.source}` on {platform.machine()}, 2 threads, "
-        + ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "peft"))
+        + ", ".join(
+            f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "peft")
+        )
         + ". Seconds are of the method alone: no start-up, no scoring. Distance is the mean absolute difference from "
         "the retrained oracle over the columns after it.",
         "",
-        "| method | setting | seconds | distance | " + " | ".join(key.replace("_", " ") for key in COMPARED) + " |",
+        "| method | setting | seconds | distance | "
+        + " | ".join(key.replace("_", " ") for key in COMPARED)
+        + " |",
         "|---|---|---:|---:|" + "---:|" * len(COMPARED),
     ]
     for point in (before, oracle, *points):
         scores = " | ".join(f"{point.scores[key] or 0.0:.3f}" for key in COMPARED)
         away = point.distance(oracle.scores)
-        lines.append(f"| {point.method} | {point.setting} | {point.seconds:.0f} | {away:.3f} | {scores} |")
+        lines.append(
+            f"| {point.method} | {point.setting} | {point.seconds:.0f} | {away:.3f} | {scores} |"
+        )
     solved = next(point for point in points if point.method == "one pass, blockwise")
     reached = solved.distance(oracle.scores)
-    gradient = [point for point in points if "steps" in point.setting and "polish" not in point.method]
+    gradient = [
+        point for point in points if "steps" in point.setting and "polish" not in point.method
+    ]
     best = min(gradient, key=lambda point: point.distance(oracle.scores))
     as_close = [point.seconds for point in gradient if point.distance(oracle.scores) <= reached]
     lines += [
@@ -314,18 +373,33 @@ def draw(points: list[Point], before: Point, oracle: Point) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for method in dict.fromkeys(point.method for point in points):
-        own = sorted((p for p in points if p.method == method), key=lambda p: p.scores["forget.probability"] or 0.0)
+        own = sorted(
+            (p for p in points if p.method == method),
+            key=lambda p: p.scores["forget.probability"] or 0.0,
+        )
         if "steps" in own[0].setting:
             own = [p for p in points if p.method == method]
         axes.plot(
             [p.scores["forget.probability"] for p in own],
-            [(p.scores["retain.probability"] or 0) / (before.scores["retain.probability"] or 1) for p in own],
+            [
+                (p.scores["retain.probability"] or 0) / (before.scores["retain.probability"] or 1)
+                for p in own
+            ],
             marker="o",
             label=method,
         )
     for point, mark in ((before, "s"), (oracle, "*")):
-        kept = (point.scores["retain.probability"] or 0) / (before.scores["retain.probability"] or 1)
-        axes.plot(point.scores["forget.probability"], kept, mark, color="black", markersize=11, label=point.method)
+        kept = (point.scores["retain.probability"] or 0) / (
+            before.scores["retain.probability"] or 1
+        )
+        axes.plot(
+            point.scores["forget.probability"],
+            kept,
+            mark,
+            color="black",
+            markersize=11,
+            label=point.method,
+        )
     axes.set_xlabel("forget set: probability of the answer")
     axes.set_ylabel("retain set: probability of the answer, share of before")
     axes.legend()
@@ -335,20 +409,27 @@ def draw(points: list[Point], before: Point, oracle: Point) -> None:
 
 def main() -> None:
     """Run everything and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", nargs="?", default="demo", help="a preset or a YAML file")
     parser.add_argument("overrides", nargs="*", help="key=value")
-    parser.add_argument("--steps", type=int, default=40, help="gradient steps of each gradient method")
+    parser.add_argument(
+        "--steps", type=int, default=40, help="gradient steps of each gradient method"
+    )
     arguments = parser.parse_args()
     problem = Problem(arguments.config, arguments.overrides)
     assert problem.cfg.evaluation.oracle is not None, "the benchmark needs evaluation.oracle"
     before = Point("before", "", 0.0, problem.score(load_base(problem.cfg.model)))
-    oracle = Point("oracle", "", 0.0, problem.score(load_base(ModelConfig(path=problem.cfg.evaluation.oracle))))
+    oracle = Point(
+        "oracle", "", 0.0, problem.score(load_base(ModelConfig(path=problem.cfg.evaluation.oracle)))
+    )
     points: list[Point] = []
     for point in all_points(problem, arguments.steps):
         points.append(point)
         print(
-            f"{point.method}, {point.setting}: {point.seconds:.0f} s, {point.distance(oracle.scores):.3f}", flush=True
+            f"{point.method}, {point.setting}: {point.seconds:.0f} s, {point.distance(oracle.scores):.3f}",
+            flush=True,
         )
     write(points, before, oracle, problem)
 

@@ -24,9 +24,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.config import UnlearnConfig
-from pipelines.config_file import load_config
-from pipelines.console import Terminal
+from pipelines.config.load import load_config
+from pipelines.config.schema import UnlearnConfig
+from pipelines.terminal import Terminal
 
 DOCS = Path(__file__).parents[2] / "docs" / "overhead_benchmark.md"
 WARM_UP, WORKERS = 5, 2
@@ -40,16 +40,19 @@ SETTINGS = [
 
 def under_ray(cfg: UnlearnConfig, rows: Path) -> float:
     """Seconds a step of a run's training; leaves each worker's rows as files for the other side."""
-    from pipelines.data import load_sets
-    from pipelines.shards import share_of
-    from pipelines.trainer import Trainer
-    from pipelines.unlearn import session
+    from pipelines.cluster.session import session
+    from pipelines.data.sets import load_sets
+    from pipelines.encoding.batches import share_of
+    from pipelines.training.trainer import Trainer
 
     told: list[float] = []
-    with session(cfg, rows / "run.log", Terminal()):
+    with session(cfg.train, rows / "run.log", Terminal()):
         sets = load_sets(cfg.data, cfg.task)
         kept = sets.union(("retain", "utility"), present_only=True)
-        streams = {"retain": (kept, cfg.train.retain_batch_size), "forget": (sets.forget, cfg.train.forget_batch_size)}
+        streams = {
+            "retain": (kept, cfg.train.retain_batch_size),
+            "forget": (sets.forget, cfg.train.forget_batch_size),
+        }
         trainer = Trainer(cfg, "unlearn", streams)
         for name, stream in trainer.streams.items():
             table = pa.concat_tables(block for block in _fetched(stream.rows))
@@ -71,8 +74,19 @@ def _fetched(rows: Any) -> list[pa.Table]:
 def under_torchrun(cfg: UnlearnConfig, rows: Path) -> float:
     """Seconds a step of the same steps without Ray."""
     (rows / "config.json").write_text(cfg.model_dump_json())
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={WORKERS}", "--master-port=29511"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={WORKERS}",
+        "--master-port=29511",
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     command += ["-m", "tests.benchmarks.overhead", "--worker", str(rows)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -81,16 +95,16 @@ def under_torchrun(cfg: UnlearnConfig, rows: Path) -> float:
 
 
 def plain_worker(rows: Path) -> None:
-    """A worker of torchrun's: `pipelines.loop.run_worker` without Ray."""
+    """A worker of torchrun's: `pipelines.training.loop.run_worker` without Ray."""
     import torch
 
-    from pipelines.engine import Engine, deepspeed_settings
-    from pipelines.loop import Pruned, StepRows, _Loop
-    from pipelines.model import build_alignment
-    from pipelines.prompts import Encoder
-    from pipelines.worker import Job
+    from pipelines.encoding.text import Encoder
+    from pipelines.model.engine import Engine, deepspeed_settings
+    from pipelines.model.load import build_alignment
+    from pipelines.training.job import Job
+    from pipelines.training.loop import Pruned, StepRows, _Loop
     from rfa.batch import collate
-    from rfa.one_pass import merged_features
+    from rfa.solver import merged_features
     from rfa.targets import FeatureSums
 
     cfg = UnlearnConfig.model_validate_json((rows / "config.json").read_text())
@@ -99,7 +113,10 @@ def plain_worker(rows: Path) -> None:
     torch.manual_seed(cfg.seed)
     rank = torch.distributed.get_rank()
     encoder = Encoder(cfg.model, cfg.data.system_prompt, cfg.data.max_tokens)
-    tables = {name: pq.read_table(rows / f"{name}-{rank}.parquet").to_pylist() for name in ("retain", "forget")}
+    tables = {
+        name: pq.read_table(rows / f"{name}-{rank}.parquet").to_pylist()
+        for name in ("retain", "forget")
+    }
     batches = {name: _batches(records) for name, records in tables.items()}
     module = build_alignment(cfg)
     engine = Engine(module, deepspeed_settings(cfg.train, 0, full=False), WORKERS)
@@ -114,17 +131,23 @@ def plain_worker(rows: Path) -> None:
     loop: Any = _Loop(job, engine, module, encoder, Pruned(None, {}))
     started = 0.0
     for step, (retain, forget) in enumerate(
-        islice(zip(cycle(batches["retain"]), cycle(batches["forget"]), strict=False), cfg.train.steps)
+        islice(
+            zip(cycle(batches["retain"]), cycle(batches["forget"]), strict=False), cfg.train.steps
+        )
     ):
         loop._step(StepRows(encoder.rows(retain), encoder.rows(forget)), job.rate(step))
         if step == WARM_UP - 1:
             started = time.monotonic()
     if rank == 0:
-        (rows / "seconds").write_text(str((time.monotonic() - started) / (cfg.train.steps - WARM_UP)))
+        (rows / "seconds").write_text(
+            str((time.monotonic() - started) / (cfg.train.steps - WARM_UP))
+        )
 
 
 def _batches(records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    found: list[list[dict[str, Any]]] = [[] for _ in range(1 + max(int(row["batch"]) for row in records))]
+    found: list[list[dict[str, Any]]] = [
+        [] for _ in range(1 + max(int(row["batch"]) for row in records))
+    ]
     for row in records:
         found[int(row["batch"])].append(row)
     return found
@@ -132,7 +155,9 @@ def _batches(records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 def main() -> None:
     """Run both sides in turn, and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", nargs="?", default="demo")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=45)
@@ -146,13 +171,18 @@ def main() -> None:
     for turn in range(options.turns):
         with TemporaryDirectory() as folder:
             rows = Path(folder)
-            cfg = load_config(options.config, [*SETTINGS, f"train.steps={options.steps}", f"output_dir={rows / 'out'}"])
+            cfg = load_config(
+                options.config,
+                [*SETTINGS, f"train.steps={options.steps}", f"output_dir={rows / 'out'}"],
+            )
             seconds["Ray"].append(under_ray(cfg, rows))
             seconds["torchrun"].append(under_torchrun(cfg, rows))
         print({name: f"{own[turn]:.4f}" for name, own in seconds.items()}, flush=True)
     ratio = statistics.median(seconds["Ray"]) / statistics.median(seconds["torchrun"])
     print(f"Ray / torchrun: {ratio:.3f}")
-    packages = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "ray", "deepspeed"))
+    packages = ", ".join(
+        f"{name} {metadata.version(name)}" for name in ("torch", "ray", "deepspeed")
+    )
     lines = [
         "# What Ray costs at steady state", "",
         f"`python -m tests.benchmarks.overhead {options.config} --steps {options.steps} --turns {options.turns}`: "

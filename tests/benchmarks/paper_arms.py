@@ -23,16 +23,28 @@ class Arm(NamedTuple):
 ARMS = {
     "retrain": Arm("finetune", ["finetune.sets=[retain]"], start="fresh"),
     "fine-tune on retain": Arm("finetune", ["finetune.sets=[retain]", "finetune.epochs=1"]),
-    "prune + fine-tune": Arm("finetune", ["finetune.sets=[retain]", "finetune.epochs=1", "prune.method=rows"]),
+    "prune + fine-tune": Arm(
+        "finetune", ["finetune.sets=[retain]", "finetune.epochs=1", "prune.method=rows"]
+    ),
     "LoRA on retain": Arm("run", [*NO_RFA, "objective.weights.task=1"], epochs=1),
     "PruneLoRA": Arm("run", [*NO_RFA, "objective.weights.task=1", "prune.method=rows"], epochs=2),
     "RFA, one pass": Arm("run", []),
     "RFA, by gradient": Arm("run", [*OFF, "objective.weights.task=1"], epochs=0.5),
-    "gradient ascent": Arm("run", [*NO_RFA, "objective.weights.output=1", "objective.output=ascent"], epochs=0.15),
-    "random labels": Arm("run", [*NO_RFA, *weights(task=1, output=1), "objective.output=random_label"], epochs=0.5),
-    "bad teacher": Arm("run", [*NO_RFA, *weights(kl=1, output=1), "objective.output=bad_teacher"], epochs=0.5),
-    "SalUn": Arm("finetune", ["finetune.sets=[retain]", "finetune.epochs=1", "finetune.salient=0.5"]),
-    "SCRUB": Arm("run", [*NO_RFA, *weights(kl=1, task=1, output=0.1), "objective.output=scrub"], epochs=0.5),
+    "gradient ascent": Arm(
+        "run", [*NO_RFA, "objective.weights.output=1", "objective.output=ascent"], epochs=0.15
+    ),
+    "random labels": Arm(
+        "run", [*NO_RFA, *weights(task=1, output=1), "objective.output=random_label"], epochs=0.5
+    ),
+    "bad teacher": Arm(
+        "run", [*NO_RFA, *weights(kl=1, output=1), "objective.output=bad_teacher"], epochs=0.5
+    ),
+    "SalUn": Arm(
+        "finetune", ["finetune.sets=[retain]", "finetune.epochs=1", "finetune.salient=0.5"]
+    ),
+    "SCRUB": Arm(
+        "run", [*NO_RFA, *weights(kl=1, task=1, output=0.1), "objective.output=scrub"], epochs=0.5
+    ),
 }
 OF_CLASSIFIERS = ("random labels", "bad teacher", "SalUn")  # arms that a language model is spared
 
@@ -63,12 +75,17 @@ VIT_LORA = [
 # A head's pruned rows are classes that could never be told again: merging fills them, as in the paper's own code.
 # Fine-tuning would keep them pruned.
 VIT_PRUNED = ["prune.targets=[layers.3.attention.o_proj, classifier]", "prune.keep_sparsity=false"]
-VIT = {**arms_of(VIT_LORA, VIT_PRUNED), "prune + fine-tune": ["prune.targets=[layers.3.attention.o_proj]"]}
+VIT = {
+    **arms_of(VIT_LORA, VIT_PRUNED),
+    "prune + fine-tune": ["prune.targets=[layers.3.attention.o_proj]"],
+}
 LAST_STAGE = ", ".join(f"stages.2.layers.0.layer.{index}.convolution" for index in (0, 1))
 CONVOLUTION_LORA = ["adapter.rank=8", "adapter.alpha=16", "train.learning_rate=0.01"]
 STAGE_LORA = [f"adapter.targets=[{LAST_STAGE}, classifier.1]", *CONVOLUTION_LORA]
 STAGE_PRUNED = [f"prune.targets=[{LAST_STAGE}]", "prune.keep_sparsity=false"]
-RESNET = arms_of(STAGE_LORA, STAGE_PRUNED)  # as the ViT: half of all filters is more than so small a ResNet can repair
+RESNET = arms_of(
+    STAGE_LORA, STAGE_PRUNED
+)  # as the ViT: half of all filters is more than so small a ResNet can repair
 ALL_LORA = ["adapter.targets=[convolution, classifier.1]", *CONVOLUTION_LORA]
 ALL_PRUNED = ["prune.targets=[convolutions]", "prune.keep_sparsity=false"]
 ENCODER_RATE = ["adapter.rank=8", "adapter.alpha=16", "train.learning_rate=0.002"]
@@ -76,14 +93,25 @@ ENCODER_LORA = ["adapter.targets=[output.dense, classifier]", *ENCODER_RATE]
 ENCODER = {
     **arms_of(ENCODER_LORA, ["prune.targets=[output.dense]"]),
     "RFA, one pass": ["data.utility.share=[0.5, 1]", "data.utility.max_rows=2700"],
-    "RFA, by gradient": ["adapter.targets=[output.dense, pooler.dense, classifier]", *ENCODER_RATE, "train.steps=84"],
-    "random labels": ["objective.weights.output=0.1"],  # of two classes the other is the wrong one: 1 broke the model
+    "RFA, by gradient": [
+        "adapter.targets=[output.dense, pooler.dense, classifier]",
+        *ENCODER_RATE,
+        "train.steps=84",
+    ],
+    "random labels": [
+        "objective.weights.output=0.1"
+    ],  # of two classes the other is the wrong one: 1 broke the model
 }
 # Without half of its rows a language model cannot be repaired in a few steps, and forgets nothing particular: the
 # product's own way, Wanda with RFA's terms. Ninety kept texts make few steps, so these are long, and none warms up.
 GENERATOR_PRUNED = ["prune.targets=[o_proj, down_proj]", "prune.method=wanda", "prune.sparsity=0.3"]
 COLD = ["train.warmup_steps=0", "train.learning_rate=0.003"]
-GENERATOR_SHIFT = [*COLD, "train.learning_rate=0.01", "train.steps=20", *weights(retain=1, forget=10, task=1)]
+GENERATOR_SHIFT = [
+    *COLD,
+    "train.learning_rate=0.01",
+    "train.steps=20",
+    *weights(retain=1, forget=10, task=1),
+]
 GENERATOR = {
     "prune + fine-tune": GENERATOR_PRUNED,
     "LoRA on retain": COLD,
@@ -94,8 +122,17 @@ GENERATOR = {
     "SCRUB": [*COLD, "train.steps=14", "objective.weights.output=1"],
 }
 HEAD_RATE = "train.learning_rate=0.02"  # of all that adapts a small classifier's head
-BY_CLASS = [HEAD_RATE, "data.forget.max_rows=1200", "data.retain.max_rows=10800", "finetune.epochs=8"]
-WHOLE = [f"data.{name}.{change}" for name in ("forget", "retain", "general") for change in ("column=null", "values=[]")]
+BY_CLASS = [
+    HEAD_RATE,
+    "data.forget.max_rows=1200",
+    "data.retain.max_rows=10800",
+    "finetune.epochs=8",
+]
+WHOLE = [
+    f"data.{name}.{change}"
+    for name in ("forget", "retain", "general")
+    for change in ("column=null", "values=[]")
+]
 BY_ROW = [
     *WHOLE, HEAD_RATE, "data.forget.share=[0, 0.05]", "data.retain.share=[0.05, 0.5]", "data.forget.max_rows=1000",
     "data.retain.max_rows=19000", "data.holdout.split=test", "data.holdout.max_rows=1000", "solve.strength=auto",

@@ -19,12 +19,14 @@ from typing import Any
 
 import ray
 
-from pipelines.artifact import RunFolder
-from pipelines.config import ModelConfig, UnlearnConfig
-from pipelines.config_file import load_config
-from pipelines.console import Terminal
-from pipelines.trainer import worker_environment
-from pipelines.unlearn import finetune, load_checked, score, session, train
+from pipelines.cluster.resources import worker_environment
+from pipelines.cluster.session import session
+from pipelines.config.load import load_config
+from pipelines.config.schema import ModelConfig, UnlearnConfig
+from pipelines.preflight import load_checked
+from pipelines.storage.run_folder import RunFolder
+from pipelines.terminal import Terminal
+from pipelines.unlearn import finetune, score, train
 from tests.benchmarks.paper_arms import ARMS, OF_CLASSIFIERS, PROBLEMS, SLOWEST, Arm, Problem
 from tests.benchmarks.paper_data import fashion_mnist, fortunes, fresh_model, movie_reviews
 from tests.benchmarks.papers_page import Result, write
@@ -38,7 +40,12 @@ def configure(problem: Problem, seed: int, arm: Arm | None, name: str, rows: int
     folder = FOLDER / name_of(problem) / str(seed)
     fresh = fresh_model(problem.model, FOLDER, seed)
     start = fresh if arm is None or arm.start == "fresh" else folder / "target" / "model"
-    changes = [f"model.path={start}", f"output_dir={folder / slug(name)}", f"seed={seed}", f"data.share_seed={seed}"]
+    changes = [
+        f"model.path={start}",
+        f"output_dir={folder / slug(name)}",
+        f"seed={seed}",
+        f"data.share_seed={seed}",
+    ]
     changes += ["train.cpus_per_worker=1"]
     own = problem.arms.get(name, [])
     changes += [*problem.changes, *sources(problem, seed, own), *(arm.changes if arm else [])]
@@ -59,7 +66,9 @@ def sources(problem: Problem, seed: int, own: Sequence[str] = ()) -> list[str]:
         train, test = str(folder / "train.jsonl"), str(folder / "test.jsonl")
         utility = str(folder / "utility.jsonl") if problem.generates else train
     paths = {"forget": train, "retain": train, "general": test, "holdout": test, "utility": utility}
-    named = {change.split(".")[1] for change in [*problem.changes, *own] if change.startswith("data.")}
+    named = {
+        change.split(".")[1] for change in [*problem.changes, *own] if change.startswith("data.")
+    }
     needed = named | {"forget", "retain", "general"}
     return [f"data.{name}.path={path}" for name, path in paths.items() if name in needed]
 
@@ -79,9 +88,9 @@ def make(cfg: UnlearnConfig, command: str) -> dict[str, Any]:
     if command == "finetune":
         return finetune(cfg, terminal).manifest()["cost"]
     if "cost" not in run.manifest():
-        with session(cfg, run.path / "run.log", terminal):
+        with session(cfg.train, run.path / "run.log", terminal):
             sets, _ = load_checked(cfg, terminal, {})
-            run.begin(sets)
+            run.begin(sets.inputs())
             train(run, sets, None, terminal)
     return run.manifest()["cost"]
 
@@ -105,7 +114,10 @@ def cell(key: str, seed: int, asked: list[str]) -> dict[str, dict[str, Any]]:
         models = {"oracle": folders.pop("retrain"), **folders}
         settled = {name: ModelConfig(path=str(folder / "model")) for name, folder in models.items()}
         cfg, terminal = settings["retrain"], Terminal()
-        with TemporaryDirectory() as scratch, session(cfg, Path(scratch) / "run.log", terminal):
+        with (
+            TemporaryDirectory() as scratch,
+            session(cfg.train, Path(scratch) / "run.log", terminal),
+        ):
             sets, _ = load_checked(cfg, terminal, settled)
             scores, _ = score(cfg, settled, sets, terminal)
         scores["retrain"] = scores.pop("oracle")
@@ -120,12 +132,20 @@ def start_worker(cores: Any) -> None:
     # Idle processes are kept, with what they have imported; there are no other nodes to watch.
     os.environ.update(RAY_num_workers_soft_limit="8", RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0")
     environment = {"env_vars": worker_environment(load_config("rfa_image", []).train)}
-    ray.init("local", num_cpus=2, object_store_memory=2**30, include_dashboard=False, runtime_env=environment)
+    ray.init(
+        "local",
+        num_cpus=2,
+        object_store_memory=2**30,
+        include_dashboard=False,
+        runtime_env=environment,
+    )
 
 
 def main() -> None:
     """Run what is asked for, and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--problems", default=",".join(PROBLEMS))
     parser.add_argument("--arms", default=",".join(map(slug, ARMS)), help="retrain always runs")
@@ -134,7 +154,9 @@ def main() -> None:
     started = time.monotonic()
     asked = [name for name in ARMS if slug(name) in ["retrain", *options.arms.split(",")]]
     keys, seeds = options.problems.split(","), [int(seed) for seed in options.seeds.split(",")]
-    for problem, seed in ((PROBLEMS[key], seed) for key in keys for seed in seeds):  # once, not in both processes
+    for problem, seed in (
+        (PROBLEMS[key], seed) for key in keys for seed in seeds
+    ):  # once, not in both processes
         sources(problem, seed)
         fresh_model(problem.model, FOLDER, seed)
     context = multiprocessing.get_context("spawn")
@@ -142,8 +164,14 @@ def main() -> None:
     for core in free:
         cores.put(core)
     with ProcessPoolExecutor(len(free), context, start_worker, (cores,)) as pool:
-        slowest_first = sorted(keys, key=lambda key: SLOWEST.index(PROBLEMS[key].model))  # so that both end together
-        cells = {(key, seed): pool.submit(cell, key, seed, asked) for key in slowest_first for seed in seeds}
+        slowest_first = sorted(
+            keys, key=lambda key: SLOWEST.index(PROBLEMS[key].model)
+        )  # so that both end together
+        cells = {
+            (key, seed): pool.submit(cell, key, seed, asked)
+            for key in slowest_first
+            for seed in seeds
+        }
         for done in as_completed(cells.values()):
             if done.exception():
                 pool.shutdown(cancel_futures=True)  # what is trained need not be trained again
@@ -151,7 +179,9 @@ def main() -> None:
     results = []
     for key in keys:
         of_seeds = [cells[key, seed].result() for seed in seeds]
-        results.append(Result(PROBLEMS[key], {name: [own[name] for own in of_seeds] for name in of_seeds[0]}))
+        results.append(
+            Result(PROBLEMS[key], {name: [own[name] for own in of_seeds] for name in of_seeds[0]})
+        )
     write(options.out, results, options.seeds, len(free))
     print(f"{options.out}: {(time.monotonic() - started) / 60:.0f} min")
 

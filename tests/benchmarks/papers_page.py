@@ -41,10 +41,21 @@ Mittal 2024 (arXiv 2411.11907), CIFAR-10, class 3 forgotten, 5 epochs, percent:
 
 The tables of Qin et al. 2024 (arXiv 2411.08443) could not be read where this page was written: none are cited.
 """
-LOUD = {"PruneLoRA": ("#d55e00", "D"), "RFA, one pass": ("#0072b2", "o"), "RFA, by gradient": ("#56b4e9", "s")}
+LOUD = {
+    "PruneLoRA": ("#d55e00", "D"),
+    "RFA, one pass": ("#0072b2", "o"),
+    "RFA, by gradient": ("#56b4e9", "s"),
+}
 QUIET = ("P", "X", "v", "^", "<", ">", "p", "h", "d", "*", "8")  # markers of all other arms
 GREEN, SOFT = "#009e73", "#555b65"
-FINE = ("activation distance", "feature distance", "sparsity", "peak GiB", "min-k AUC", "extraction strength")
+FINE = (
+    "activation distance",
+    "feature distance",
+    "sparsity",
+    "peak GiB",
+    "min-k AUC",
+    "extraction strength",
+)
 BROKEN = 1e4  # where the picture cuts perplexities: such a model is broken
 Scores = dict[str, Any]  # of one run: its scores and its cost
 Found = dict[str, list[Scores]]  # of one problem, by arm: a run a seed
@@ -93,7 +104,15 @@ def table(found: Found, generates: bool) -> Iterator[str]:
         for title, column in columns.items():
             values = [float(column(own)) for own in runs]
             mean, spread = statistics.mean(values), (max(values) - min(values)) / 2
-            form = ",.3f" if title in FINE else ",.1f" if mean < 500 else ",.0f" if mean < 1e9 else ".0e"
+            form = (
+                ",.3f"
+                if title in FINE
+                else ",.1f"
+                if mean < 500
+                else ",.0f"
+                if mean < 1e9
+                else ".0e"
+            )
             cells.append(f"{mean:{form}}" + (f" ± {spread:{form}}" if spread else ""))
         yield f"| {name} | {' | '.join(cells)} |"
 
@@ -118,13 +137,22 @@ def bounds(result: Result) -> Iterator[str]:
             (abs(gap["MIA efficacy %"]) <= 5, f"{gap['MIA efficacy %']:+.1f}"),
             (share < 0.5, f"{share:.0%}"),
         ]
-        yield f"| {name} | " + " | ".join(f"{'held' if held else '**missed**'}, {text}" for held, text in tests) + " |"
+        yield (
+            f"| {name} | "
+            + " | ".join(f"{'held' if held else '**missed**'}, {text}" for held, text in tests)
+            + " |"
+        )
 
 
-def means(found: Found, columns: dict[str, Callable[[Scores], float]]) -> dict[str, dict[str, float]]:
+def means(
+    found: Found, columns: dict[str, Callable[[Scores], float]]
+) -> dict[str, dict[str, float]]:
     """Each arm's columns, averaged over the seeds."""
     return {
-        name: {title: statistics.mean(float(column(own)) for own in runs) for title, column in columns.items()}
+        name: {
+            title: statistics.mean(float(column(own)) for own in runs)
+            for title, column in columns.items()
+        }
         for name, runs in found.items()
     }
 
@@ -146,8 +174,12 @@ def picture(path: Path, results: list[Result]) -> None:
     handles: dict[str, Any] = {}
     for panel in panels[: len(results)]:
         own, names = panel.get_legend_handles_labels()
-        handles |= {name: handle for name, handle in zip(names, own, strict=True) if name not in handles}
-    panels[-1].legend(handles.values(), handles.keys(), loc="center", frameon=False, ncols=2, fontsize=9)
+        handles |= {
+            name: handle for name, handle in zip(names, own, strict=True) if name not in handles
+        }
+    panels[-1].legend(
+        handles.values(), handles.keys(), loc="center", frameon=False, ncols=2, fontsize=9
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -155,7 +187,11 @@ def picture(path: Path, results: list[Result]) -> None:
 def _draw_classes(panel: Any, result: Result) -> None:
     mean, problem = means(result.found, CLASSES), result.problem
     oracle = mean["retrain"]
-    low, high = (-problem.apart, problem.apart) if problem.apart else (99 - oracle["UA %"], 100 - oracle["UA %"])
+    low, high = (
+        (-problem.apart, problem.apart)
+        if problem.apart
+        else (99 - oracle["UA %"], 100 - oracle["UA %"])
+    )
     panel.axvspan(-problem.under, 1e3, color=GREEN, alpha=0.08, lw=0)
     panel.axhspan(low - 0.05, high + 0.05, color=GREEN, alpha=0.14, lw=0)
     for index, (name, own) in enumerate(mean.items()):
@@ -171,14 +207,22 @@ def _draw_classes(panel: Any, result: Result) -> None:
 
 def _draw_texts(panel: Any, result: Result) -> None:
     for index, (name, own) in enumerate(means(result.found, TEXTS).items()):
-        _mark(panel, name, index, min(own["retain perplexity"], BROKEN), min(own["forget perplexity"], BROKEN))
+        _mark(
+            panel,
+            name,
+            index,
+            min(own["retain perplexity"], BROKEN),
+            min(own["forget perplexity"], BROKEN),
+        )
     panel.set_xscale("log")
     panel.set_yscale("log")
     panel.invert_xaxis()
     panel.xaxis.set_major_formatter(lambda value, _position: f"{value:,g}")
     panel.xaxis.set_minor_formatter(lambda _value, _position: "")
     panel.yaxis.set_major_formatter(lambda value, _position: f"{value:,g}")
-    panel.set_xlabel(f"perplexity of kept texts (better to the right), cut at {BROKEN:,.0f}", fontsize=8)
+    panel.set_xlabel(
+        f"perplexity of kept texts (better to the right), cut at {BROKEN:,.0f}", fontsize=8
+    )
     panel.set_ylabel("perplexity of the forgotten texts", fontsize=8)
 
 
@@ -188,7 +232,11 @@ def _mark(panel: Any, name: str, index: int, across: float, up: float) -> None:
     elif name in LOUD:
         look = {"color": LOUD[name][0], "marker": LOUD[name][1], "s": 75, "zorder": 3}
     else:
-        look = {"color": "#9aa1ab" if name != "before" else SOFT, "marker": QUIET[index % len(QUIET)], "s": 45}
+        look = {
+            "color": "#9aa1ab" if name != "before" else SOFT,
+            "marker": QUIET[index % len(QUIET)],
+            "s": 45,
+        }
     panel.scatter([across], [up], label=name, edgecolors="white", linewidths=0.6, **look)
 
 
@@ -199,8 +247,12 @@ def write(path: Path, results: list[Result], seeds: str, processes: int) -> None
     for result in results:
         judged = [] if result.problem.generates else [*bounds(result), ""]
         title = f"## {result.problem.title} (seeds {seeds})"
-        sections.append("\n".join([title, "", *table(result.found, result.problem.generates), "", *judged]))
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "ray", "deepspeed", "peft", "transformers"))
+        sections.append(
+            "\n".join([title, "", *table(result.found, result.problem.generates), "", *judged])
+        )
+    versions = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "ray", "deepspeed", "peft", "transformers")
+    )
     machine = f"{platform.machine()}, {processes} problems side by side with a core and a thread each, {versions}."
     command = " ".join(["python -m tests.benchmarks.papers", *sys.argv[1:]])
     header = HEADER.format(command=command, picture=path.with_suffix(".png").name)

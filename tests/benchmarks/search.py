@@ -19,7 +19,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 from tuning.page import best_so_far
-from tuning.record import Ended, as_configured, read_trials
+from tuning.record import TrialRecord, as_configured, read_trials
 from tuning.score import parse_constraints
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -39,7 +39,7 @@ def timed(folder: Path, arguments: list[str]) -> float:
     return float(note.read_text())
 
 
-def search(arguments: argparse.Namespace, method: str) -> tuple[float, dict[int, Ended]]:
+def search(arguments: argparse.Namespace, method: str) -> tuple[float, dict[int, TrialRecord]]:
     """Seconds and trials of a search."""
     folder = arguments.output / f"search-{method}"
     options = ["--trials", str(arguments.trials), "--method", method]
@@ -47,7 +47,7 @@ def search(arguments: argparse.Namespace, method: str) -> tuple[float, dict[int,
     return seconds, read_trials(folder)
 
 
-def alone(arguments: argparse.Namespace, trials: dict[int, Ended]) -> list[float]:
+def alone(arguments: argparse.Namespace, trials: dict[int, TrialRecord]) -> list[float]:
     """Seconds of each of some runs of their own."""
     chosen = [own for own in trials.values() if own.values][: arguments.alone]
     found: list[float] = []
@@ -55,11 +55,17 @@ def alone(arguments: argparse.Namespace, trials: dict[int, Ended]) -> list[float
         values = [f"{key}={json.dumps(value)}" for key, value in own.values.items()]
         quick = ["evaluation.quick=true", "evaluation.robustness=[]"]
         folder = arguments.output / f"search-alone-{own.number}"
-        found.append(timed(folder, ["run", arguments.config, *arguments.overrides, *values, *quick]))
+        found.append(
+            timed(folder, ["run", arguments.config, *arguments.overrides, *values, *quick])
+        )
     return found
 
 
-def write(arguments: argparse.Namespace, searches: dict[str, tuple[float, dict[int, Ended]]], own: list[float]) -> None:
+def write(
+    arguments: argparse.Namespace,
+    searches: dict[str, tuple[float, dict[int, TrialRecord]]],
+    own: list[float],
+) -> None:
     """The page and the picture."""
     lines = [
         "# The search, measured",
@@ -79,7 +85,11 @@ def write(arguments: argparse.Namespace, searches: dict[str, tuple[float, dict[i
     seconds, trials = searches["tpe"]
     each = sum(own) / len(own)
     lines.append(f"| `ray-unlearn run`, one at a time | {sum(own):.0f} | {len(own)} | {each:.1f} |")
-    lines += ["", f"Without shared work a trial takes **{each / (seconds / len(trials)):.1f} times** as long.", ""]
+    lines += [
+        "",
+        f"Without shared work a trial takes **{each / (seconds / len(trials)):.1f} times** as long.",
+        "",
+    ]
     shown = [number for number in SHOWN if number <= arguments.trials]
     lines += [
         "Least distance so far at utility 0.97 or more, by trials:",
@@ -90,17 +100,24 @@ def write(arguments: argparse.Namespace, searches: dict[str, tuple[float, dict[i
     for method, (_, trials) in searches.items():
         scored = {number: t.score for number, t in trials.items() if t.score is not None}
         line = best_so_far(scored, parse_constraints([]))
-        lines.append(f"| {METHODS[method]} | " + " | ".join(f"{line[min(n, len(line)) - 1]:.3f}" for n in shown) + " |")
+        lines.append(
+            f"| {METHODS[method]} | "
+            + " | ".join(f"{line[min(n, len(line)) - 1]:.3f}" for n in shown)
+            + " |"
+        )
     first = as_configured(trials)
     if first is not None and first.score is not None:
-        lines += ["", f"As configured: distance {first.score.distance:.3f}, utility {first.score.utility:.3f}."]
+        lines += [
+            "",
+            f"As configured: distance {first.score.distance:.3f}, utility {first.score.utility:.3f}.",
+        ]
     lines += ["", "![Least distance so far, by trials](search_benchmark.png)", ""]
     (DOCS / "search_benchmark.md").write_text("\n".join(lines), encoding="utf-8")
     draw(searches)
     print("\n".join(lines))
 
 
-def draw(searches: dict[str, tuple[float, dict[int, Ended]]]) -> None:
+def draw(searches: dict[str, tuple[float, dict[int, TrialRecord]]]) -> None:
     """Best so far, a line a method."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt
@@ -109,7 +126,10 @@ def draw(searches: dict[str, tuple[float, dict[int, Ended]]]) -> None:
     for method, (_, trials) in searches.items():
         scored = {number: own.score for number, own in trials.items() if own.score is not None}
         axes.step(
-            range(1, len(scored) + 1), best_so_far(scored, parse_constraints([])), where="post", label=METHODS[method]
+            range(1, len(scored) + 1),
+            best_so_far(scored, parse_constraints([])),
+            where="post",
+            label=METHODS[method],
         )
     axes.set_xlabel("trials")
     axes.set_ylabel("least distance so far, at utility 0.97 or more")
@@ -121,12 +141,16 @@ def draw(searches: dict[str, tuple[float, dict[int, Ended]]]) -> None:
 
 def main() -> None:
     """Run everything and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", nargs="?", default="demo", help="a preset or a YAML file")
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--alone", type=int, default=3, help="runs of their own")
-    parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the searches and runs")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs"), help="folder for the searches and runs"
+    )
     arguments = parser.parse_args()
     searches = {method: search(arguments, method) for method in METHODS}
     write(arguments, searches, alone(arguments, searches["random"][1]))

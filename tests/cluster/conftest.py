@@ -50,20 +50,30 @@ class Head(NamedTuple):
     @property
     def environment(self) -> dict[str, str]:
         """What talks to the cluster has this in its environment."""
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an activated environment
-        own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "XDG_CACHE_HOME": f"{self.folder}/cache"}
+        path = (
+            f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an activated environment
+        )
+        own = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self.token,
+            "XDG_CACHE_HOME": f"{self.folder}/cache",
+        }
         return {**os.environ, **own, **SOONER, "PATH": path, "COLUMNS": "200"}
 
     def get(self, path: str) -> str:
         """What the job server answers to a GET."""
-        request = urllib.request.Request(self.address + path, headers={"Authorization": f"Bearer {self.token}"})
+        request = urllib.request.Request(
+            self.address + path, headers={"Authorization": f"Bearer {self.token}"}
+        )
         with urllib.request.urlopen(request, timeout=10) as answer:
             return answer.read().decode()
 
     def python(self, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
         """Run Python in a process of its own that has the token."""
         command, settings = [sys.executable, *arguments], {**self.environment, **changes}
-        return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=600, check=False)
+        return subprocess.run(
+            command, env=settings, capture_output=True, text=True, timeout=600, check=False
+        )
 
     def ray_unlearn(self, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
         """Run the command line."""
@@ -72,10 +82,21 @@ class Head(NamedTuple):
     @contextmanager
     def ray_start(self, *options: str) -> Iterator[psutil.Process]:
         """A node, until the end of the block or until it is killed."""
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-gpus", "0", *options]
+        command = [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            "--block",
+            "--num-gpus",
+            "0",
+            *options,
+        ]
         command += ["--object-store-memory", str(200 * 2**20), "--disable-usage-stats"]
         with (self.folder / "nodes.log").open("ab") as log:
-            process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, cwd=self.folder)
+            process = subprocess.Popen(
+                command, env=self.environment, stdout=log, stderr=log, cwd=self.folder
+            )
         try:
             yield psutil.Process(process.pid)
         finally:
@@ -87,10 +108,27 @@ class Head(NamedTuple):
 def running_head(cpus: int) -> Iterator[Head]:
     """A head node that answers."""
     port, dashboard, client, agent = free_ports(4)
-    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as name:  # sockets need a short path
+    with tempfile.TemporaryDirectory(
+        prefix="ray", ignore_cleanup_errors=True
+    ) as name:  # sockets need a short path
         head = Head(f"http://127.0.0.1:{dashboard}", port, secrets.token_hex(32), Path(name))
-        options = ["--head", "--num-cpus", str(cpus), "--port", str(port), "--ray-client-server-port", str(client)]
-        options += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard), "--temp-dir", name]
+        options = [
+            "--head",
+            "--num-cpus",
+            str(cpus),
+            "--port",
+            str(port),
+            "--ray-client-server-port",
+            str(client),
+        ]
+        options += [
+            "--dashboard-host",
+            "127.0.0.1",
+            "--dashboard-port",
+            str(dashboard),
+            "--temp-dir",
+            name,
+        ]
         with head.ray_start(*options, "--dashboard-agent-listen-port", str(agent)) as process:
             deadline_s = time.monotonic() + 90
             while True:
@@ -99,7 +137,9 @@ def running_head(cpus: int) -> Iterator[Head]:
                     break
                 except OSError:
                     if time.monotonic() > deadline_s or not process.is_running():
-                        raise RuntimeError((head.folder / "nodes.log").read_text()[-2000:]) from None
+                        raise RuntimeError(
+                            (head.folder / "nodes.log").read_text()[-2000:]
+                        ) from None
                     time.sleep(0.2)
             yield head
 

@@ -35,19 +35,31 @@ cluster.follow(cluster.submit(plan), print)
 def config(problem: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration with the data in S3."""
     folder = tmp_path_factory.mktemp("job")
-    sets = "\n".join(f"  {name}: {{path: s3://bucket/data/{name}.jsonl}}" for name in ("forget", "retain", "holdout"))
+    sets = "\n".join(
+        f"  {name}: {{path: s3://bucket/data/{name}.jsonl}}"
+        for name in ("forget", "retain", "holdout")
+    )
     text = f"model: {{path: {problem}/model}}\ndata:\n{sets}\noutput_dir: {folder}/out\n"
     (folder / "request.yaml").write_text(text)
     return folder / "request.yaml"
 
 
-def test_a_job_reads_s3_with_keys_from_a_file_that_nobody_else_sees(head: Head, keys: Path, config: Path) -> None:
-    options = ["--address", head.address, "--env-file", str(keys)]  # and the pinned packages, which are there
+def test_a_job_reads_s3_with_keys_from_a_file_that_nobody_else_sees(
+    head: Head, keys: Path, config: Path
+) -> None:
+    options = [
+        "--address",
+        head.address,
+        "--env-file",
+        str(keys),
+    ]  # and the pinned packages, which are there
     done = head.ray_unlearn("submit", *options, "--", "check", str(config), "adapter.rank=8")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "data.forget" in done.stdout and "6 rows" in done.stdout
     job_id = done.stderr.split("Job: ")[1].split()[0]
-    assert head.ray_unlearn("job", "status", "--address", head.address, job_id).stdout == "SUCCEEDED\n"
+    assert (
+        head.ray_unlearn("job", "status", "--address", head.address, job_id).stdout == "SUCCEEDED\n"
+    )
     log = head.ray_unlearn("job", "logs", "--address", head.address, job_id)
     assert (log.returncode, log.stdout) == (0, done.stdout)
     metadata = head.get("/api/jobs/")
@@ -64,7 +76,9 @@ def test_the_workers_of_a_job_have_its_variables(head: Head) -> None:
     assert "same True" in done.stdout, done.stdout + done.stderr
 
 
-def test_the_exit_code_and_the_message_are_the_commands(head: Head, config: Path, problem: Path) -> None:
+def test_the_exit_code_and_the_message_are_the_commands(
+    head: Head, config: Path, problem: Path
+) -> None:
     changes = [f"data.{name}.path={problem}/none.jsonl" for name in ("forget", "retain", "holdout")]
     options = ["--address", head.address, "--no-install"]
     done = head.ray_unlearn("submit", *options, "--", "check", str(config), *changes)
@@ -74,11 +88,17 @@ def test_the_exit_code_and_the_message_are_the_commands(head: Head, config: Path
 
 def test_a_job_nobody_waits_for_can_be_watched_and_stopped(head: Head, config: Path) -> None:
     server = ["--address", head.address]
-    command = ["check", str(config)]  # without keys and an endpoint it asks AWS, which takes long enough
+    command = [
+        "check",
+        str(config),
+    ]  # without keys and an endpoint it asks AWS, which takes long enough
     started = head.ray_unlearn("submit", *server, "--no-wait", "--no-install", "--", *command)
     assert started.returncode == 0, started.stderr
     job_id = started.stdout.strip()
-    assert head.ray_unlearn("job", "status", *server, job_id).stdout.strip() in {"PENDING", "RUNNING"}
+    assert head.ray_unlearn("job", "status", *server, job_id).stdout.strip() in {
+        "PENDING",
+        "RUNNING",
+    }
     stopped = head.ray_unlearn("job", "stop", *server, job_id)
     assert (stopped.returncode, stopped.stderr) == (0, f"{job_id}: stopped\n")
     assert head.ray_unlearn("job", "status", *server, job_id).stdout == "STOPPED\n"
@@ -90,17 +110,38 @@ def test_a_job_nobody_waits_for_can_be_watched_and_stopped(head: Head, config: P
 @pytest.mark.parametrize(
     "address, environment, message",
     [
-        ("{head}", {"RAY_AUTH_TOKEN": "0" * 64}, "refuses the token, allowed: RAY_AUTH_MODE=token and the cluster's"),
-        ("{head}", {"RAY_AUTH_MODE": "disabled"}, "wants a token, allowed: RAY_AUTH_MODE=token and the cluster's"),
-        ("http://127.0.0.1:9", {}, "--address: nothing answers at http://127.0.0.1:9, allowed: the URL"),
-        ("127.0.0.1:8265", {}, "--address: found '127.0.0.1:8265', allowed: the URL of a cluster's job server"),
+        (
+            "{head}",
+            {"RAY_AUTH_TOKEN": "0" * 64},
+            "refuses the token, allowed: RAY_AUTH_MODE=token and the cluster's",
+        ),
+        (
+            "{head}",
+            {"RAY_AUTH_MODE": "disabled"},
+            "wants a token, allowed: RAY_AUTH_MODE=token and the cluster's",
+        ),
+        (
+            "http://127.0.0.1:9",
+            {},
+            "--address: nothing answers at http://127.0.0.1:9, allowed: the URL",
+        ),
+        (
+            "127.0.0.1:8265",
+            {},
+            "--address: found '127.0.0.1:8265', allowed: the URL of a cluster's job server",
+        ),
     ],
 )
 def test_a_cluster_that_cannot_be_reached_is_one_line(
     head: Head, address: str, environment: dict[str, str], message: str
 ) -> None:
     done = head.ray_unlearn(
-        "job", "status", "--address", address.format(head=head.address), "raysubmit_1", **environment
+        "job",
+        "status",
+        "--address",
+        address.format(head=head.address),
+        "raysubmit_1",
+        **environment,
     )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert message in done.stderr

@@ -9,8 +9,8 @@ SCRIPT = """
 import json, threading, time
 import ray
 from ray.cluster_utils import Cluster
-from pipelines.config import ConfigError, TrainConfig
-from pipelines.trainer import check_resources, groups_at_once, workers_now
+from pipelines.config.schema import ConfigError, TrainConfig
+from pipelines.cluster.resources import check_resources, groups_at_once, workers_now
 
 told = []
 def outcome(**settings):
@@ -41,7 +41,9 @@ print(json.dumps({"found": found, "told": told, "room": room, "groups": groups})
 def test_workers_wait_for_the_nodes_of_an_autoscaling_cluster_as_long_as_they_may() -> None:
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     command = [sys.executable, "-c", SCRIPT]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
     refusal = "train.num_workers: found 3 with 1 CPU each, allowed: 3 CPU or fewer in all, this cluster has 1"
@@ -49,5 +51,7 @@ def test_workers_wait_for_the_nodes_of_an_autoscaling_cluster_as_long_as_they_ma
     apart = "train.num_workers: found 1 with 3 CPU each, allowed: 0, as many as the nodes hold"
     assert seen["found"] == [refusal, refusal, "enough", fewest, "enough", apart]
     assert seen["told"] == [f"Waiting up to {wait_s} s for nodes: {refusal}" for wait_s in (1, 60)]
-    assert seen["room"] == [3, 2, 9, 1], "as many of a range as the nodes have room for, each on one node"
+    assert seen["room"] == [3, 2, 9, 1], (
+        "as many of a range as the nodes have room for, each on one node"
+    )
     assert seen["groups"] == [3, 1, 1, 1]

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from tests.bucket import Bucket
 from tests.cluster.conftest import Head, running_head
-from tests.pipelines.test_tracking import Server
+from tests.pipelines.tracking.test_tracker import Server
 from tests.processes import kill_tree, train_workers
 from tuning.record import read_trials
 
@@ -30,10 +30,19 @@ def cluster() -> Iterator[tuple[Head, list[psutil.Process]]]:
     with running_head(1) as head, ExitStack() as stack:
         nodes = []
         for name in "ab":  # each with a folder of its own, as on machines of their own
-            options = ["--num-cpus", "2", "--address", f"127.0.0.1:{head.port}", "--temp-dir", str(head.folder / name)]
+            options = [
+                "--num-cpus",
+                "2",
+                "--address",
+                f"127.0.0.1:{head.port}",
+                "--temp-dir",
+                str(head.folder / name),
+            ]
             nodes.append(stack.enter_context(head.ray_start(*options)))
         while head.get("/api/v0/nodes").count('"ALIVE"') < 3:
-            assert all(node.is_running() for node in nodes), (head.folder / "nodes.log").read_text()[-2000:]
+            assert all(node.is_running() for node in nodes), (
+                head.folder / "nodes.log"
+            ).read_text()[-2000:]
             time.sleep(0.2)
         yield head, nodes
 
@@ -50,7 +59,12 @@ def test_a_search_runs_on_nodes_that_its_driver_is_not_on(
     cluster: tuple[Head, list[psutil.Process]], overrides: list[str], tmp_path: Path
 ) -> None:
     head, _ = cluster
-    changes = [*overrides, "train.steps=0", "train.cpus_per_worker=1.5", "train.wait_s=60"]  # the head has one CPU
+    changes = [
+        *overrides,
+        "train.steps=0",
+        "train.cpus_per_worker=1.5",
+        "train.wait_s=60",
+    ]  # the head has one CPU
     command = ["tune", "quick", *changes, f"output_dir={tmp_path}/search", "--trials", "4"]
     done = head.ray_unlearn("submit", "--address", head.address, "--no-install", "--", *command)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -69,10 +83,21 @@ def test_a_job_outlives_a_node(
 ) -> None:
     head, nodes = cluster
     changes = [
-        override.replace(override.split("=")[1].rsplit("/", 1)[0], "s3://bucket/data") for override in overrides[1:]
+        override.replace(override.split("=")[1].rsplit("/", 1)[0], "s3://bucket/data")
+        for override in overrides[1:]
     ]
-    changes += [overrides[0], "solve.mode=off", f"train.steps={STEPS}", f"train.checkpoint_every={CHECKPOINT_EVERY}"]
-    changes += [f"tracking.uri={tracking}", "train.wait_s=60", "train.num_workers=[1,2]", "train.cpus_per_worker=1.5"]
+    changes += [
+        overrides[0],
+        "solve.mode=off",
+        f"train.steps={STEPS}",
+        f"train.checkpoint_every={CHECKPOINT_EVERY}",
+    ]
+    changes += [
+        f"tracking.uri={tracking}",
+        "train.wait_s=60",
+        "train.num_workers=[1,2]",
+        "train.cpus_per_worker=1.5",
+    ]
     options = [
         "submit",
         "--address",
@@ -98,16 +123,25 @@ def test_a_job_outlives_a_node(
     kill_tree(nodes[0])
     assert job.wait(timeout=600) == 0, (tmp_path / "told").read_text()
     steps = bucket.steps("broken")
-    again = [step for before, step in pairwise(steps) if step <= before]  # none, where the last step had a resume point
-    assert len(again) <= 1 and set(again) <= set(range(KILL_AT, STEPS, CHECKPOINT_EVERY)), "it went on once, and there"
+    again = [
+        step for before, step in pairwise(steps) if step <= before
+    ]  # none, where the last step had a resume point
+    assert len(again) <= 1 and set(again) <= set(range(KILL_AT, STEPS, CHECKPOINT_EVERY)), (
+        "it went on once, and there"
+    )
     assert steps.count(0) == 1 and set(steps) == set(range(STEPS))
 
     verified = head.ray_unlearn("verify", "s3://bucket/broken", **bucket.environment)
     assert verified.returncode == 0, verified.stderr
-    adapters = [load(bucket.read(f"{name}/adapter/adapter_model.safetensors")) for name in ("whole", "broken")]
+    adapters = [
+        load(bucket.read(f"{name}/adapter/adapter_model.safetensors"))
+        for name in ("whole", "broken")
+    ]
     assert_close(adapters[1], adapters[0], rtol=1e-4, atol=1e-6)
     costs = [json.loads(bucket.read(f"{name}/scores.json"))["cost"] for name in ("whole", "broken")]
-    assert [cost["num_workers"] for cost in costs] == [2, 1], "the node that was left has room for one worker"
+    assert [cost["num_workers"] for cost in costs] == [2, 1], (
+        "the node that was left has room for one worker"
+    )
     record = json.loads(bucket.read("broken/manifest.json"))["mlflow"]
     run = mlflow.MlflowClient(tracking).get_run(record["run_id"])
     assert run.info.status == "FINISHED"

@@ -37,5 +37,7 @@ def test_the_page_shows_every_command_it_is_about() -> None:
 
 def test_every_file_the_page_names_is_there() -> None:
     root = Path(__file__).parents[2]
-    for name in re.findall(r"(deploy/[\w/.-]+\.yaml|deploy/Dockerfile|cluster\.yaml|constraints\.txt)", PAGE):
+    for name in re.findall(
+        r"(deploy/[\w/.-]+\.yaml|deploy/Dockerfile|cluster\.yaml|constraints\.txt)", PAGE
+    ):
         assert (root / name).exists(), name

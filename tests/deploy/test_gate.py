@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines.__main__ import app
-from tests.pipelines.test_report import forget_entry, scores_of, write_run
+from tests.pipelines.report.test_page import forget_entry, scores_of, write_run
 
 BEFORE, ORACLE = forget_entry(0.9), forget_entry(0.5)
 
@@ -29,7 +29,9 @@ def test_a_forgotten_run_passes(tmp_path: Path) -> None:
 def test_a_run_that_has_not_forgotten_is_refused_with_the_pages_sentence(tmp_path: Path) -> None:
     code, told = gate(tmp_path, 0.88)
     assert (code, told.count("\n")) == (3, 1)
-    assert told.startswith("verdict: not_forgotten, required: forgotten (Not forgotten: on the forget set the model is")
+    assert told.startswith(
+        "verdict: not_forgotten, required: forgotten (Not forgotten: on the forget set the model is"
+    )
 
 
 def test_another_verdict_passes_where_it_is_named(tmp_path: Path) -> None:
@@ -37,8 +39,16 @@ def test_another_verdict_passes_where_it_is_named(tmp_path: Path) -> None:
 
 
 def test_every_missed_limit_is_a_line(tmp_path: Path) -> None:
-    missed = ["after.forget.probability<=0.2", "after.retain.probability > 0.94", "after.forget.truth_ratio>=0"]
-    held = ["after.forget.probability<=0.5", "oracle.forget.rouge>4e-1", "before.forget.rouge >= 0.9"]
+    missed = [
+        "after.forget.probability<=0.2",
+        "after.retain.probability > 0.94",
+        "after.forget.truth_ratio>=0",
+    ]
+    held = [
+        "after.forget.probability<=0.5",
+        "oracle.forget.rouge>4e-1",
+        "before.forget.rouge >= 0.9",
+    ]
     code, told = gate(tmp_path, 0.5, *require(*missed, *held))
     assert code == 3
     assert told.splitlines() == [
@@ -51,14 +61,28 @@ def test_every_missed_limit_is_a_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        (require("after.forget.probability=0.2"), "--require: found 'after.forget.probability=0.2', allowed: MODEL.SC"),
-        (require("after.forget.probability<=nan"), "--require: found 'after.forget.probability<=nan', allowed"),
-        (require("after.forget.rogue<=0.2"), "--require: found score 'forget.rogue', after has: forget.exact_mem"),
-        (require("later.forget.rouge<=0.2"), "--require: found model 'later', this run has: before, after, oracle"),
+        (
+            require("after.forget.probability=0.2"),
+            "--require: found 'after.forget.probability=0.2', allowed: MODEL.SC",
+        ),
+        (
+            require("after.forget.probability<=nan"),
+            "--require: found 'after.forget.probability<=nan', allowed",
+        ),
+        (
+            require("after.forget.rogue<=0.2"),
+            "--require: found score 'forget.rogue', after has: forget.exact_mem",
+        ),
+        (
+            require("later.forget.rouge<=0.2"),
+            "--require: found model 'later', this run has: before, after, oracle",
+        ),
         (["--verdict", "fine"], "--verdict: found 'fine', allowed: forgotten, costly, partly"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, options: list[str], message: str) -> None:
+def test_a_mistake_is_one_line_and_exit_code_2(
+    tmp_path: Path, options: list[str], message: str
+) -> None:
     code, told = gate(tmp_path, 0.5, *options)
     assert (code, told.count("\n")) == (2, 1)
     assert message in told

@@ -37,7 +37,10 @@ def strict(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     closed = {key: strict(value) for key, value in schema.items()}
-    if isinstance(schema.get("properties"), dict) and "x-kubernetes-preserve-unknown-fields" not in schema:
+    if (
+        isinstance(schema.get("properties"), dict)
+        and "x-kubernetes-preserve-unknown-fields" not in schema
+    ):
         closed.setdefault("additionalProperties", False)
     return closed
 
@@ -54,7 +57,9 @@ def test_the_aws_cluster_keeps_rays_schema(aws: dict[str, Any]) -> None:
         validate_config({**filled, "max_wrokers": 1})
 
 
-def test_the_aws_cluster_has_a_cpu_head_and_gpu_workers_on_spot_from_none(aws: dict[str, Any]) -> None:
+def test_the_aws_cluster_has_a_cpu_head_and_gpu_workers_on_spot_from_none(
+    aws: dict[str, Any],
+) -> None:
     head, gpu = (aws["available_node_types"][name] for name in ("head", "gpu"))
     assert aws["head_node_type"] == "head"
     assert head["node_config"]["InstanceType"].startswith("m")
@@ -67,7 +72,10 @@ def test_the_aws_cluster_has_a_cpu_head_and_gpu_workers_on_spot_from_none(aws: d
 def test_the_aws_cluster_is_behind_a_token_and_open_to_one_address(aws: dict[str, Any]) -> None:
     (token,) = aws["file_mounts"]
     starts = [
-        command for key in ("head", "worker") for command in aws[f"{key}_start_ray_commands"] if " start" in command
+        command
+        for key in ("head", "worker")
+        for command in aws[f"{key}_start_ray_commands"]
+        if " start" in command
     ]
     assert len(starts) == 2
     for start in starts:
@@ -82,9 +90,13 @@ def test_the_aws_cluster_is_behind_a_token_and_open_to_one_address(aws: dict[str
 def test_a_manifest_keeps_kuberays_schema(name: str) -> None:
     path = CRDS / f"ray.io_{KINDS[name]}.yaml"
     if not path.exists():
-        pytest.skip(f"KubeRay's CRDs are not at {CRDS.relative_to(ROOT.parent)}, beside the project")
+        pytest.skip(
+            f"KubeRay's CRDs are not at {CRDS.relative_to(ROOT.parent)}, beside the project"
+        )
     crd = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    (schema,) = (one["schema"]["openAPIV3Schema"] for one in crd["spec"]["versions"] if one["name"] == "v1")
+    (schema,) = (
+        one["schema"]["openAPIV3Schema"] for one in crd["spec"]["versions"] if one["name"] == "v1"
+    )
     validator = jsonschema.Draft7Validator(strict(schema))
     content = manifest(name)
     assert (content["apiVersion"], content["kind"]) == ("ray.io/v1", crd["spec"]["names"]["kind"])
@@ -107,8 +119,13 @@ def test_a_kuberay_cluster_has_pins_token_gpus_and_no_rights_it_does_not_need(na
         (container,) = pod["containers"]
         assert container["image"] == IMAGE
         assert container["resources"]["requests"] == container["resources"]["limits"]
-        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-        assert not [entry for entry in container.get("env", ()) if "value" in entry], "secrets come from a Secret"
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert not [entry for entry in container.get("env", ()) if "value" in entry], (
+            "secrets come from a Secret"
+        )
     gpus = [pod["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0) for pod in pods]
     assert gpus == [0, 1 if name == "service" else 8]
 
@@ -121,7 +138,9 @@ def test_the_ray_job_runs_our_command_and_cleans_up() -> None:
 
 
 def test_the_ray_service_serves_our_application() -> None:
-    config = ServeDeploySchema.model_validate(yaml.safe_load(manifest("service")["spec"]["serveConfigV2"]))
+    config = ServeDeploySchema.model_validate(
+        yaml.safe_load(manifest("service")["spec"]["serveConfigV2"])
+    )
     (application,) = config.applications
     assert application.name == APPLICATION
     assert application.import_path == f"{build_app.__module__}:{build_app.__name__}"

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines.__main__ import app
-from pipelines.config import UnlearnConfig
-from pipelines.config_file import load_config
+from pipelines.config.load import load_config
+from pipelines.config.schema import UnlearnConfig
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 CommandHere = Callable[..., tuple[int, str]]
@@ -36,7 +36,11 @@ def command() -> Command:
             capture_output=True,
             text=True,
             timeout=timeout_s,
-            env={**os.environ, "COLUMNS": "200", "RAY_ADDRESS": "local"},  # no cluster left on this machine is joined
+            env={
+                **os.environ,
+                "COLUMNS": "200",
+                "RAY_ADDRESS": "local",
+            },  # no cluster left on this machine is joined
             check=False,
         )
 

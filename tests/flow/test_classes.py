@@ -10,19 +10,29 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
-from pipelines.artifact import RunFolder
-from pipelines.config import UnlearnConfig
-from pipelines.config_file import load_config
-from pipelines.console import Terminal
+from pipelines.config.load import load_config
+from pipelines.config.schema import UnlearnConfig
+from pipelines.storage.run_folder import RunFolder
+from pipelines.terminal import Terminal
 from pipelines.unlearn import finetune, unlearn
 from tests.flow.conftest import CommandHere
 from tests.tiny_classifiers import write_image_model, write_images, write_text_model, write_texts
 from tuning.record import read_trials
 
 Quick = Callable[..., UnlearnConfig]
-SMALL = ["train.retain_batch_size=32", "train.forget_batch_size=32", "evaluation.max_rows=null", "tracking.uri=null"]
+SMALL = [
+    "train.retain_batch_size=32",
+    "train.forget_batch_size=32",
+    "evaluation.max_rows=null",
+    "tracking.uri=null",
+]
 LEARN = ["finetune.batch_size=16", "finetune.learning_rate=3e-3", "train.cpus_per_worker=1"]
-PRUNE = ["solve.mode=off", "objective.weights={retain: 0, forget: 0, task: 1}", "prune.method=rows", "train.steps=40"]
+PRUNE = [
+    "solve.mode=off",
+    "objective.weights={retain: 0, forget: 0, task: 1}",
+    "prune.method=rows",
+    "train.steps=40",
+]
 
 
 def images(folder: Path, *changes: str) -> list[str]:
@@ -44,12 +54,19 @@ def resnet(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `images` and a ResNet that has learned them, `target`."""
     folder = tmp_path_factory.mktemp("resnet")
     fresh = write_image_model("resnet", folder / "fresh")
-    changes = [f"model.path={fresh}", f"output_dir={folder}/target", "finetune.epochs=6", "train.num_workers=2"]
+    changes = [
+        f"model.path={fresh}",
+        f"output_dir={folder}/target",
+        "finetune.epochs=6",
+        "train.num_workers=2",
+    ]
     finetune(load_config("rfa_image", images(folder, *changes)), Terminal())
     return folder
 
 
-def test_what_a_classifier_learns_lies_in_its_folder_batch_statistics_included(resnet: Path) -> None:
+def test_what_a_classifier_learns_lies_in_its_folder_batch_statistics_included(
+    resnet: Path,
+) -> None:
     model = AutoModelForImageClassification.from_pretrained(resnet / "target" / "model").eval()
     assert float(model.resnet.embedder.embedder.normalization.running_mean.abs().max()) > 0.01
     raw = (resnet / "images" / "t10k-images-idx3-ubyte").read_bytes()[16:]
@@ -86,8 +103,16 @@ def test_a_search_scores_classifiers_by_accuracy(resnet: Path, command_here: Com
 
 
 def test_prunelora_keeps_pruned_filters_at_zero_and_sees_kept_rows_alone(resnet: Path) -> None:
-    changes = [f"model.path={resnet}/target/model", f"output_dir={resnet}/pruned", "train.num_workers=2"]
-    changes += [*PRUNE, "prune.targets=[convolutions]", "adapter.targets=[convolution, classifier.1]"]
+    changes = [
+        f"model.path={resnet}/target/model",
+        f"output_dir={resnet}/pruned",
+        "train.num_workers=2",
+    ]
+    changes += [
+        *PRUNE,
+        "prune.targets=[convolutions]",
+        "adapter.targets=[convolution, classifier.1]",
+    ]
     run = unlearn(load_config("rfa_image", images(resnet, *changes)), Terminal())
     masks = load_file(run.path / "masks.safetensors")
     merged = load_file(run.path / "model" / "model.safetensors")
@@ -101,14 +126,21 @@ def test_prunelora_keeps_pruned_filters_at_zero_and_sees_kept_rows_alone(resnet:
     assert cost["tokens"] == 40 * 30, "forget rows, which no term reads, were run"
     before = load_file(resnet / "target" / "model" / "model.safetensors")
     last = "resnet.encoder.stages.1.layers.0.layer.1.normalization.running_mean"
-    assert (merged[last] - before[last]).abs().max() > 0.01, "batch statistics are those of the whole model"
+    assert (merged[last] - before[last]).abs().max() > 0.01, (
+        "batch statistics are those of the whole model"
+    )
     assert cost["sparsity"] == cost["sparsity_before_merge"] == 0.5
     assert json.loads((run.path / "manifest.json").read_text())["cost"]["sparsity"] == 0.5
 
 
 def test_salun_trains_salient_weights_alone(resnet: Path, command_here: CommandHere) -> None:
     start = resnet / "target" / "model"
-    changes = [f"model.path={start}", f"output_dir={resnet}/salun", "train.num_workers=2", "finetune.epochs=4"]
+    changes = [
+        f"model.path={start}",
+        f"output_dir={resnet}/salun",
+        "train.num_workers=2",
+        "finetune.epochs=4",
+    ]
     own = ["finetune.sets=[retain]", "finetune.salient=0.3", "finetune.learning_rate=1e-2"]
     code, told = command_here("finetune", "rfa_image", *images(resnet, *changes, *own))
     assert code == 0, told
@@ -116,9 +148,14 @@ def test_salun_trains_salient_weights_alone(resnet: Path, command_here: CommandH
     raw = (resnet / "images" / "train-images-idx3-ubyte").read_bytes()[16:]
     pixels = torch.tensor(list(raw), dtype=torch.float32).view(-1, 1, 8, 8) / 127.5 - 1
     torch.nn.functional.cross_entropy(model(pixels[2::4]).logits, torch.full((60,), 2)).backward()
-    gradients = {name: own.grad.abs() for name, own in model.named_parameters() if own.grad is not None}
+    gradients = {
+        name: own.grad.abs() for name, own in model.named_parameters() if own.grad is not None
+    }
     least = torch.cat([own.flatten() for own in gradients.values()]).quantile(0.7)
-    before, after = load_file(start / "model.safetensors"), load_file(resnet / "salun" / "model" / "model.safetensors")
+    before, after = (
+        load_file(start / "model.safetensors"),
+        load_file(resnet / "salun" / "model" / "model.safetensors"),
+    )
     wrong = 0
     for name, gradient in gradients.items():
         moved = before[name] != after[name]
@@ -128,7 +165,8 @@ def test_salun_trains_salient_weights_alone(resnet: Path, command_here: CommandH
     assert wrong == 0
     with torch.no_grad():
         right = (
-            model.from_pretrained(resnet / "salun" / "model").eval()(pixels).logits.argmax(1) == torch.arange(240) % 4
+            model.from_pretrained(resnet / "salun" / "model").eval()(pixels).logits.argmax(1)
+            == torch.arange(240) % 4
         )
     assert float(right[2::4].float().mean()) < 0.5, "the class goes"
     assert float(right[torch.arange(240) % 4 != 2].float().mean()) > 0.9, "the others stay"
@@ -142,9 +180,15 @@ def test_a_share_of_texts_is_forgotten_from_the_command_line(
     paths = [f"data.{name}.path={texts}/train.jsonl" for name in ("forget", "retain")]
     paths += [f"data.{name}={{path: {texts}/test.jsonl}}" for name in ("holdout", "general")]
     shared = [*paths, *SMALL, *LEARN, "data.max_tokens=48", "finetune.epochs=20"]
-    code, told = command_here("finetune", "rfa_text", *shared, f"model.path={fresh}", f"output_dir={tmp_path}/target")
+    code, told = command_here(
+        "finetune", "rfa_text", *shared, f"model.path={fresh}", f"output_dir={tmp_path}/target"
+    )
     assert code == 0, told
-    options = [f"model.path={tmp_path}/target/model", f"output_dir={tmp_path}/out", "train.num_workers=2"]
+    options = [
+        f"model.path={tmp_path}/target/model",
+        f"output_dir={tmp_path}/out",
+        "train.num_workers=2",
+    ]
     code, told = command_here("run", "rfa_text", *shared, *options)
     assert code == 0, told
     assert "Unseen rows: accuracy" in told
@@ -156,7 +200,9 @@ def test_a_share_of_texts_is_forgotten_from_the_command_line(
     assert not [path for path in files if text.encode() in path.read_bytes()]
 
 
-def test_a_class_that_the_model_does_not_have_is_refused(resnet: Path, command_here: CommandHere) -> None:
+def test_a_class_that_the_model_does_not_have_is_refused(
+    resnet: Path, command_here: CommandHere
+) -> None:
     fresh = write_image_model("vit", resnet / "vit")
     config = json.loads((fresh / "config.json").read_text())
     config["id2label"] = {"0": "a", "1": "b"}
@@ -164,21 +210,38 @@ def test_a_class_that_the_model_does_not_have_is_refused(resnet: Path, command_h
     code, told = command_here(
         "check",
         "rfa_image",
-        *images(resnet, f"model.path={fresh}", f"output_dir={resnet}/none", "adapter.targets=[fc2]"),
+        *images(
+            resnet, f"model.path={fresh}", f"output_dir={resnet}/none", "adapter.targets=[fc2]"
+        ),
     )
     assert (code, told.splitlines()[-1][:31]) == (2, "data.columns.label: found '2', "), told
 
 
-def test_wanda_prunes_alike_on_one_worker_and_two(ray_session: None, quick: Quick, tmp_path: Path) -> None:
-    changes = ["solve.mode=off", "prune.method=wanda", "prune.sparsity=0.3", "prune.targets=[o_proj,down_proj]"]
+def test_wanda_prunes_alike_on_one_worker_and_two(
+    ray_session: None, quick: Quick, tmp_path: Path
+) -> None:
+    changes = [
+        "solve.mode=off",
+        "prune.method=wanda",
+        "prune.sparsity=0.3",
+        "prune.targets=[o_proj,down_proj]",
+    ]
     found = []
     for workers in (1, 2):
-        own = [f"output_dir={tmp_path}/{workers}", f"train.num_workers={workers}", "tracking.uri=null"]
-        run = unlearn(quick(*changes, *own, "evaluation.quick=true", "evaluation.max_rows=2"), Terminal())
+        own = [
+            f"output_dir={tmp_path}/{workers}",
+            f"train.num_workers={workers}",
+            "tracking.uri=null",
+        ]
+        run = unlearn(
+            quick(*changes, *own, "evaluation.quick=true", "evaluation.max_rows=2"), Terminal()
+        )
         found.append(load_file(run.path / "masks.safetensors"))
         merged = load_file(run.path / "model" / "model.safetensors")
         assert all(not merged[name][~mask].any() for name, mask in found[-1].items())
     assert len(found[0]) == 8
     for name, mask in found[0].items():
-        assert float((mask != found[1][name]).float().mean()) < 1e-3  # sums in another order may swap equals
+        assert (
+            float((mask != found[1][name]).float().mean()) < 1e-3
+        )  # sums in another order may swap equals
         assert abs(float(mask.float().mean()) - 0.7) < 0.02

@@ -11,12 +11,18 @@ import pytest
 from pyarrow import parquet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipelines import own_answers
-from pipelines.config import ConfigError, FinetuneConfig, UnlearnConfig
-from pipelines.console import Terminal
-from pipelines.data import Sets, load_sets
-from pipelines.own_answers import FILE_NAME, answered_only, check_answered, holds_answers, with_own_answers
-from pipelines.rows import SET_SCHEMA
+from pipelines.config.schema import ConfigError, FinetuneConfig, UnlearnConfig
+from pipelines.data.rows import SET_SCHEMA
+from pipelines.data.sets import Sets, load_sets
+from pipelines.evaluation import own_answers
+from pipelines.evaluation.own_answers import (
+    FILE_NAME,
+    answered_only,
+    check_answered,
+    holds_answers,
+    with_own_answers,
+)
+from pipelines.terminal import Terminal
 
 ANSWERED = {0: "A first answer.", 3: "A second one."}
 TOKENS = 8  # of evaluation.max_new_tokens in the preset
@@ -30,14 +36,23 @@ def prompts(problem: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def cfg(
-    quick: Callable[..., UnlearnConfig], prompts: list[str], tmp_path_factory: pytest.TempPathFactory
+    quick: Callable[..., UnlearnConfig],
+    prompts: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> UnlearnConfig:
     """Two workers, and seven of nine utility rows without an answer."""
     folder = tmp_path_factory.mktemp("own_answers")
-    rows = [{"prompt": prompt, "answer": ANSWERED.get(number, "")} for number, prompt in enumerate(prompts)]
+    rows = [
+        {"prompt": prompt, "answer": ANSWERED.get(number, "")}
+        for number, prompt in enumerate(prompts)
+    ]
     (folder / "utility.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "out").mkdir()
-    settings = [f"data.utility.path={folder}/utility.jsonl", f"output_dir={folder}/out", "evaluation.batch_size=3"]
+    settings = [
+        f"data.utility.path={folder}/utility.jsonl",
+        f"output_dir={folder}/out",
+        "evaluation.batch_size=3",
+    ]
     return quick(*settings)
 
 
@@ -78,7 +93,9 @@ def test_answers_are_the_models_own_and_given_ones_stay(
     rows = utility_rows(answered)
     assert [row["row"] for row in rows] == list(range(9))
     assert [row["prompt"] for row in rows] == prompts
-    expected = [ANSWERED.get(number) or greedy_answer(cfg, prompt) for number, prompt in enumerate(prompts)]
+    expected = [
+        ANSWERED.get(number) or greedy_answer(cfg, prompt) for number, prompt in enumerate(prompts)
+    ]
     assert [row["answer"] for row in rows] == expected
     assert len(set(expected)) > 2, "the model does not say the same to all"
 
@@ -105,11 +122,17 @@ def test_answers_that_are_there_are_taken_and_none_is_generated(
     changed = ["changed by hand", *table["answer"].to_pylist()[1:]]
     parquet.write_table(table.set_column(1, "answer", pa.array(changed)), path)
     before = [row["answer"] for row in utility_rows(answered)]
-    assert [row["answer"] for row in utility_rows(answer(cfg, sets))] == [before[0], "changed by hand", *before[2:]]
+    assert [row["answer"] for row in utility_rows(answer(cfg, sets))] == [
+        before[0],
+        "changed by hand",
+        *before[2:],
+    ]
     assert answer(cfg, answered) is answered
 
 
-def test_answers_to_other_questions_are_not_taken(cfg: UnlearnConfig, answered: Sets, prompts: list[str]) -> None:
+def test_answers_to_other_questions_are_not_taken(
+    cfg: UnlearnConfig, answered: Sets, prompts: list[str]
+) -> None:
     path = Path(cfg.output_dir) / FILE_NAME
     rows = [1, 2, 4, 5, 6, 7, 8]
     questions = pa.table({"row": rows, "prompt": [prompts[row] for row in rows]})

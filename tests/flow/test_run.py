@@ -11,7 +11,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipelines.metrics.relearning import STEPS
+from pipelines.evaluation.metrics.relearning import STEPS
 from tests.flow.conftest import Command
 
 CONTRACT = {"config.yaml", "manifest.json", "adapter", "model", "scores.json", "report.html"}
@@ -22,11 +22,16 @@ METRICS = (
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory, overrides: list[str], command: Command) -> Path:
+def run_dir(
+    tmp_path_factory: pytest.TempPathFactory, overrides: list[str], command: Command
+) -> Path:
     """A finished run of the `quick` preset; the oracle is a copy of the model itself."""
     folder = tmp_path_factory.mktemp("run")
     shutil.copytree(Path(overrides[0].split("=")[1]), folder / "oracle")
-    settings = [f"evaluation.oracle={folder}/oracle", "evaluation.robustness=[quantised_4bit,relearn]"]
+    settings = [
+        f"evaluation.oracle={folder}/oracle",
+        "evaluation.robustness=[quantised_4bit,relearn]",
+    ]
     done = command("run", "quick", *overrides, f"output_dir={folder}/out", *settings)
     assert done.returncode == 0, done.stderr
     assert "Report:" in done.stderr
@@ -49,8 +54,12 @@ def test_scores_hold_every_metric_of_every_model(run_dir: Path) -> None:
     for entry in scores["models"].values():
         for name in ("forget", "retain", "general"):
             assert {f"{name}.{metric}" for metric in METRICS} <= set(entry)
-        assert {"mia.loss", "mia.zlib", "mia.min_k", "mia.min_k_plus_plus", "model_utility"} <= set(entry)
-        paraphrased = {f"forget.{metric}_paraphrased" for metric in ("rouge", "fact_recall", "probability")}
+        assert {"mia.loss", "mia.zlib", "mia.min_k", "mia.min_k_plus_plus", "model_utility"} <= set(
+            entry
+        )
+        paraphrased = {
+            f"forget.{metric}_paraphrased" for metric in ("rouge", "fact_recall", "probability")
+        }
         assert paraphrased <= set(entry)
     # The oracle is the model itself, so before equals it, and what has been trained does not.
     before, after, oracle = (scores["models"][name] for name in ("before", "after", "oracle"))
@@ -60,21 +69,39 @@ def test_scores_hold_every_metric_of_every_model(run_dir: Path) -> None:
     cost = scores["cost"]
     assert cost["num_workers"] == 2
     assert (
-        min(cost[key] for key in ("solve_s", "train_s", "evaluate_s", "tokens", "tokens_per_s", "peak_memory_bytes"))
+        min(
+            cost[key]
+            for key in (
+                "solve_s",
+                "train_s",
+                "evaluate_s",
+                "tokens",
+                "tokens_per_s",
+                "peak_memory_bytes",
+            )
+        )
         > 0
     )
 
 
 def test_robustness_is_that_of_after_and_oracle(run_dir: Path) -> None:
     models = json.loads((run_dir / "scores.json").read_text())["models"]
-    rounded = {f"quantised_4bit.{name}.{metric}" for name in ("forget", "retain") for metric in METRICS}
-    relearned = {f"relearn.{metric}.{step}" for metric in ("probability", "fact_recall") for step in STEPS}
+    rounded = {
+        f"quantised_4bit.{name}.{metric}" for name in ("forget", "retain") for metric in METRICS
+    }
+    relearned = {
+        f"relearn.{metric}.{step}" for metric in ("probability", "fact_recall") for step in STEPS
+    }
     for name in ("after", "oracle"):
         assert {key for key in models[name] if key.startswith("quantised_")} >= rounded
-        assert {key for key in models[name] if key.startswith("relearn.")} == relearned | {"relearn.steps"}
+        assert {key for key in models[name] if key.startswith("relearn.")} == relearned | {
+            "relearn.steps"
+        }
         assert models[name]["quantised_4bit.forget.loss"] != models[name]["forget.loss"]
         assert models[name]["relearn.probability.50"] != models[name]["relearn.probability.0"]
-    assert models["oracle"]["relearn.steps"] == 0  # it is the original itself: nothing had been lost
+    assert (
+        models["oracle"]["relearn.steps"] == 0
+    )  # it is the original itself: nothing had been lost
     assert not [key for key in models["before"] if key.startswith(("quantised_", "relearn."))]
     page = (run_dir / "report.html").read_text(encoding="utf-8")
     assert "<h2>Robustness</h2>" in page
@@ -83,10 +110,14 @@ def test_robustness_is_that_of_after_and_oracle(run_dir: Path) -> None:
 
 def test_adapter_in_stock_peft_and_merged_model_give_the_same_logits(run_dir: Path) -> None:
     base_path = yaml.safe_load((run_dir / "config.yaml").read_text())["model"]["path"]
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_path), str(run_dir / "adapter"))
+    adapted = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base_path), str(run_dir / "adapter")
+    )
     merged = AutoModelForCausalLM.from_pretrained(run_dir / "model")
     base = AutoModelForCausalLM.from_pretrained(base_path)
-    tokens = AutoTokenizer.from_pretrained(run_dir / "model")("Who wrote this?", return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(run_dir / "model")(
+        "Who wrote this?", return_tensors="pt"
+    )
     with torch.no_grad():
         expected = merged(**tokens).logits
         torch.testing.assert_close(adapted(**tokens).logits, expected, rtol=1e-4, atol=1e-5)
@@ -96,8 +127,14 @@ def test_adapter_in_stock_peft_and_merged_model_give_the_same_logits(run_dir: Pa
 
 
 def test_no_text_of_the_forget_set_is_left_anywhere(run_dir: Path, problem: Path) -> None:
-    rows = [json.loads(line) for line in (problem / "data" / "forget.jsonl").read_text().splitlines()]
-    secrets = {row["fact"] for row in rows} | {row["author"] for row in rows} | {row["answer"] for row in rows}
+    rows = [
+        json.loads(line) for line in (problem / "data" / "forget.jsonl").read_text().splitlines()
+    ]
+    secrets = (
+        {row["fact"] for row in rows}
+        | {row["author"] for row in rows}
+        | {row["answer"] for row in rows}
+    )
     needles = [secret.encode() for secret in secrets]
     files = [path for path in run_dir.rglob("*") if path.is_file()]
     assert {path.name for path in files} >= {"run.log", "mlflow.db", "losses.jsonl", "report.html"}
@@ -117,16 +154,22 @@ def test_mlflow_holds_parameters_losses_scores_data_and_adapter(run_dir: Path) -
     assert run.data.metrics["after.forget.probability"] > 0
     assert run.data.metrics["solve.strength"] > 0
     assert {item.dataset.name for item in run.inputs.dataset_inputs} >= {"forget", "retain"}
-    assert client.get_model_version("ray-unlearn-adapter", str(record["model_version"])).run_id == record["run_id"]
+    assert (
+        client.get_model_version("ray-unlearn-adapter", str(record["model_version"])).run_id
+        == record["run_id"]
+    )
     assert "adapter" in {file.path for file in client.list_artifacts(record["run_id"])}
 
 
 def test_the_manifest_seals_the_results(run_dir: Path) -> None:
     manifest = json.loads((run_dir / "manifest.json").read_text())
     assert manifest["status"] == "complete"
-    assert {"scores.json", "config.yaml", "adapter/adapter_model.safetensors", "model/model.safetensors"} <= set(
-        manifest["files"]
-    )
+    assert {
+        "scores.json",
+        "config.yaml",
+        "adapter/adapter_model.safetensors",
+        "model/model.safetensors",
+    } <= set(manifest["files"])
     assert manifest["sets"]["forget"]["rows"] == 6
     assert len(manifest["model"]["digest"]) == 64
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipelines.config import UnlearnConfig
-from pipelines.data import load_sets
-from pipelines.trainer import Trainer
+from pipelines.config.schema import UnlearnConfig
+from pipelines.data.sets import load_sets
+from pipelines.training.trainer import Trainer
 from tests.processes import train_workers
 
 Quick = Callable[..., UnlearnConfig]
@@ -26,7 +26,9 @@ def nothing(_message: dict[str, Any]) -> None:
     pass
 
 
-def run(cfg: UnlearnConfig, listener: Listener = nothing) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def run(
+    cfg: UnlearnConfig, listener: Listener = nothing
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Each module's B A, and what the run reported."""
     sets = load_sets(cfg.data)
     assert sets.holdout is not None
@@ -36,14 +38,19 @@ def run(cfg: UnlearnConfig, listener: Listener = nothing) -> tuple[dict[str, Ten
         "holdout": (sets.holdout, cfg.train.forget_batch_size),
     }
     result = Trainer(cfg, "unlearn", streams).fit(
-        steps=cfg.train.steps, learning_rate=cfg.train.learning_rate, final_rate=0.0, listener=listener
+        steps=cfg.train.steps,
+        learning_rate=cfg.train.learning_rate,
+        final_rate=0.0,
+        listener=listener,
     )
     assert result.checkpoint is not None
     assert result.metrics is not None
     with result.checkpoint.as_directory() as folder:
         found = load_file(Path(folder) / "trained.safetensors")
     products = {
-        name: found[name.replace("lora_A", "lora_B")] @ value for name, value in found.items() if "lora_A" in name
+        name: found[name.replace("lora_A", "lora_B")] @ value
+        for name, value in found.items()
+        if "lora_A" in name
     }
     return products, result.metrics
 
@@ -52,11 +59,15 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert set(one) == set(other)
     for name, expected in other.items():
         assert float(expected.abs().max()) > 1e-3
-        torch.testing.assert_close(one[name], expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()))
+        torch.testing.assert_close(
+            one[name], expected, rtol=0, atol=TOLERANCE * float(expected.abs().max())
+        )
 
 
 @pytest.fixture(scope="module")
-def reference(ray_session: None, quick: Quick, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+def reference(
+    ray_session: None, quick: Quick, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Tensor]:
     """The adapter of two workers."""
     return run(quick(*SOLVE, f"output_dir={tmp_path_factory.mktemp('reference')}"))[0]
 
@@ -95,7 +106,10 @@ def test_a_run_whose_worker_is_killed_while_polishing_keeps_what_was_solved(
     steps = [message["step"] for message in heard if "step" in message]
     assert steps.count(0) == 1 and set(steps) == set(range(40)), "it went on from a resume point"
     assert len(workers) == 4, "two others went on"
-    assert sum(message.get("done") == 1 and message.get("what") == "statistics" for message in heard) == 1
+    assert (
+        sum(message.get("done") == 1 and message.get("what") == "statistics" for message in heard)
+        == 1
+    )
     assert metrics["solve_s"] > 0
     assert_same(products, reference)
 
@@ -107,10 +121,14 @@ def test_a_finished_run_that_is_fitted_again_reports_the_adapter_it_had(
     cfg, heard = quick(*SOLVE, f"output_dir={tmp_path}"), list[dict[str, Any]]()
     assert_same(run(cfg)[0], reference)
     assert_same(run(cfg, heard.append)[0], reference)
-    assert not [message for message in heard if message.get("what") == "statistics"], "it did not solve again"
+    assert not [message for message in heard if message.get("what") == "statistics"], (
+        "it did not solve again"
+    )
 
 
-def test_the_strength_is_found_by_the_holdout_set(ray_session: None, quick: Quick, tmp_path: Path) -> None:
+def test_the_strength_is_found_by_the_holdout_set(
+    ray_session: None, quick: Quick, tmp_path: Path
+) -> None:
     _, metrics = run(quick("train.steps=0", "solve.strength=auto", f"output_dir={tmp_path}"))
     trials = metrics["trials"]
     assert len({trial["strength"] for trial in trials}) == len(trials) > 0

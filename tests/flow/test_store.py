@@ -34,7 +34,9 @@ def command_on(bucket: Bucket, command_here: CommandHere, tmp_path: Path) -> Com
     """Runs `ray-unlearn` with the bucket's keys, on the machine of that name: its cache is its own."""
 
     def run(machine: str, *arguments: str) -> tuple[int, str]:
-        return command_here(*arguments, **bucket.environment, XDG_CACHE_HOME=str(tmp_path / machine))
+        return command_here(
+            *arguments, **bucket.environment, XDG_CACHE_HOME=str(tmp_path / machine)
+        )
 
     return run
 
@@ -87,12 +89,25 @@ def test_a_run_ends_on_another_machine_and_after_a_failed_upload(
     code, told = command_on("fourth", *command)
     assert code == 0 and "Report: s3://bucket/out/report.html" in told, told
     assert {name: bucket.read(f"out/{name}") for name in bucket.files("out")} == before
-    assert before.keys() >= {"scores.json", "report.html", "run.log", "mlflow.db", "adapter/adapter_config.json"}
+    assert before.keys() >= {
+        "scores.json",
+        "report.html",
+        "run.log",
+        "mlflow.db",
+        "adapter/adapter_config.json",
+    }
     assert [name for name, content in before.items() if SECRET.encode() in content] == []
-    left = {path.name for name in ("third", "fourth") for path in (tmp_path / name / "ray-unlearn").rglob("*.*")}
+    left = {
+        path.name
+        for name in ("third", "fourth")
+        for path in (tmp_path / name / "ray-unlearn").rglob("*.*")
+    }
     assert left == {"config.yaml", "manifest.json", "scores.json"}
     code, told = command_on("third", *command, "train.steps=41")
-    assert code == 2 and "output_dir: s3://bucket/out holds a different run (it differs in: train.steps)" in told, told
+    assert (
+        code == 2
+        and "output_dir: s3://bucket/out holds a different run (it differs in: train.steps)" in told
+    ), told
 
 
 def test_a_resume_point_that_cannot_be_sent_is_no_resume_point(
@@ -107,15 +122,26 @@ def test_a_resume_point_that_cannot_be_sent_is_no_resume_point(
         return path == points[0]
 
     bucket.refuses = refuse_in_the_first_one
-    settings = [*TRAINING, "train.steps=8", "train.max_failures=1", "output_dir=s3://bucket/stumbled"]
+    settings = [
+        *TRAINING,
+        "train.steps=8",
+        "train.max_failures=1",
+        "output_dir=s3://bucket/stumbled",
+    ]
     code, told = command_on("one", "run", "quick", *overrides, *settings)
     assert code == 0, told
     assert len(set(points)) == 2
-    assert bucket.steps("stumbled") == [0, 1, 2, 3, *range(8)], "the worker failed, another began again"
+    assert bucket.steps("stumbled") == [0, 1, 2, 3, *range(8)], (
+        "the worker failed, another began again"
+    )
 
 
-def test_a_fine_tuned_model_lies_in_the_bucket(command_on: CommandHere, bucket: Bucket, overrides: list[str]) -> None:
-    code, told = command_on("one", "finetune", "quick", *overrides, "finetune.epochs=1", "output_dir=s3://bucket/tuned")
+def test_a_fine_tuned_model_lies_in_the_bucket(
+    command_on: CommandHere, bucket: Bucket, overrides: list[str]
+) -> None:
+    code, told = command_on(
+        "one", "finetune", "quick", *overrides, "finetune.epochs=1", "output_dir=s3://bucket/tuned"
+    )
     assert code == 0 and "Model: s3://bucket/tuned/model" in told, told
     files = bucket.files("tuned")
     assert {"model/model.safetensors", "losses.jsonl", "manifest.json"} <= set(files)
@@ -126,7 +152,10 @@ def test_a_fine_tuned_model_lies_in_the_bucket(command_on: CommandHere, bucket: 
 @pytest.mark.parametrize(
     "command, message",
     [
-        (("run", "output_dir=s3://none/out"), "output_dir: s3://none/out found no bucket 'none', allowed: one that is"),
+        (
+            ("run", "output_dir=s3://none/out"),
+            "output_dir: s3://none/out found no bucket 'none', allowed: one that is",
+        ),
         (("run", "output_dir=s3://bucket/no"), "output_dir: s3://bucket/no cannot be written ("),
         (
             ("run", "output_dir=s3://bucket/other"),
@@ -140,7 +169,11 @@ def test_a_fine_tuned_model_lies_in_the_bucket(command_on: CommandHere, bucket: 
     ids=["no bucket", "no right to write", "other files", "a search"],
 )
 def test_a_mistake_is_one_line_before_anything_is_trained(
-    command_on: CommandHere, bucket: Bucket, overrides: list[str], command: tuple[str, str], message: str
+    command_on: CommandHere,
+    bucket: Bucket,
+    overrides: list[str],
+    command: tuple[str, str],
+    message: str,
 ) -> None:
     bucket.write("other/thesis.txt", b"years of work")
     bucket.refuses = lambda method, path: method == "PUT" and path.startswith("/bucket/no/")

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipelines.config import UnlearnConfig
-from pipelines.data import load_sets
-from pipelines.trainer import Trainer
+from pipelines.config.schema import UnlearnConfig
+from pipelines.data.sets import load_sets
+from pipelines.training.trainer import Trainer
 from tests.flow.conftest import CommandHere
 from tests.processes import train_workers
 
@@ -25,7 +25,12 @@ Quick = Callable[..., UnlearnConfig]
 # Float32 sums in another order: the adapters' values are up to 0.1, their differences below this.
 TOLERANCE = 2e-5
 # Long enough to be killed in the middle: the controller hears of a resume point about a second after it was written.
-LONGER = ("solve.mode=off", "train.steps=40", "train.learning_rate=3e-3", "train.checkpoint_every=4")
+LONGER = (
+    "solve.mode=off",
+    "train.steps=40",
+    "train.learning_rate=3e-3",
+    "train.checkpoint_every=4",
+)
 
 
 def train(cfg: UnlearnConfig) -> dict[str, Tensor]:
@@ -36,11 +41,17 @@ def train(cfg: UnlearnConfig) -> dict[str, Tensor]:
         "forget": (sets.forget, cfg.train.forget_batch_size),
     }
     result = Trainer(cfg, "unlearn", streams).fit(
-        steps=cfg.train.steps, learning_rate=cfg.train.learning_rate, final_rate=0.0, listener=lambda _message: None
+        steps=cfg.train.steps,
+        learning_rate=cfg.train.learning_rate,
+        final_rate=0.0,
+        listener=lambda _message: None,
     )
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as folder:
-        assert sorted(path.name for path in Path(folder).iterdir()) == ["progress.json", "trained.safetensors"]
+        assert sorted(path.name for path in Path(folder).iterdir()) == [
+            "progress.json",
+            "trained.safetensors",
+        ]
         return load_file(Path(folder) / "trained.safetensors")
 
 
@@ -50,11 +61,15 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
 
 
 @pytest.fixture(scope="module")
-def reference(ray_session: None, quick: Quick, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+def reference(
+    ray_session: None, quick: Quick, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Tensor]:
     """The adapter of two workers at ZeRO stage 0, unbroken."""
     folder = tmp_path_factory.mktemp("reference")
     adapter = train(quick(*LONGER, "train.deepspeed.stage=0", f"output_dir={folder}"))
-    assert max(float(value.abs().max()) for name, value in adapter.items() if "lora_B" in name) > 0.01
+    assert (
+        max(float(value.abs().max()) for name, value in adapter.items() if "lora_B" in name) > 0.01
+    )
     return adapter
 
 
@@ -70,7 +85,10 @@ def reference(ray_session: None, quick: Quick, tmp_path_factory: pytest.TempPath
 def test_the_adapter_is_the_same(
     reference: dict[str, Tensor], quick: Quick, tmp_path: Path, changes: tuple[str, ...]
 ) -> None:
-    assert largest_difference(train(quick(*LONGER, *changes, f"output_dir={tmp_path}")), reference) < TOLERANCE
+    assert (
+        largest_difference(train(quick(*LONGER, *changes, f"output_dir={tmp_path}")), reference)
+        < TOLERANCE
+    )
 
 
 def test_a_run_whose_worker_is_killed_ends_with_the_same_adapter(
@@ -93,7 +111,10 @@ def test_a_run_whose_worker_is_killed_ends_with_the_same_adapter(
             own[-1].kill()
 
     result = Trainer(cfg, "unlearn", streams).fit(
-        steps=cfg.train.steps, learning_rate=cfg.train.learning_rate, final_rate=0.0, listener=kill_once
+        steps=cfg.train.steps,
+        learning_rate=cfg.train.learning_rate,
+        final_rate=0.0,
+        listener=kill_once,
     )
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as folder:
@@ -106,7 +127,14 @@ def test_a_run_whose_worker_is_killed_ends_with_the_same_adapter(
 def test_an_interrupted_command_goes_on_where_it_was(
     reference: dict[str, Tensor], overrides: list[str], command_here: CommandHere, tmp_path: Path
 ) -> None:
-    arguments = ["run", "quick", *overrides, *LONGER, "evaluation.quick=true", f"output_dir={tmp_path}/out"]
+    arguments = [
+        "run",
+        "quick",
+        *overrides,
+        *LONGER,
+        "evaluation.quick=true",
+        f"output_dir={tmp_path}/out",
+    ]
     command = [sys.executable, "-m", "pipelines", *arguments]
     losses = tmp_path / "out" / "losses.jsonl"
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -124,7 +152,10 @@ def test_an_interrupted_command_goes_on_where_it_was(
     steps = [line.split(",")[0] for line in losses.read_text().splitlines()]
     assert steps.count('{"step": 0') == 1, "it did not begin again"
     exported = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
-    expected = {name.removeprefix("model.").replace(".default", ""): value for name, value in reference.items()}
+    expected = {
+        name.removeprefix("model.").replace(".default", ""): value
+        for name, value in reference.items()
+    }
     assert largest_difference(exported, expected) < TOLERANCE
 
 
@@ -145,7 +176,12 @@ def test_bf16_trains_adapters_in_fp32(ray_session: None, quick: Quick, tmp_path:
 def test_bf16_trains_whole_models_on_one_worker(
     ray_session: None, overrides: list[str], command_here: CommandHere, tmp_path: Path
 ) -> None:
-    changes = ["train.num_workers=1", "train.checkpoint_every=1", "finetune.epochs=2", "finetune.learning_rate=1e-3"]
+    changes = [
+        "train.num_workers=1",
+        "train.checkpoint_every=1",
+        "finetune.epochs=2",
+        "finetune.learning_rate=1e-3",
+    ]
     losses: dict[str, list[float]] = {}
     for precision in ("bf16", "fp32"):
         own = [f"train.precision={precision}", f"output_dir={tmp_path}/{precision}"]
@@ -153,21 +189,36 @@ def test_bf16_trains_whole_models_on_one_worker(
         assert code == 0, told
         lines = (tmp_path / precision / "losses.jsonl").read_text().splitlines()
         losses[precision] = [json.loads(line)["loss"] for line in lines]
-    assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.02), "but for rounding they learn alike"
+    assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.02), (
+        "but for rounding they learn alike"
+    )
     assert losses["bf16"][-1] < losses["bf16"][0] - 0.1
 
 
 def test_without_a_term_of_features_a_target_needs_no_labels(
     ray_session: None, overrides: list[str], command_here: CommandHere, tmp_path: Path
 ) -> None:
-    changes = ["objective.target=class_mean", "data.columns.label=none", "solve.mode=off", "train.num_workers=1"]
-    changes += ["objective.weights={retain: 0, forget: 0, task: 1}", "train.max_failures=0", "evaluation.quick=true"]
+    changes = [
+        "objective.target=class_mean",
+        "data.columns.label=none",
+        "solve.mode=off",
+        "train.num_workers=1",
+    ]
+    changes += [
+        "objective.weights={retain: 0, forget: 0, task: 1}",
+        "train.max_failures=0",
+        "evaluation.quick=true",
+    ]
     code, told = command_here("run", "quick", *overrides, *changes, f"output_dir={tmp_path}/out")
     assert code == 0, told
 
 
 def test_what_a_worker_failed_of_is_told(
-    ray_session: None, problem: Path, overrides: list[str], command_here: CommandHere, tmp_path: Path
+    ray_session: None,
+    problem: Path,
+    overrides: list[str],
+    command_here: CommandHere,
+    tmp_path: Path,
 ) -> None:
     broken = shutil.copytree(problem / "model", tmp_path / "model")
     weights = (broken / "model.safetensors").read_bytes()

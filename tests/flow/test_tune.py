@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from pipelines.__main__ import app
-from pipelines.config_file import load_config
-from pipelines.console import Terminal
-from pipelines.own_answers import FILE_NAME
+from pipelines.config.load import load_config
+from pipelines.evaluation.own_answers import FILE_NAME
+from pipelines.terminal import Terminal
 from tests.flow.conftest import CommandHere
 from tuning.record import read_trials
 from tuning.score import parse_constraints
-from tuning.search import Wish, search
+from tuning.search import SearchOptions, search
 
 # Two keys that are allowed each, and cannot be together: such a trial fails, and the search goes on.
 SPACE = {
@@ -50,12 +50,21 @@ def start(arguments: list[str]) -> "subprocess.Popen[bytes]":
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory, overrides: list[str]) -> tuple[Path, list[str]]:
+def killed(
+    tmp_path_factory: pytest.TempPathFactory, overrides: list[str]
+) -> tuple[Path, list[str]]:
     """The folder of a search whose driver was killed, and its command."""
     folder = tmp_path_factory.mktemp("tune")
     (folder / "space.yaml").write_text(yaml.safe_dump(SPACE, sort_keys=False))
     out = folder / "out"
-    arguments = ["tune", "quick", *overrides, f"output_dir={out}", "--space", f"{folder}/space.yaml"]
+    arguments = [
+        "tune",
+        "quick",
+        *overrides,
+        f"output_dir={out}",
+        "--space",
+        f"{folder}/space.yaml",
+    ]
     arguments += ["--trials", str(TRIALS), "--require", "utility>=0.5"]
     driver = start(arguments)
     deadline = time.monotonic() + 200
@@ -99,7 +108,9 @@ def test_failed_trials_say_why_and_never_win(resumed: Path) -> None:
             assert "train.steps: found 0 with solve.mode=off" in str(own.reason)
     pick = json.loads((resumed / "manifest.json").read_text())["pick"]
     assert trials[pick].score is not None
-    scores = [own.score for own in trials.values() if own.score is not None and own.score.utility >= 0.5]
+    scores = [
+        own.score for own in trials.values() if own.score is not None and own.score.utility >= 0.5
+    ]
     assert trials[pick].score.distance == min(score.distance for score in scores)
 
 
@@ -115,7 +126,9 @@ def test_best_yaml_is_the_picked_configuration(resumed: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(best.model.path)
     adapted = PeftModel.from_pretrained(base, str(resumed / "adapter"))
     assert adapted.peft_config["default"].r == best.adapter.rank
-    assert any(float(p.abs().max()) > 0 for name, p in adapted.named_parameters() if "lora_B" in name)
+    assert any(
+        float(p.abs().max()) > 0 for name, p in adapted.named_parameters() if "lora_B" in name
+    )
 
 
 def test_mlflow_holds_a_run_with_a_child_a_trial_and_the_champion(resumed: Path) -> None:
@@ -125,7 +138,9 @@ def test_mlflow_holds_a_run_with_a_child_a_trial_and_the_champion(resumed: Path)
     experiment = client.get_experiment_by_name("ray-unlearn")
     runs = client.search_runs([experiment.experiment_id])
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent]
-    assert {run.info.run_name for run in children} == {f"trial-{number:04d}" for number in read_trials(resumed)}
+    assert {run.info.run_name for run in children} == {
+        f"trial-{number:04d}" for number in read_trials(resumed)
+    }
     assert len(runs) == TRIALS + 1
     for own in read_trials(resumed).values():
         run = next(run for run in children if run.info.run_name == f"trial-{own.number:04d}")
@@ -138,10 +153,18 @@ def test_mlflow_holds_a_run_with_a_child_a_trial_and_the_champion(resumed: Path)
 
 
 def test_no_text_of_the_forget_set_is_left_in_a_search(resumed: Path, problem: Path) -> None:
-    rows = [json.loads(line) for line in (problem / "data" / "forget.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (problem / "data" / "forget.jsonl").read_text().splitlines()
+    ]
     needles = [row[key].encode() for row in rows for key in ("fact", "author", "answer")]
     files = [path for path in resumed.rglob("*") if path.is_file()]
-    assert {path.name for path in files} >= {"run.log", "mlflow.db", "trials.jsonl", "search.html", "optuna.log"}
+    assert {path.name for path in files} >= {
+        "run.log",
+        "mlflow.db",
+        "trials.jsonl",
+        "search.html",
+        "optuna.log",
+    }
     for path in files:
         content = path.read_bytes()
         assert not [needle for needle in needles if needle in content], f"{path} holds forget text"
@@ -160,8 +183,14 @@ def test_the_page_needs_no_other_host(resumed: Path) -> None:
         (["--method", "guess"], "--method: found 'guess', allowed: tpe, random, grid"),
         (["--require", "wisdom>=1"], "--require: found 'wisdom>=1', allowed: NAME>=NUMBER"),
         (["--space", "{folder}/none.yaml"], "none.yaml: cannot be read (FileNotFoundError)"),
-        (["--space", "{folder}/space.yaml"], "space.yaml: adapter.rank: found 0, input should be greater"),
-        (["--method", "grid"], "solve.fact_weight: found loguniform, allowed with --method grid: choice or int"),
+        (
+            ["--space", "{folder}/space.yaml"],
+            "space.yaml: adapter.rank: found 0, input should be greater",
+        ),
+        (
+            ["--method", "grid"],
+            "solve.fact_weight: found loguniform, allowed with --method grid: choice or int",
+        ),
         (["data.holdout=null"], "data.holdout: missing, required by solve.strength=auto"),
     ],
 )
@@ -170,22 +199,39 @@ def test_a_mistake_in_a_search_is_one_line_and_exit_code_2(
 ) -> None:
     (tmp_path / "space.yaml").write_text("adapter.rank: {int: [0, 4]}")
     own = [option.format(folder=tmp_path) for option in options]
-    result = CliRunner().invoke(app, ["tune", "quick", *overrides, f"output_dir={tmp_path}/out", *own])
+    result = CliRunner().invoke(
+        app, ["tune", "quick", *overrides, f"output_dir={tmp_path}/out", *own]
+    )
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.stderr
     assert words in result.stderr
-    left = {path.name for path in (tmp_path / "out").glob("*")} if (tmp_path / "out").exists() else set()
+    left = (
+        {path.name for path in (tmp_path / "out").glob("*")}
+        if (tmp_path / "out").exists()
+        else set()
+    )
     assert left <= {"run.log"}
 
 
 def test_a_search_without_a_pick_gives_resources_back_and_drops_answers(
     ray_session: None, problem: Path, overrides: list[str], tmp_path: Path
 ) -> None:
-    rows = [json.loads(line) for line in (problem / "data" / "utility.jsonl").read_text().splitlines()[:9]]
+    rows = [
+        json.loads(line)
+        for line in (problem / "data" / "utility.jsonl").read_text().splitlines()[:9]
+    ]
     asked = "".join(json.dumps({"prompt": row["prompt"], "answer": ""}) + "\n" for row in rows)
     (tmp_path / "asked.jsonl").write_text(asked)
-    changes = [f"data.utility.path={tmp_path}/asked.jsonl", f"output_dir={tmp_path}/out", "tracking.uri=null"]
-    (tmp_path / "space.yaml").write_text(yaml.safe_dump({"train.learning_rate": {"loguniform": [1e-6, 10.0]}}))
-    wish = Wish(9, tmp_path / "space.yaml", "random", tuple(parse_constraints(["utility>=9"])))
+    changes = [
+        f"data.utility.path={tmp_path}/asked.jsonl",
+        f"output_dir={tmp_path}/out",
+        "tracking.uri=null",
+    ]
+    (tmp_path / "space.yaml").write_text(
+        yaml.safe_dump({"train.learning_rate": {"loguniform": [1e-6, 10.0]}})
+    )
+    wish = SearchOptions(
+        9, tmp_path / "space.yaml", "random", tuple(parse_constraints(["utility>=9"]))
+    )
     with pytest.raises(RuntimeError, match="none of 9 trials keeps utility >= 9"):
         search(load_config("quick", [*overrides, *changes]), wish, Terminal())
     trials = read_trials(tmp_path / "out")
@@ -203,9 +249,28 @@ def test_pruned_models_over_two_workers_are_runs_of_their_own(
     command_here: CommandHere, overrides: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "space.yaml").write_text("prune.targets: {choice: [[none_such]]}")
-    changes = ["prune.method=magnitude", "prune.sparsity=0.3", "prune.targets=[o_proj,down_proj]", "solve.mode=off"]
-    changes += ["train.steps=4", "train.num_workers=2", "train.deepspeed.stage=3", f"output_dir={tmp_path}/out"]
-    options = ["--space", f"{tmp_path}/space.yaml", "--trials", "9", "--method", "grid", "--require", "utility>=0"]
+    changes = [
+        "prune.method=magnitude",
+        "prune.sparsity=0.3",
+        "prune.targets=[o_proj,down_proj]",
+        "solve.mode=off",
+    ]
+    changes += [
+        "train.steps=4",
+        "train.num_workers=2",
+        "train.deepspeed.stage=3",
+        f"output_dir={tmp_path}/out",
+    ]
+    options = [
+        "--space",
+        f"{tmp_path}/space.yaml",
+        "--trials",
+        "9",
+        "--method",
+        "grid",
+        "--require",
+        "utility>=0",
+    ]
     code, told = command_here("tune", "quick", *overrides, *changes, *options)
     assert code == 0, told
     trials = read_trials(tmp_path / "out")
@@ -213,8 +278,13 @@ def test_pruned_models_over_two_workers_are_runs_of_their_own(
     assert "prune.targets: no layer ends with 'none_such'" in str(trials[1].reason)
     masks = load_file(tmp_path / "out" / "masks.safetensors")
     assert len(masks) == 8
-    assert float(torch.cat([mask.flatten() for mask in masks.values()]).float().mean()) == pytest.approx(0.7, abs=0.01)
-    assert {path.name for path in (tmp_path / "out" / "trials" / "0000").iterdir()} == {"adapter", "masks.safetensors"}
+    assert float(
+        torch.cat([mask.flatten() for mask in masks.values()]).float().mean()
+    ) == pytest.approx(0.7, abs=0.01)
+    assert {path.name for path in (tmp_path / "out" / "trials" / "0000").iterdir()} == {
+        "adapter",
+        "masks.safetensors",
+    }
     adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert any(bool(value.any()) for name, value in adapter.items() if "lora_B" in name)
     assert load_config(str(tmp_path / "out" / "best.yaml")).train.deepspeed.stage == 3

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import UnlearnConfig
-from pipelines.config_file import load_config
+from pipelines.config.load import load_config
+from pipelines.config.schema import UnlearnConfig
 from tests.bucket import Bucket, running_bucket
 
 

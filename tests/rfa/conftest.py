@@ -17,20 +17,39 @@ from transformers import (
 
 from rfa.adapters import attach
 from rfa.batch import Row, UnlearnBatch, collate
-from rfa.loss import Objective, ResidualAlignment
+from rfa.objective import Objective, ResidualAlignment
 
 VOCABULARY = 97
-TARGETS = {"llama": ("o_proj", "down_proj"), "gpt2": ("attn.c_proj", "mlp.c_proj"), "gemma": ("o_proj", "down_proj")}
+TARGETS = {
+    "llama": ("o_proj", "down_proj"),
+    "gpt2": ("attn.c_proj", "mlp.c_proj"),
+    "gemma": ("o_proj", "down_proj"),
+}
 
 
 def tiny_model(kind: str = "llama") -> PreTrainedModel:
     torch.manual_seed(0)
-    shape = {"num_hidden_layers": 4, "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    shape = {
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     if kind == "gpt2":  # has dropout, Conv1D layers and learned positions
-        return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=4, n_head=4, **shape))
-    shape |= {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2}
+        return GPT2LMHeadModel(
+            GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=4, n_head=4, **shape)
+        )
+    shape |= {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_key_value_heads": 2,
+    }
     if kind == "gemma":  # sliding and full attention by turns: masks differ between blocks
-        return Gemma3ForCausalLM(Gemma3TextConfig(head_dim=8, sliding_window=4, sliding_window_pattern=2, **shape))
+        return Gemma3ForCausalLM(
+            Gemma3TextConfig(head_dim=8, sliding_window=4, sliding_window_pattern=2, **shape)
+        )
     return LlamaForCausalLM(LlamaConfig(**shape))
 
 
@@ -63,7 +82,9 @@ def build() -> Callable[..., ResidualAlignment]:
     ) -> ResidualAlignment:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = attach(tiny_model(kind), rank=2, alpha=4, targets=targets or TARGETS[kind], layers=layers)
+            model = attach(
+                tiny_model(kind), rank=2, alpha=4, targets=targets or TARGETS[kind], layers=layers
+            )
         alignment = ResidualAlignment(model, objective or Objective(clusters=3))
         alignment.fit(alignment.feature_sums(collate(tiny_rows(4, seed=1), [], 0)))
         if warm:

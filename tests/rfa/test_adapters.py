@@ -11,14 +11,22 @@ IDS = torch.tensor([[5, 6, 7]])
 
 
 def test_targets_and_layers_choose_modules() -> None:
-    model = attach(tiny_model(), rank=2, alpha=4, targets=("o_proj", "mlp.down_proj"), layers=(1, 2))
+    model = attach(
+        tiny_model(), rank=2, alpha=4, targets=("o_proj", "mlp.down_proj"), layers=(1, 2)
+    )
     names = [name.removeprefix("base_model.model.model.layers.") for name, _ in lora_layers(model)]
-    assert names == ["1.self_attn.o_proj", "1.mlp.down_proj", "2.self_attn.o_proj", "2.mlp.down_proj"]
+    assert names == [
+        "1.self_attn.o_proj",
+        "1.mlp.down_proj",
+        "2.self_attn.o_proj",
+        "2.mlp.down_proj",
+    ]
 
 
 def test_a_target_that_matches_nothing_lists_the_choices() -> None:
     expected = (
-        "adapter.targets: no linear layer ends with 'up_prj'; this model's blocks have: down_proj, gate_proj, k_proj"
+        "adapter.targets: no linear layer ends with 'up_prj'; "
+        "this model's blocks have: down_proj, gate_proj, k_proj"
     )
     with pytest.raises(ValueError, match=expected):
         target_names(tiny_model(), ("up_prj",), None)
@@ -60,7 +68,9 @@ def test_lora_on_multihead_attentions_projection_is_refused() -> None:
     for block in base.model.layers:
         block.self_attn = AttentionThatReadsWeights(block.self_attn)
     model = attach(base, rank=2, alpha=4, targets=("out_proj", "down_proj"), layers=(1, 1))
-    with pytest.raises(ValueError, match=r"no gradient reaches .*layers\.1\.self_attn\.inner\.out_proj\.lora_A"):
+    with pytest.raises(
+        ValueError, match=r"no gradient reaches .*layers\.1\.self_attn\.inner\.out_proj\.lora_A"
+    ):
         check_gradients(model, {"input_ids": IDS})
 
 

@@ -18,10 +18,10 @@ from transformers import (
 
 from rfa.adapters import ADAPTER, attach, lora_layers, target_names
 from rfa.batch import Row, TokenCounts, UnlearnBatch, collate
-from rfa.loss import Objective, ResidualAlignment, Weights
-from rfa.one_pass import OnePass, SolveSettings, input_places
-from rfa.outputs import output_term
-from rfa.residual import BlockRunner
+from rfa.features import BlockRunner
+from rfa.forget_losses import output_term
+from rfa.objective import Objective, ResidualAlignment, Weights
+from rfa.solver import OnePassSolver, SolveSettings, input_places
 
 CLASSES = 5
 TARGETS = {
@@ -35,7 +35,12 @@ ALL_TERMS = Weights(retain=1.0, forget=1.0, kl=0.5, task=0.5, output=0.5)
 
 def classifier(kind: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+    shape = {
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+    }
     if kind == "vit":
         return ViTForImageClassification(
             ViTConfig(image_size=8, patch_size=4, num_channels=1, num_labels=CLASSES, **shape)
@@ -50,16 +55,35 @@ def rows(kind: str, number: int, seed: int) -> list[Row]:
     draw = torch.Generator().manual_seed(seed)
     found = []
     for index in range(number):
-        ids = torch.randint(3, 60, (int(torch.randint(3, 9, (1,), generator=draw)),), generator=draw).tolist()
+        ids = torch.randint(
+            3, 60, (int(torch.randint(3, 9, (1,), generator=draw)),), generator=draw
+        ).tolist()
         pixels = None if kind == "bert" else torch.randn(1, 8, 8, generator=draw)
-        found.append(Row(ids if kind == "bert" else [0], 0, index, index % CLASSES, classified=True, pixels_CHW=pixels))
+        found.append(
+            Row(
+                ids if kind == "bert" else [0],
+                0,
+                index,
+                index % CLASSES,
+                classified=True,
+                pixels_CHW=pixels,
+            )
+        )
     return found
 
 
-def build(kind: str, objective: Objective, targets: tuple[str, ...] | None = None, rank: int = 4) -> ResidualAlignment:
+def build(
+    kind: str, objective: Objective, targets: tuple[str, ...] | None = None, rank: int = 4
+) -> ResidualAlignment:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = attach(classifier(kind), rank=rank, alpha=rank, targets=targets or TARGETS[kind], everywhere=True)
+        model = attach(
+            classifier(kind),
+            rank=rank,
+            alpha=rank,
+            targets=targets or TARGETS[kind],
+            everywhere=True,
+        )
     alignment = ResidualAlignment(model, objective)
     alignment.fit(alignment.feature_sums(collate(rows(kind, 12, 1), [], 0)))
     return alignment
@@ -84,7 +108,9 @@ def test_the_head_and_what_lies_outside_the_blocks_can_be_adapted(kind: str) -> 
 @pytest.mark.parametrize("residual", ["local", "drift"])
 @pytest.mark.parametrize("target", ["retain_mean", "class_mean", "cluster_mean"])
 def test_two_batches_have_the_terms_of_one(kind: str, residual: str, target: str) -> None:
-    alignment = build(kind, Objective(residual=residual, target=target, clusters=3, weights=ALL_TERMS))
+    alignment = build(
+        kind, Objective(residual=residual, target=target, clusters=3, weights=ALL_TERMS)
+    )
     warm(alignment)
     retain, forget = rows(kind, 6, 4), rows(kind, 4, 5)
     whole = alignment(collate(retain, forget, 0))
@@ -92,7 +118,9 @@ def test_two_batches_have_the_terms_of_one(kind: str, residual: str, target: str
     assert counts == TokenCounts(6, 4, 6, 4)
     parts = [alignment(collate(retain[i::2], forget[i::2], 0), counts) for i in range(2)]
     for name, value in whole._asdict().items():
-        assert float(sum(getattr(part, name) for part in parts)) == pytest.approx(float(value), rel=1e-4), name
+        assert float(sum(getattr(part, name) for part in parts)) == pytest.approx(
+            float(value), rel=1e-4
+        ), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -121,11 +149,15 @@ def test_the_residual_is_zero_at_the_start_and_every_adapter_learns(kind: str) -
     loss = alignment(collate(rows(kind, 4, 4), rows(kind, 3, 5), 0))
     assert float(loss.retain.detach()) == 0
     loss.total.backward()
-    silent = [n for n, p in alignment.model.named_parameters() if "lora_B" in n and not p.grad.abs().sum()]
+    silent = [
+        n for n, p in alignment.model.named_parameters() if "lora_B" in n and not p.grad.abs().sum()
+    ]
     assert not silent
 
 
-def residual_errors(alignment: ResidualAlignment, batch: UnlearnBatch, name: str) -> tuple[Tensor, Tensor, Tensor]:
+def residual_errors(
+    alignment: ResidualAlignment, batch: UnlearnBatch, name: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs, base outputs and what LoRA adds, at all places of one module."""
     layer = dict(lora_layers(alignment.model))[name]
     found: list[Tensor] = []
@@ -142,7 +174,7 @@ def residual_errors(alignment: ResidualAlignment, batch: UnlearnBatch, name: str
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_the_solver_finds_least_squares_at_full_rank_also_for_convolutions(kind: str) -> None:
     alignment = build(kind, Objective(), rank=120)
-    one_pass = OnePass(alignment, SolveSettings(mode="one_pass", ridge=1e-6))
+    one_pass = OnePassSolver(alignment, SolveSettings(mode="one_pass", ridge=1e-6))
     kept, forget = collate(rows(kind, 30, 6), [], 0), collate([], rows(kind, 4, 7), 0)
     one_pass.collect(kept)
     one_pass.reduce()
@@ -150,21 +182,31 @@ def test_the_solver_finds_least_squares_at_full_rank_also_for_convolutions(kind:
     targets = alignment.targets
     assert targets is not None
     name = next(
-        name for name in one_pass.layers if name.endswith(("stages.1.layers.0.layer.1.convolution", "2.mlp.fc2"))
+        name
+        for name in one_pass.layers
+        if name.endswith(("stages.1.layers.0.layer.1.convolution", "2.mlp.fc2"))
     )
     layer = one_pass.layers[name]
-    a_KD, b_OK = (own[ADAPTER].weight.detach().flatten(1).double() for own in (layer.lora_A, layer.lora_B))
+    a_KD, b_OK = (
+        own[ADAPTER].weight.detach().flatten(1).double() for own in (layer.lora_A, layer.lora_B)
+    )
     for other in one_pass.layers.values():  # inputs from the base model's features
         nn.init.zeros_(other.lora_B[ADAPTER].weight)
     kept_ND, _, _ = residual_errors(alignment, kept, name)
     forget_ND, base_NO, _ = residual_errors(alignment, forget, name)
-    shift_NO = targets(name, base_NO, torch.zeros(len(base_NO)), torch.zeros(len(base_NO))) - base_NO
+    shift_NO = (
+        targets(name, base_NO, torch.zeros(len(base_NO)), torch.zeros(len(base_NO))) - base_NO
+    )
     kept_ND, forget_ND, shift_NO = kept_ND.double(), forget_ND.double(), shift_NO.double()
     second_DD = kept_ND.T @ kept_ND / len(kept_ND)
     second_DD += 1e-6 * second_DD.diagonal().mean() * torch.eye(len(second_DD))
     weight = 2.0 / len(forget_ND)
-    expected_OD = torch.linalg.solve(weight * forget_ND.T @ forget_ND + second_DD, weight * forget_ND.T @ shift_NO).T
-    torch.testing.assert_close(b_OK @ a_KD * layer.scaling[ADAPTER], expected_OD, rtol=1e-3, atol=1e-5)
+    expected_OD = torch.linalg.solve(
+        weight * forget_ND.T @ forget_ND + second_DD, weight * forget_ND.T @ shift_NO
+    ).T
+    torch.testing.assert_close(
+        b_OK @ a_KD * layer.scaling[ADAPTER], expected_OD, rtol=1e-3, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -172,7 +214,7 @@ def test_block_by_block_in_passing_and_from_several_batches_agree(kind: str) -> 
     found = []
     for parts in (1, 2):
         alignment = build(kind, Objective(target="class_mean"))
-        one_pass = OnePass(alignment, SolveSettings(mode="blockwise"))
+        one_pass = OnePassSolver(alignment, SolveSettings(mode="blockwise"))
         one_pass.collect(collate(rows(kind, 20, 6), [], 0))
         one_pass.reduce()
         forget = rows(kind, 6, 7)
@@ -192,7 +234,9 @@ def test_output_terms_by_hand() -> None:
 
     assert term("ascent") == pytest.approx([0.5, 0.7])
     assert term("unlikelihood") == pytest.approx([1 / 0.5, 1 / 0.3])
-    assert term("bad_teacher") == pytest.approx([(1 / (p * 27)) ** (1 / 3) for p in (0.5 * 0.25**2, 0.1 * 0.2 * 0.7)])
+    assert term("bad_teacher") == pytest.approx(
+        [(1 / (p * 27)) ** (1 / 3) for p in (0.5 * 0.25**2, 0.1 * 0.2 * 0.7)]
+    )
     kl = F.kl_div(log_NV[:1], teacher_NV[:1], reduction="sum", log_target=True)
     assert term("scrub") == pytest.approx([float((-kl).exp()), 1.0])
 

@@ -21,11 +21,15 @@ def target(kind: str, feature: list[list[float]], label: int = -1) -> list[list[
     place = fit_target(kind, sums_of(ROWS), clusters=3, seed=0)
     tokens = len(feature)
     zeros = torch.zeros(tokens, dtype=torch.long)
-    return Targets(kind, {"place": place}, seed=0)("place", torch.tensor(feature), zeros, zeros + label).tolist()
+    return Targets(kind, {"place": place}, seed=0)(
+        "place", torch.tensor(feature), zeros, zeros + label
+    ).tolist()
 
 
 def test_energy_is_the_mean_squared_norm() -> None:
-    assert fit_target("retain_mean", sums_of(ROWS), clusters=1, seed=0).energy == pytest.approx((9 + 36) / 4)
+    assert fit_target("retain_mean", sums_of(ROWS), clusters=1, seed=0).energy == pytest.approx(
+        (9 + 36) / 4
+    )
 
 
 def test_retain_mean_is_the_mean_over_tokens() -> None:
@@ -52,11 +56,15 @@ def test_gaussian_draws_have_the_retain_sets_mean_and_spread() -> None:
     zeros = torch.zeros(tokens, dtype=torch.long)
     draws = Targets("gaussian", {"p": place}, seed=0)("p", torch.zeros(tokens, 2), zeros, zeros)
     assert draws.mean(0).tolist() == pytest.approx([1.5, 0.75], abs=0.08)
-    assert draws.std(0).tolist() == pytest.approx([(9 - 2.25) ** 0.5, (9 / 4 - 0.75**2) ** 0.5], abs=0.08)
+    assert draws.std(0).tolist() == pytest.approx(
+        [(9 - 2.25) ** 0.5, (9 / 4 - 0.75**2) ** 0.5], abs=0.08
+    )
 
 
 def test_gaussian_draws_depend_on_the_row_alone() -> None:
-    targets = Targets("gaussian", {"p": fit_target("gaussian", sums_of(ROWS), clusters=1, seed=0)}, seed=0)
+    targets = Targets(
+        "gaussian", {"p": fit_target("gaussian", sums_of(ROWS), clusters=1, seed=0)}, seed=0
+    )
     both = targets("p", torch.zeros(4, 2), torch.tensor([5, 5, 6, 6]), torch.zeros(4))
     alone = targets("p", torch.zeros(2, 2), torch.tensor([6, 6]), torch.zeros(2))
     assert both[2:].tolist() == alone.tolist()

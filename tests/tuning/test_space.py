@@ -8,8 +8,8 @@ import optuna
 import pytest
 import yaml
 
-from pipelines.config import ConfigError, UnlearnConfig
-from pipelines.config_file import load_config, with_values
+from pipelines.config.load import load_config, with_values
+from pipelines.config.schema import ConfigError, UnlearnConfig
 from tuning.space import Space, default_space, load_space, read_space
 
 TREE: dict[str, Any] = {
@@ -46,7 +46,10 @@ def test_every_draw_is_a_configuration(read: Callable[[Any], Space], cfg: Unlear
     found = [with_values(cfg, values) for values in drawn(read(TREE), seed=0)]
     assert {own.adapter.rank for own in found} == {8, 32}
     assert {own.adapter.layers for own in found} == {(0, 1), None}
-    assert all(isinstance(own.solve.strength, float) and 1e-4 <= own.solve.strength <= 1e-1 for own in found)
+    assert all(
+        isinstance(own.solve.strength, float) and 1e-4 <= own.solve.strength <= 1e-1
+        for own in found
+    )
 
 
 def test_a_key_with_a_condition_is_drawn_only_where_it_holds(read: Callable[[Any], Space]) -> None:
@@ -65,7 +68,9 @@ def test_a_grid_has_every_point_once(read: Callable[[Any], Space]) -> None:
     tree = {key: entry for key, entry in TREE.items() if key != "solve.strength"}
     points = read(tree).points()
     assert len(points) == 2 * 2 * (1 + 8)
-    with pytest.raises(ConfigError, match=r"solve\.strength: found loguniform, allowed with --method grid"):
+    with pytest.raises(
+        ConfigError, match=r"solve\.strength: found loguniform, allowed with --method grid"
+    ):
         read(TREE).points()
 
 
@@ -93,7 +98,9 @@ def test_a_space_survives_being_written(read: Callable[[Any], Space]) -> None:
         ({"adapter.rank": {"choice": [8], "when": {"solve.mode": "off"}}}, "adapter.rank.when"),
     ],
 )
-def test_what_is_no_space_is_refused_in_one_line(read: Callable[[Any], Space], tree: Any, words: str) -> None:
+def test_what_is_no_space_is_refused_in_one_line(
+    read: Callable[[Any], Space], tree: Any, words: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         read(tree)
     assert words in str(caught.value)
@@ -106,7 +113,9 @@ def test_what_is_no_space_is_refused_in_one_line(read: Callable[[Any], Space], t
 def test_the_default_space_fits_any_depth(cfg: UnlearnConfig, steps: int, depth: int) -> None:
     cfg = with_values(cfg, {"train.steps": steps})
     space = read_space(default_space(cfg, depth), cfg, "the default space")
-    layers = {own.adapter.layers for own in (with_values(cfg, values) for values in drawn(space, 0))}
+    layers = {
+        own.adapter.layers for own in (with_values(cfg, values) for values in drawn(space, 0))
+    }
     assert all(own is not None and 0 <= own[0] <= own[1] < depth for own in layers)
     assert ("train.learning_rate" in space.tree()) == (steps > 0)
 
@@ -117,7 +126,9 @@ def test_the_default_space_searches_what_a_configuration_uses(cfg: UnlearnConfig
         "adapter.rank", "adapter.targets", "adapter.alpha", "prune.method", "prune.sparsity", "train.learning_rate"
     }  # fmt: skip
     rfa = default_space(with_values(cfg, {"solve.mode": "off", "train.steps": 9}), 4)
-    assert {f"objective.weights.{name}" for name in ("retain", "forget", "kl", "task", "output")} <= set(rfa)
+    assert {
+        f"objective.weights.{name}" for name in ("retain", "forget", "kl", "task", "output")
+    } <= set(rfa)
     assert rfa["adapter.targets"]["choice"] == [["o_proj", "down_proj"], ["o_proj"], ["down_proj"]]
     solved = load_config("rfa_image", ["model.path=none"])
     assert "adapter.layers" not in default_space(solved, 0), "a head lies outside the blocks"

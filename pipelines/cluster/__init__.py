@@ -1,0 +1,1 @@
+"""Ray tasks, nodes and resources."""

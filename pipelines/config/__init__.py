@@ -1,0 +1,1 @@
+"""Configuration: its schema, presets, and how a file and overrides become one."""

@@ -1,0 +1,133 @@
+"""The configuration of the data: sources, selectors, columns. The base of all sections, and the error they raise."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Task = Literal["causal_lm", "sequence_classification", "image_classification"]
+SetName = Literal["forget", "retain", "utility", "holdout", "general"]
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's in configuration or data: one line, exit code 2."""
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys are refused, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceConfig(Section):
+    """Where one set's rows come from."""
+
+    path: str = Field(
+        description="JSONL, Parquet or CSV file (local, s3://, gs://), a saved `datasets` folder, a hub name, or "
+        "idx:FOLDER with the four files of MNIST or data like it."
+    )
+    split: str = Field(
+        default="train",
+        description="The split of a hub data set or of a saved DatasetDict; train or test of an idx: folder.",
+    )
+    ids: str | None = Field(
+        default=None,
+        description="A deletion request: a JSONL file of ids; only the rows with these ids are taken.",
+    )
+    exclude_ids: str | None = Field(
+        default=None, description="A JSONL file of ids; the rows with these ids are left out."
+    )
+    column: str | None = Field(
+        default=None, description="Take only rows whose value in this column is one of `values`."
+    )
+    values: tuple[str | int, ...] = Field(
+        default=(), description="The values of `column` that are taken."
+    )
+    max_rows: int | None = Field(
+        default=None, ge=1, description="Take at most so many rows, evenly spaced; null for all."
+    )
+
+    share: tuple[float, float] | None = Field(
+        default=None,
+        description="Take only the rows whose place in [0, 1), from a hash of their content and data.share_seed, lies "
+        "from the first number up to below the second: [0, 0.05] for forget and [0.05, 1] for retain part one source "
+        "at random. Equal rows stay together.",
+    )
+
+    @field_validator("share")
+    @classmethod
+    def _share_is_a_part(cls, share: tuple[float, float] | None) -> tuple[float, float] | None:
+        if share is not None and not 0 <= share[0] < share[1] <= 1:
+            raise ValueError("allowed: [from, to] with 0 <= from < to <= 1")
+        return share
+
+    @model_validator(mode="after")
+    def _column_and_values_come_together(self) -> "SourceConfig":
+        if (self.column is None) != (not self.values):
+            raise ValueError("column and values are given together or not at all")
+        return self
+
+
+class ColumnsConfig(Section):
+    """The columns of the sources. Question answering has `prompt` and `answer`; plain text has `text`; classification
+    has `label` with `text` or `image`."""
+
+    id: str = Field(
+        default="id", description="Unique id of a row; a row number where the column is missing."
+    )
+    prompt: str = Field(default="prompt", description="The question.")
+    answer: str = Field(
+        default="answer",
+        description="The answer that is learned or forgotten; of a list of texts the first. `answers.text` is the "
+        "field text of the column answers.",
+    )
+    text: str = Field(
+        default="text", description="Plain text, used where there is no prompt column."
+    )
+    paraphrased_prompt: str = Field(
+        default="paraphrased_prompt", description="The same question in other words (optional)."
+    )
+    paraphrased_answer: str = Field(
+        default="paraphrased_answer", description="The same answer in other words (optional)."
+    )
+    perturbed_answers: str = Field(
+        default="perturbed_answers", description="A list of wrong but fluent answers (optional)."
+    )
+    image: str = Field(
+        default="image",
+        description="An image file's bytes (PNG, JPEG, ...), or a `datasets` Image, for its task.",
+    )
+    fact: str = Field(
+        default="fact", description="The words of the answer that carry its fact (optional)."
+    )
+    label: str = Field(
+        default="author",
+        description="The group of a row, for the targets class_mean and balanced_mean (optional); the class, which "
+        "every row needs, where the task is classification.",
+    )
+
+
+class DataConfig(Section):
+    """The sets, and how their rows become tokens."""
+
+    forget: SourceConfig = Field(description="What the model must forget.")
+    retain: SourceConfig = Field(description="What stood beside it in training and must stay.")
+    utility: SourceConfig | None = Field(
+        default=None,
+        description="Broad text whose behaviour must not move; trained on like retain. Rows may be prompts without an "
+        "answer (for `run`): they get the model's own greedy one.",
+    )
+    holdout: SourceConfig | None = Field(
+        default=None, description="Never trained on, alike the forget set: membership inference."
+    )
+    general: SourceConfig | None = Field(
+        default=None, description="General knowledge, only ever evaluated."
+    )
+    columns: ColumnsConfig = ColumnsConfig()
+    share_seed: int = Field(
+        default=0, ge=0, lt=2**32, description="Seed of the places that `share` goes by."
+    )
+    max_tokens: int = Field(default=512, ge=8, le=131072, description="Tokens a row is cut to.")
+    system_prompt: str | None = Field(
+        default=None,
+        description="System message for the chat template; null takes the template's own, '' an empty one.",
+    )

@@ -1,0 +1,309 @@
+"""The configuration tree: every key with its meaning, unit and range."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipelines.config.data import ConfigError, DataConfig, Section, Task
+from pipelines.config.train import FinetuneConfig, TrainConfig
+
+RobustnessCheck = Literal["quantised_8bit", "quantised_4bit", "relearn"]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class ModelConfig(Section):
+    """The model that must forget (or, for `finetune`, the model to start from)."""
+
+    path: str = Field(description="A local model folder in Hugging Face format, or a hub name.")
+    revision: str | None = Field(default=None, description="A hub revision: branch, tag or commit.")
+    trust_remote_code: bool = Field(
+        default=False,
+        description="Run Python code that comes with the model. Off unless you say so.",
+    )
+
+
+class AdapterConfig(Section):
+    """The LoRA that carries the change."""
+
+    rank: int = Field(default=16, ge=1, le=4096, description="Rank of B A.")
+    alpha: float = Field(default=32, gt=0, description="The residual is alpha / rank * B A x.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    targets: tuple[str, ...] = Field(
+        default=("o_proj", "down_proj"),
+        min_length=1,
+        description="Ends of the names of the linear layers that are adapted.",
+    )
+    layers: tuple[int, int] | None = Field(
+        default=None,
+        description="First and last block that is adapted, counted from 0, both included; null for all blocks.",
+    )
+
+    @model_validator(mode="after")
+    def _layers_ascend(self) -> "AdapterConfig":
+        if self.layers is not None and not 0 <= self.layers[0] <= self.layers[1]:
+            raise ValueError(
+                f"layers: found {list(self.layers)}, allowed: [first, last] with 0 <= first <= last"
+            )
+        return self
+
+
+class PruneConfig(Section):
+    """Pruning before the adapter is put on: PruneLoRA, after Mittal 2024 (arXiv 2411.11907)."""
+
+    method: Literal["none", "rows", "magnitude", "wanda"] = Field(
+        default="none",
+        description="rows: the outputs of smallest L2 norm (the paper's); magnitude: the smallest weights; wanda: the "
+        "smallest weights times their input's norm on the retain set.",
+    )
+    sparsity: float = Field(
+        default=0.5, gt=0, lt=1, description="Share of each layer that is pruned."
+    )
+    targets: tuple[str, ...] = Field(
+        default=("linear",),
+        min_length=1,
+        description="Ends of the names of the layers that are pruned, or the groups linear, convolutions, all (each "
+        "without the head).",
+    )
+    keep_sparsity: bool = Field(
+        default=True,
+        description="Keep what is pruned at zero in the merged model; merging alone would fill it.",
+    )
+
+
+class WeightsConfig(Section):
+    """Weights of the objective's terms. A term of weight 0 is not computed."""
+
+    retain: Weight = Field(default=1.0, description="Zero residual features on the retain set.")
+    forget: Weight = Field(default=1.0, description="Shifted residual features on the forget set.")
+    kl: Weight = Field(
+        default=0.0,
+        description="KL(base || adapted) of next-token distributions on the retain set.",
+    )
+    task: Weight = Field(default=0.0, description="Cross-entropy on the retain set's answers.")
+    output: Weight = Field(
+        default=0.0, description="What objective.output asks of the forget set's answers."
+    )
+
+    @property
+    def align(self) -> bool:
+        """Whether any term looks at features."""
+        return self.retain > 0 or self.forget > 0
+
+    @property
+    def read_forget_set(self) -> bool:
+        """Whether any term looks at the forget set's rows."""
+        return self.forget > 0 or self.output > 0
+
+
+class ObjectiveConfig(Section):
+    """Residual feature alignment, after Qin et al. 2024 (arXiv 2411.08443); the reconstruction is this project's."""
+
+    residual: Literal["local", "drift"] = Field(
+        default="local",
+        description="local: what each adapted module adds; drift: how far a block's output moved from the base's.",
+    )
+    target: Literal["retain_mean", "class_mean", "cluster_mean", "balanced_mean", "gaussian"] = (
+        Field(default="retain_mean", description="Where the forget set's features are shifted to.")
+    )
+    distance: Literal["squared", "smooth_l1", "cosine"] = Field(
+        default="squared", description="Distance between features."
+    )
+    tokens: Literal["answer", "all"] = Field(
+        default="all", description="Which tokens of the forget set are shifted."
+    )
+    clusters: int = Field(
+        default=32, ge=1, le=4096, description="Number of centroids for cluster_mean."
+    )
+    target_rows: int = Field(
+        default=512,
+        ge=1,
+        description="Rows of the retain set that the targets are fitted on, at most.",
+    )
+    output: Literal["unlikelihood", "ascent", "random_label", "bad_teacher", "scrub"] = Field(
+        default="unlikelihood",
+        description="What weights.output pushes: the answer to be unlikely, its loss up (ascent), another label, a "
+        "uniform guess (bad_teacher), or away from the base model's own output (scrub).",
+    )
+    weights: WeightsConfig = WeightsConfig()
+
+    @model_validator(mode="after")
+    def _something_pushes(self) -> "ObjectiveConfig":
+        if self.weights.forget == self.weights.output == self.weights.task == 0:
+            raise ValueError(
+                "weights.forget, weights.output and weights.task are all 0: nothing would be learned or forgotten; "
+                "allowed: one above 0"
+            )
+        return self
+
+
+class SolveConfig(Section):
+    """The one-pass solver: adapters in closed form, from one forward over the data."""
+
+    mode: Literal["off", "one_pass", "blockwise"] = Field(
+        default="blockwise",
+        description="one_pass: all modules from the base model's features; blockwise: from the lowest block up, each "
+        "from what it sees with the residuals below in place; off: train.steps of gradient do all the work.",
+    )
+    strength: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        default="auto",
+        description="Weight of the forget set's shift against the retain set's stillness (> 0); auto: the one at which "
+        "the forget set's losses are like the holdout set's.",
+    )
+    utility_weight: Weight = Field(
+        default=1.0, description="Weight of the utility set's stillness beside the retain set's."
+    )
+    fact_weight: float = Field(
+        default=4.0,
+        gt=0,
+        le=1000,
+        description="Weight of the forget tokens that carry a row's fact (data.columns.fact) "
+        "in the forget set's shift; all others weigh 1.",
+    )
+    ridge: float = Field(
+        default=1e-3,
+        gt=0,
+        le=10,
+        description="Added to the inputs' second moments, in units of their mean diagonal.",
+    )
+    exact_width: int = Field(
+        default=16384,
+        ge=1,
+        description="Modules with more inputs than this are solved in the low-memory form.",
+    )
+    sketch_columns: int = Field(default=1024, ge=1, description="Columns of the low-memory form.")
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _off_is_no_boolean(cls, mode: Any) -> Any:
+        return "off" if mode is False else mode  # YAML 1.1 reads a bare off as false
+
+
+class EvaluationConfig(Section):
+    """What is scored, and how."""
+
+    oracle: str | None = Field(
+        default=None, description="Model folder of the retrain oracle, if there is one."
+    )
+    batch_size: int = Field(default=16, ge=1, description="Rows a worker scores at once.")
+    gpus_per_worker: float | None = Field(
+        default=None,
+        gt=0,
+        description="GPUs of a worker that scores; with several, a model is spread over them. null: train's.",
+    )
+    max_new_tokens: int = Field(default=200, ge=1, description="Tokens generated for an answer.")
+    max_rows: int | None = Field(
+        default=None, ge=1, description="Rows scored of each set, evenly spaced; null for all."
+    )
+    quick: bool = Field(
+        default=False,
+        description="Likelihoods of the right answers alone: nothing is generated, no wrong answers are weighed; about "
+        "a tenth of the work.",
+    )
+    robustness: tuple[RobustnessCheck, ...] = Field(
+        default=(),
+        description="Attempts to bring the forget set back, on the models after and oracle; any of quantised_8bit, "
+        "quantised_4bit (the forget and retain sets scored once more, with rounded weights) and relearn (50 steps of "
+        "fine-tuning on half of the forget set; a worker holds all parameters in fp32 with gradients and AdamW's "
+        "moments).",
+    )
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    uri: str | None = Field(
+        default=None, description="Tracking server; null for a sqlite file in the output folder."
+    )
+    experiment: str = Field(default="ray-unlearn", description="MLflow experiment.")
+    model_name: str = Field(
+        default="ray-unlearn-adapter", description="Name the adapter is registered under."
+    )
+
+
+class UnlearnConfig(Section):
+    """One unlearning problem, from the data to the report."""
+
+    task: Task = Field(
+        default="causal_lm",
+        description="What the model does: say an answer, or tell the class (data.columns.label) of a text or an image.",
+    )
+    model: ModelConfig
+    data: DataConfig
+    prune: PruneConfig = PruneConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    solve: SolveConfig = SolveConfig()
+    train: TrainConfig = TrainConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    output_dir: str = Field(
+        description="Folder of the run's results, created if missing; or s3:// or gs://."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of everything random.")
+
+    @field_validator("output_dir")
+    @classmethod
+    def _results_lie_in_a_folder_or_a_bucket(cls, output_dir: str) -> str:
+        if "://" in output_dir and not output_dir.startswith(("s3://", "gs://")):
+            raise ValueError(
+                "allowed: a folder, on a cluster one that all nodes share, or s3:// or gs://"
+            )
+        return output_dir
+
+    @model_validator(mode="after")
+    def _language_models_alone(self) -> "UnlearnConfig":
+        if self.task != "causal_lm" and self.evaluation.robustness:
+            found = self.evaluation.robustness[0]
+            raise ValueError(
+                f"evaluation.robustness: found {found}, allowed with task={self.task}: []"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _wanda_sees_whole_weights(self) -> "UnlearnConfig":
+        if self.prune.method == "wanda" and self.train.deepspeed.stage == 3:
+            raise ValueError(
+                "prune.method: found wanda with train.deepspeed.stage=3, allowed: rows, magnitude"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _salun_fits(self) -> "UnlearnConfig":
+        if self.finetune.salient is None:
+            return self
+        if "forget" in self.finetune.sets:
+            raise ValueError(
+                "finetune.sets: found forget with finetune.salient, allowed: sets without it"
+            )
+        if self.train.deepspeed.stage == 3:
+            raise ValueError(
+                "finetune.salient: found with train.deepspeed.stage=3, allowed: null, or stage 0 to 2"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_unlearns(self) -> "UnlearnConfig":
+        if self.solve.mode == "off":
+            if self.train.steps == 0:
+                raise ValueError(
+                    "train.steps: found 0 with solve.mode=off, allowed: steps above 0, or a solve.mode"
+                )
+            return self
+        if self.objective.residual != "local":
+            raise ValueError(
+                f"objective.residual: found {self.objective.residual}, allowed with solve.mode={self.solve.mode}: local"
+            )
+        return self
+
+
+def check_strength(cfg: UnlearnConfig) -> None:
+    """What unlearning needs, and making a target model does not.
+
+    Raises:
+        ConfigError: the solver's strength is to be found without a holdout set.
+    """
+    if cfg.solve.mode != "off" and cfg.solve.strength == "auto" and cfg.data.holdout is None:
+        raise ConfigError(
+            "data.holdout: missing, required by solve.strength=auto; allowed: a set, or a number there"
+        )

@@ -1,0 +1,1 @@
+"""Sources, rows and the sets of an unlearning problem."""

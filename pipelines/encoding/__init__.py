@@ -1,0 +1,1 @@
+"""From rows to tokens or pixels, and to the batches of a step."""

@@ -1,0 +1,1 @@
+"""Scores of models, attacks on them, and the verdict."""

@@ -1,0 +1,108 @@
+"""What is done to a model to bring back what it has forgotten: rounding its weights, and relearning.
+
+Rounding is known to undo unlearning whose changes are smaller than its steps (Zhang et al. 2024, arXiv 2410.16454).
+
+Shapes: O outputs, I inputs, G groups of inputs.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from pipelines.data.rows import content_hash
+from pipelines.evaluation.metrics.relearning import STEPS
+from pipelines.model.answers import AnswerTraining
+from rfa.adapters import find_blocks
+from rfa.batch import Row, collate
+
+BITS = {"quantised_8bit": 8, "quantised_4bit": 4}
+GROUP = 32  # inputs that share a step; of metrics.md's 4-bit forms (Robustness: quantised) the group-wise int4
+# Small beside finetune.learning_rate's 2e-4: the attack of metrics.md (Robustness: relearn_curve) uncovers, the steps
+# alone should not teach.
+RELEARN_LEARNING_RATE = 2e-5
+RELEARN_ROWS = 8  # in one step, at most
+
+
+@torch.no_grad()
+def quantise_(weight_OI: Tensor, bits: int, group: int = GROUP) -> Tensor:
+    """Round each value to the nearest whole multiple of its group's step: `group` neighbouring inputs of one output.
+
+    The step is the group's largest absolute value / (2^(bits-1) - 1), so the multiples are as many on both sides of 0.
+
+    Returns:
+        The steps, of shape (O, G) in float32; 0 for a group of zeros.
+    """
+    assert weight_OI.ndim == 2 and bits >= 2, (weight_OI.shape, bits)
+    outputs, inputs = weight_OI.shape
+    padded_OI = nn.functional.pad(
+        weight_OI.float(), (0, -inputs % group)
+    )  # zeros change no group's largest
+    grouped_OGI = padded_OI.view(outputs, -1, group)
+    step_OG = grouped_OGI.abs().amax(-1) / (2 ** (bits - 1) - 1)
+    divisor_OG = torch.where(step_OG > 0, step_OG, torch.ones_like(step_OG))
+    rounded_OGI = (grouped_OGI / divisor_OG[..., None]).round() * step_OG[..., None]
+    weight_OI.copy_(rounded_OGI.view(outputs, -1)[:, :inputs])
+    return step_OG
+
+
+def quantise_blocks_(model: nn.Module, bits: int) -> list[str]:
+    """Round every linear layer's weight inside the transformer blocks; embeddings, norms and head stay.
+
+    Returns:
+        The names of the rounded layers.
+    """
+    prefix, blocks = find_blocks(model)
+    names: list[str] = []
+    for name, module in blocks.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            is_transposed = isinstance(module, Conv1D)  # GPT-2's layers hold (I, O)
+            quantise_(module.weight.T if is_transposed else module.weight, bits)
+            names.append(f"{prefix}.{name}")
+    assert names, "an adapted model has linear layers in its blocks"
+    return names
+
+
+def halves(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows to learn again, every second one by number from the first on, and of the others those to score.
+
+    A row with the same words as one to learn is in neither.
+    """
+    ordered = sorted(rows, key=lambda row: row["row"])
+    learned = ordered[::2]
+    seen = {content_hash(row["prompt"], row["answer"]) for row in learned}
+    return learned, [
+        row for row in ordered[1::2] if content_hash(row["prompt"], row["answer"]) not in seen
+    ]
+
+
+def relearn_(
+    model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, seed: int
+) -> Iterator[int]:
+    """Fine-tune all parameters on the rows' answers; gives each of STEPS when so many steps have been taken."""
+    training = AnswerTraining(model, classifies=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RELEARN_LEARNING_RATE, weight_decay=0.0)
+    batches = _batches(len(rows), seed)
+    taken = 0
+    for step in STEPS:
+        while taken < step:
+            batch = collate([rows[index] for index in next(batches)], [], pad_token_id).to(
+                model.device
+            )
+            training(batch, batch.counts("all")).total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            taken += 1
+        yield step
+
+
+def _batches(count: int, seed: int) -> Iterator[list[int]]:
+    """Row numbers of batch after batch, for ever; each pass in an order of its own, in batches of like size."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(count, generator=generator)
+        for part in order.tensor_split(-(-count // RELEARN_ROWS)):
+            yield part.tolist()

@@ -1,0 +1,1 @@
+"""Models on a worker: loading, DeepSpeed, pruning, training on answers."""

@@ -1,0 +1,1 @@
+"""`check`: what a run would do and take."""

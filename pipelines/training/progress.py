@@ -1,0 +1,62 @@
+"""What is heard from the workers step by step: the progress bar, losses.jsonl, MLflow."""
+
+import json
+import time
+from types import TracebackType
+from typing import Any
+
+from pipelines.storage.output import Place
+from pipelines.terminal import Terminal
+from pipelines.tracking.tracker import Tracker
+
+FILE_NAME = "losses.jsonl"
+KEEP_S = 10.0  # between two times that the file is kept where the results lie
+
+
+class ProgressLog:
+    """Receives every step's metrics; a restart may tell of a step twice, the last one counts."""
+
+    def __init__(
+        self,
+        place: Place,
+        title: str,
+        steps: int,
+        terminal: Terminal,
+        tracker: Tracker | None = None,
+    ) -> None:
+        self._bar = terminal.bar(title, steps or None)
+        self._steps = steps
+        self._stream = (place.folder / FILE_NAME).open("a", encoding="utf-8")
+        self._place, self._keep_at_s = place, 0.0
+        self._tracker = tracker
+
+    def __enter__(self) -> "ProgressLog":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        self._stream.close()
+        if kind is None:
+            self._bar.finish()
+
+    def hear(self, message: dict[str, Any]) -> None:
+        """Take one step's metrics (`step`, `loss`, its terms, `tokens_per_s`, `learning_rate`) or the solver's progress
+        (`done`, `of`, `what`)."""
+        if "of" in message:
+            self._bar.at(message["done"], note=message["what"], total=message["of"])
+            return
+        self._stream.write(json.dumps(message) + "\n")
+        self._stream.flush()
+        if time.monotonic() >= self._keep_at_s:
+            self._place.note(FILE_NAME)
+            self._keep_at_s = time.monotonic() + KEEP_S
+        step = int(message["step"])
+        self._bar.at(step + 1, note=f"loss {message['loss']:.3f}", total=self._steps)
+        if self._tracker is not None:
+            self._tracker.log_step(
+                step, {name: value for name, value in message.items() if name != "step"}
+            )

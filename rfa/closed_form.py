@@ -1,0 +1,150 @@
+"""The one-pass solver: the adapter of one module in closed form. This project's own.
+
+With `local` residuals the objective is, module by module, a weighted low-rank least-squares problem:
+
+    minimise over rank(M) <= rank:   strength * mean over D_f of |h0 + M x - t|^2
+                                     + mean over D_r of |M x|^2 + w_u * mean over D_u of |M x|^2 + ridge
+
+The forget set's mean is a weighted one: tokens that carry a row's fact may weigh more.
+The kept sets enter through R = G_r/n_r + w_u G_u/n_u + ridge * mean(diag) * I alone, which does not depend on the
+strength: it is factored once. The forget set enters through its (few) tokens' inputs X and shifts T = t - h0. With
+K = X R^-1 X^T, lambda = n_f / strength and Z = (K + lambda)^-1 T the full-rank solution is
+
+    M = Z^T X R^-1
+
+which is `C S^-1` of the usual normal equations, and reduced-rank regression (Izenman 1975) keeps the leading
+eigenvectors U of M S M^T = Z^T K T:  B = U,  A = U^T M / scaling. One Cholesky factor of the tokens' kernel and the
+leading part of one eigenproblem are all the work; with fewer tokens than outputs it is posed in the span of T.
+
+Shapes: N tokens, D input features, O output features, P = min(N, O), K rank, L columns.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from scipy.linalg import eigh
+from torch import Tensor
+
+from rfa.moments import ForgetRows, InputMoments
+
+
+class LowRankUpdate(NamedTuple):
+    """B A times the adapter's scaling is the solution; fewer than `rank` rows where fewer carry anything."""
+
+    a_KD: Tensor
+    b_OK: Tensor
+
+
+class InverseMoments:
+    """R^-1 of the kept sets' second moments, applied to inputs; float64 on the CPU.
+
+    With low-memory sums R is Nystroem's approximation plus what it leaves out of the trace, spread evenly: directions
+    the basis has missed count as used by the kept sets, not as free.
+    """
+
+    def __init__(self, weighted: list[tuple[float, InputMoments]], ridge: float) -> None:
+        """Args:
+            weighted: sums of each kept set with its weight.
+            ridge: added to the diagonal, in units of its mean.
+
+        Raises:
+            ValueError: the sums hold no tokens.
+        """
+        present = [(weight, sums) for weight, sums in weighted if weight > 0 and sums.count > 0]
+        if not present:
+            raise ValueError("solve: the retain and utility sets have no tokens to hold on to")
+        mean_DL = torch.zeros(present[0][1].sum_DL.shape, dtype=torch.float64)
+        for weight, sums in present:
+            mean_DL.add_(sums.sum_DL.cpu(), alpha=weight / sums.count)
+        trace = sum(sums.trace * weight / sums.count for weight, sums in present)
+        width = len(mean_DL)
+        level = max(trace / width, torch.finfo(torch.float64).tiny)
+        self._factor_DL: Tensor | None = None
+        if present[0][1].is_exact:
+            self._cholesky_DD = _cholesky(mean_DL, ridge * level)
+            return
+        basis_DL = present[0][1].basis().double()
+        core_LL = basis_DL.T @ mean_DL
+        core_cholesky_LL = _cholesky(
+            (core_LL + core_LL.T) / 2, 1e-9 * float(core_LL.diagonal().mean())
+        )
+        factor_DL = torch.linalg.solve_triangular(core_cholesky_LL, mean_DL.T, upper=False).T
+        left_out = max(trace - float(factor_DL.square().sum()), 0.0) / width
+        self._diagonal = ridge * level + left_out
+        self._factor_DL = factor_DL
+        gram_LL = factor_DL.T @ factor_DL
+        self._inner_LL = _cholesky(gram_LL, self._diagonal)
+
+    def kernel(self, input_ND: Tensor) -> Tensor:
+        """X R^-1 X^T; half the work of X R^-1, where the factor is exact."""
+        input_ND = input_ND.double().cpu()
+        if self._factor_DL is not None:
+            kernel_NN = self(input_ND) @ input_ND.T
+            return (kernel_NN + kernel_NN.T) / 2
+        half_DN = torch.linalg.solve_triangular(self._cholesky_DD, input_ND.T, upper=False)
+        return half_DN.T @ half_DN
+
+    def __call__(self, input_ND: Tensor) -> Tensor:
+        """X R^-1."""
+        input_ND = input_ND.double().cpu()
+        if self._factor_DL is None:
+            return torch.cholesky_solve(input_ND.T, self._cholesky_DD).T
+        inner_LN = torch.cholesky_solve(self._factor_DL.T @ input_ND.T, self._inner_LL)
+        return (input_ND - (self._factor_DL @ inner_LN).T) / self._diagonal
+
+
+def _cholesky(matrix_DD: Tensor, diagonal: float) -> Tensor:
+    """The Cholesky factor of a matrix plus a diagonal; where rounding has made it indefinite, of one with more."""
+    least = 1e-12 * max(float(matrix_DD.diagonal().mean()), 1e-300)
+    while math.isfinite(diagonal):
+        shifted_DD = matrix_DD.clone()
+        shifted_DD.diagonal().add_(diagonal)
+        factor_DD, failed = torch.linalg.cholesky_ex(shifted_DD)
+        if not failed:
+            return factor_DD
+        diagonal = max(10 * diagonal, least)
+    raise ValueError("solve: the features are not finite")
+
+
+def solve(
+    forget: ForgetRows, kept: InverseMoments, *, rank: int, strength: float, scaling: float = 1.0
+) -> LowRankUpdate:
+    """The best adapter of rank `rank` or less; float64 on the CPU.
+
+    Args:
+        forget: the forget set's tokens at the module.
+        kept: what the retain and utility sets hold on to.
+        strength: weight of the forget set's mean against the retain set's.
+        scaling: alpha / rank of the adapter.
+
+    Raises:
+        ValueError: the tokens' features are not finite.
+    """
+    input_ND, shift_NO = forget.input_ND.cpu(), forget.shift_NO.cpu()
+    if not (input_ND.isfinite().all() and shift_NO.isfinite().all()):
+        raise ValueError("solve: the features are not finite")
+    few = len(shift_NO) < shift_NO.shape[1]
+    basis_OP = torch.linalg.qr(shift_NO.T)[0] if few else None
+    shift_NP, kernel_NN = (
+        shift_NO if basis_OP is None else shift_NO @ basis_OP,
+        kept.kernel(input_ND),
+    )
+    weighted_NP = torch.cholesky_solve(shift_NP, _cholesky(kernel_NN, forget.count / strength))
+    energy_PP = weighted_NP.T @ (kernel_NN @ shift_NP)
+    left_PK = _leading((energy_PP + energy_PP.T) / 2, rank)
+    a_KD = kept((left_PK.T @ weighted_NP.T) @ input_ND) / scaling
+    return LowRankUpdate(a_KD, left_PK if basis_OP is None else basis_OP @ left_PK)
+
+
+def _leading(matrix_PP: Tensor, number: int) -> Tensor:
+    """The leading eigenvectors, by falling eigenvalue: at most so many, and none that is rounding alone."""
+    size = len(matrix_PP)
+    if not size:
+        return matrix_PP
+    chosen = max(0, size - number), size - 1
+    values, vectors = eigh(
+        matrix_PP.numpy(), subset_by_index=chosen, driver="evr", check_finite=False
+    )
+    least = max(1e-13 * float(values[-1]), 1e-300)
+    return torch.from_numpy(vectors[:, ::-1][:, values[::-1] > least].copy())

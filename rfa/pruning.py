@@ -1,0 +1,335 @@
+"""Pruning chosen layers, and keeping them pruned while LoRA repairs the model.
+
+After Mittal 2024 (PruneLoRA, arXiv 2411.11907): prune, adapt, unlearn. `rows` is the paper's structured pruning: the
+output rows of smallest L2 norm, as torch's `ln_structured(n=2, dim=0)`. `magnitude` prunes a layer's smallest weights.
+`wanda` is after Sun et al. 2023 (arXiv 2306.11695): |weight| times its input's norm, compared within each output row.
+
+A row is one output: a row of a linear weight, a column of transformers' `Conv1D`, a filter of a convolution. How many
+are pruned is rounded, as torch does. Biases are left alone, as torch leaves them: a pruned output is its bias. Masks
+are bool tensors on the CPU, True where kept, by the weight's name in the model without adapters; one that does
+not fit the model is a ValueError.
+
+Shapes: O outputs, D inputs of one output (a convolution's: channels times kernel positions), R groups compared within,
+C candidates, N positions, B images, H x W pixels.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
+
+from rfa.adapters import ending
+from rfa.features import hook_scope
+
+Method = Literal["rows", "magnitude", "wanda"]
+Layer = nn.Linear | Conv1D | nn.Conv2d
+Whole = Callable[
+    [Any], AbstractContextManager[Any]
+]  # within: a parameter can be read and written in full
+
+GROUPS: dict[str, tuple[type[nn.Module], ...]] = {
+    "all": (nn.Linear, Conv1D, nn.Conv2d),
+    "linear": (nn.Linear, Conv1D),
+    "convolutions": (nn.Conv2d,),
+}
+
+
+def prune_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Full names of the layers that `targets` choose, anywhere in the model, in its order.
+
+    A target is a name or the end of one, or a group: `all`, `linear`, `convolutions`. Groups leave out the head (what
+    a transformers model has above its base model); a name chooses it.
+
+    Raises:
+        ValueError: a target matches nothing, or a layer shares its weight with another module.
+    """
+    layers = _layers(model)
+    chosen: set[str] = set()
+    for target in targets:
+        matched = _matches(model, layers, target)
+        if not matched:
+            groups = [group for group in GROUPS if _matches(model, layers, group)]
+            choices = ", ".join(groups + sorted({ending(name) for name in layers}))
+            raise ValueError(
+                f"prune.targets: no layer ends with '{target}'; this model has: {choices}"
+            )
+        chosen |= matched
+    names = [name for name in layers if name in chosen]
+    _refuse_shared(model, {name: layers[name] for name in names})
+    return names
+
+
+@contextmanager
+def collecting_norms(
+    model: nn.Module, names: Sequence[str], chosen: Callable[[], Tensor] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Within: what `wanda` needs of the inputs, summed over all forward passes that are run.
+
+    Gives, by layer, the sum of squares of each input and, last, the number of positions: [D + 1] in float64 on the
+    layer's device. Workers add theirs. A convolution's inputs are its channels at each place of the kernel, in the
+    order of the flattened weight. `chosen` gives the mask of the tokens that count in the batch being run; it serves
+    linear layers that see all tokens.
+
+    Raises:
+        ValueError: a layer is a grouped convolution, or sees other positions than the mask has.
+    """
+    norms: dict[str, Tensor] = {}
+
+    def add(name: str, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        input_: Tensor = args[0] if args else next(iter(kwargs.values()))
+        square_D, count = _squares(
+            name, layer, input_.detach(), chosen() if chosen is not None else None
+        )
+        norms[name] += torch.cat([square_D, square_D.new_tensor([count])])
+
+    with ExitStack() as stack:
+        for name, layer in _named(model, names).items():
+            norms[name] = torch.zeros(
+                _width(name, layer) + 1, dtype=torch.float64, device=layer.weight.device
+            )
+            stack.enter_context(
+                hook_scope(layer.register_forward_pre_hook(partial(add, name), with_kwargs=True))
+            )
+        yield norms
+
+
+@torch.no_grad()
+def prune_(
+    model: nn.Module,
+    names: Sequence[str],
+    method: Method,
+    sparsity: float,
+    norms: Mapping[str, Tensor] | None = None,
+    whole: Whole = nullcontext,
+) -> dict[str, Tensor]:
+    """Zero the share `sparsity` of each named layer, in place; returns the masks by parameter name.
+
+    Equal scores are pruned in the order of their index, so that all workers find the same masks. Nothing is changed
+    when an error is raised. `wanda` needs `norms` as `collecting_norms` gives them. Under `whole` a parameter is read
+    and written, for DeepSpeed's ZeRO-3, which partitions parameters.
+
+    Raises:
+        ValueError: method, sparsity, quantised weights; for `wanda` a grouped convolution, no inputs.
+    """
+    if method not in get_args(Method):
+        raise ValueError(f"prune.method: found '{method}', allowed: {', '.join(get_args(Method))}")
+    if not 0 < sparsity < 1:
+        raise ValueError(f"prune.sparsity: found {sparsity}, allowed: above 0 and below 1")
+    layers = _named(model, names)
+    for name, layer in layers.items():
+        if not layer.weight.is_floating_point():
+            raise ValueError(
+                f"prune.targets: '{name}' is quantised ({layer.weight.dtype}), allowed: float weights"
+            )
+        if method == "wanda":
+            _width(name, layer)  # refuses groups
+            if norms is None or name not in norms or not norms[name][-1]:
+                raise ValueError(
+                    f"prune.method: 'wanda' needs inputs, none reached '{name}'; allowed: rows, magnitude"
+                )
+    masks: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        with whole(layer.weight):
+            full = torch.promote_types(layer.weight.dtype, torch.float32)
+            weight_OD = _as_rows(layer.weight.detach(), layer).to(full)
+            norm_D = (
+                norms[name][:-1].sqrt().to(weight_OD)
+                if norms is not None and method == "wanda"
+                else 1.0
+            )
+            keep_OD = _kept(weight_OD, method, sparsity, norm_D)
+            keep = (keep_OD.T if isinstance(layer, Conv1D) else keep_OD).reshape(layer.weight.shape)
+            layer.weight.masked_fill_(~keep, 0)
+        masks[f"{name}.weight"] = keep.cpu().contiguous()
+    return masks
+
+
+@torch.no_grad()
+def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor], whole: Whole = nullcontext) -> None:
+    """Zero the pruned weights again, in place: of a merged model, or of the layers below adapters."""
+    for name, layer in _named(model, masks).items():
+        mask = masks[name]
+        with whole(layer.weight):
+            if layer.weight.shape != mask.shape:
+                raise ValueError(
+                    f"masks: '{name}' has {list(mask.shape)}, this model {list(layer.weight.shape)}"
+                )
+            layer.weight.masked_fill_(~mask.to(layer.weight.device), 0)
+
+
+def hold_rows_(
+    peft_model: nn.Module, masks: Mapping[str, Tensor], whole: Whole = nullcontext
+) -> list[RemovableHandle]:
+    """Hold the pruned rows of every adapted layer's B at zero, so that merging leaves them zero; returns the hooks.
+
+    The rows are zeroed now and get no gradient from now on; then neither Adam's moments nor weight decay move them.
+    Call it before the optimizer exists: DeepSpeed's keeps a copy of the parameters. Layers whose mask is not one of
+    whole rows are passed over: they need `apply_masks_` after merging.
+    """
+    adapted = {id(m.base_layer): m for m in peft_model.modules() if isinstance(m, LoraLayer)}
+    handles: list[RemovableHandle] = []
+    for name, layer in _named(peft_model, masks).items():
+        keep_O = kept_rows(masks[name], layer)
+        if id(layer) not in adapted or keep_O is None or keep_O.all():
+            continue
+        for b in adapted[id(layer)].lora_B.values():
+            weight: Any = b.weight  # [O, K], or [O, K, 1, 1] of a convolution
+            pruned_O = ~keep_O.to(weight.device)
+            with torch.no_grad(), whole(weight):
+                weight[pruned_O] = 0
+            handles.append(weight.register_hook(partial(_without_rows, pruned_O)))
+    return handles
+
+
+def kept_rows(mask: Tensor, module: nn.Module) -> Tensor | None:
+    """Which outputs a mask keeps, [O], or None if it cuts through a row; `module` is the mask's layer."""
+    keep_OD = _as_rows(mask, module.base_layer if isinstance(module, LoraLayer) else module)
+    keep_O = keep_OD.any(dim=1)
+    return keep_O if torch.equal(keep_O, keep_OD.all(dim=1)) else None
+
+
+@torch.no_grad()
+def sparsity(model: nn.Module, masks: Mapping[str, Tensor], whole: Whole = nullcontext) -> float:
+    """The share of exact zeros among all weights of the masked layers."""
+    zeros = 0
+    for layer in _named(model, masks).values():
+        with whole(layer.weight):
+            zeros += int((layer.weight == 0).sum())
+    return zeros / sum(mask.numel() for mask in masks.values())
+
+
+def _layers(model: nn.Module) -> dict[str, Layer]:
+    """Every layer that can be pruned, by its name in the model without adapters."""
+    root: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    found: dict[str, Layer] = {}
+    adapted: tuple[str, ...] = ()
+    for name, module in root.named_modules():
+        if isinstance(module, LoraLayer):
+            adapted += (
+                f"{name}.",
+            )  # what lies within is the base layer, found here, and the adapter's own layers
+            module = module.base_layer
+        elif name.startswith(adapted):
+            continue
+        if isinstance(module, GROUPS["all"]):
+            found[name] = module  # pyright: ignore[reportArgumentType]  # the tuple is Layer's
+    return found
+
+
+def _named(model: nn.Module, names: Iterable[str]) -> dict[str, Layer]:
+    """Layers by their names, or by their weights' names; all are checked before the first is used."""
+    layers = _layers(model)
+    found = {name: layers.get(name.removesuffix(".weight")) for name in names}
+    for name, layer in found.items():
+        if layer is None:
+            choices = ", ".join(sorted({ending(other) for other in layers}))
+            raise ValueError(
+                f"masks: no layer for '{name}' in this model, whose layers end with: {choices}"
+            )
+    return {name: layer for name, layer in found.items() if layer is not None}
+
+
+def _matches(model: nn.Module, layers: Mapping[str, Layer], target: str) -> set[str]:
+    if target not in GROUPS:
+        return {name for name in layers if f".{name}".endswith(f".{target}")}
+    root: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = getattr(root, "base_model_prefix", "")
+    inside = f"{base}." if base and hasattr(root, base) else ""
+    head = root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None
+    names = {
+        name
+        for name, layer in layers.items()
+        if isinstance(layer, GROUPS[target]) and layer is not head
+    }
+    return {name for name in names if name.startswith(inside)}
+
+
+def _refuse_shared(model: nn.Module, layers: Mapping[str, Layer]) -> None:
+    """Pruning a tied output head would zero the embeddings of the same tokens, too."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+    for name, layer in layers.items():
+        if len(owners[id(layer.weight)]) > 1:
+            kinds = ", ".join(
+                type(other).__name__ for other in owners[id(layer.weight)] if other is not layer
+            )
+            raise ValueError(
+                f"prune.targets: '{name}' shares its weight with another module ({kinds}); leave it out"
+            )
+
+
+def _width(name: str, layer: Layer) -> int:
+    """D, from the layer's settings: a partitioned weight has no shape."""
+    if not isinstance(layer, nn.Conv2d):
+        return layer.nx if isinstance(layer, Conv1D) else layer.in_features
+    if layer.groups > 1:
+        raise ValueError(
+            f"prune.method: found 'wanda', '{name}' has {layer.groups} groups; allowed: rows, magnitude"
+        )
+    return layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]
+
+
+def _squares(name: str, layer: Layer, input_: Tensor, chosen: Tensor | None) -> tuple[Tensor, int]:
+    """The sum of squares of each input over all positions, [D] in float64, and the positions' number."""
+    if not isinstance(layer, nn.Conv2d):
+        input_ND = input_.reshape(-1, input_.shape[-1])
+        if chosen is not None and len(input_ND) != len(chosen):  # pooled: one position a row
+            if chosen.numel() != len(input_ND):
+                raise ValueError(
+                    f"prune.targets: '{name}' sees {len(input_ND)} positions of {chosen.numel()} tokens"
+                )
+            input_ND = input_ND[chosen.reshape(-1).to(input_ND.device)]
+        return input_ND.float().square().sum(dim=0, dtype=torch.float64), len(input_ND)
+    assert chosen is None, f"{name}: tokens are chosen for linear layers alone"
+    # padding and unfolding only copy, so that the squares may be summed over the images first: one image is unfolded
+    square_BCHW = input_.reshape(-1, *input_.shape[-3:]).float().square()
+    square_CHW = square_BCHW.sum(dim=0, dtype=torch.float64)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded_CHW = F.pad(square_CHW[None], layer._reversed_padding_repeated_twice, mode=mode)
+    unfolded_DN = F.unfold(
+        padded_CHW, layer.kernel_size, dilation=layer.dilation, stride=layer.stride
+    )[0]  # pyright: ignore[reportArgumentType]
+    return unfolded_DN.sum(dim=1), len(square_BCHW) * unfolded_DN.shape[1]
+
+
+def _as_rows(weight: Tensor, layer: nn.Module) -> Tensor:
+    """A weight, or its mask, as [O, D]."""
+    return weight.T if isinstance(layer, Conv1D) else weight.flatten(1)
+
+
+def _kept(weight_OD: Tensor, method: Method, sparsity: float, norm_D: Tensor | float) -> Tensor:
+    """The mask [O, D] of one layer."""
+    if method == "rows":
+        pruned_1O = _smallest(torch.linalg.vector_norm(weight_OD, dim=1)[None], sparsity)
+        return ~pruned_1O.T.expand_as(weight_OD)
+    if method == "magnitude":
+        return ~_smallest(weight_OD.abs().reshape(1, -1), sparsity).reshape(weight_OD.shape)
+    return ~_smallest(weight_OD.abs() * norm_D, sparsity)
+
+
+def _smallest(score_RC: Tensor, share: float) -> Tensor:
+    """True at the smallest `share` of each row, rounded; of equal scores, the first."""
+    count = round(share * score_RC.shape[1])
+    if count == 0:
+        return torch.zeros_like(score_RC, dtype=torch.bool)
+    # a threshold: sorting 30 million scores took 3.9 s on two CPU cores, this 0.5 s
+    threshold_R1 = score_RC.kthvalue(count, dim=1, keepdim=True).values
+    below_RC = score_RC < threshold_R1
+    equal_RC = score_RC == threshold_R1
+    missing_R1 = count - below_RC.sum(dim=1, keepdim=True)
+    return below_RC | (equal_RC & (equal_RC.cumsum(dim=1) <= missing_R1))
+
+
+def _without_rows(pruned_O: Tensor, grad: Tensor) -> Tensor:
+    pruned = pruned_O.to(grad.device).view(-1, *[1] * (grad.dim() - 1))
+    return grad.masked_fill(pruned, 0)  # not a product: 0 times an overflowed gradient is not 0

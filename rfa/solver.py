@@ -1,0 +1,369 @@
+"""From data to a solved adapter: one forward over the kept sets, then the forget set's rows alone.
+
+`collect` streams the retain and utility rows once, for the targets and the kept sets' second moments. `solve` needs the
+forget set's rows only, so that trying another strength costs no further pass over what is kept. Two modes:
+
+    one_pass   all modules are solved from the base model's features
+    blockwise  module by module from the lowest block up, each from what it sees with the residuals below in place.
+               A forget set of one batch is solved in passing, in a single forward; a larger one is carried from block
+               to block, each of which continues from the hidden states of the block before
+
+Where torch.distributed runs, every worker brings its own rows, and each module has one worker that adds up and solves.
+
+Shapes: B rows, T tokens, S places, N chosen places, D input features, O output features, K rank.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rfa.adapters import ADAPTER, block_range, lora_layers
+from rfa.batch import UnlearnBatch
+from rfa.closed_form import InverseMoments, LowRankUpdate, solve
+from rfa.features import as_positions, hook_scope
+from rfa.moments import ForgetRows, InputMoments
+from rfa.objective import ResidualAlignment
+from rfa.targets import SAMPLE_TOKENS, FeatureSums
+
+KEPT = ("retain", "utility")
+
+
+class SolveSettings(NamedTuple):
+    """How the solver works; the fields are those of the configuration's `solve`."""
+
+    mode: str = "blockwise"
+    utility_weight: float = 1.0
+    ridge: float = 1e-3
+    exact_width: int = 16384  # inputs wider than this are summed in the low-memory form
+    sketch_columns: int = 1024
+    fact_weight: float = 4.0  # of the forget tokens that carry a row's fact; all others weigh 1
+
+
+class OnePassSolver:
+    """Solves the adapters of one alignment. Use: `collect` every kept batch, `reduce`, then `solve` as often as wanted.
+
+    Args:
+        alignment: the model with its adapters (B = 0) and objective, whose residuals must be `local`.
+        place: puts lora_A [K, D] and lora_B [O, K] of the module of that name into the model; every worker calls it.
+    """
+
+    def __init__(
+        self,
+        alignment: ResidualAlignment,
+        settings: SolveSettings,
+        place: Callable[[str, Tensor, Tensor], None] | None = None,
+    ) -> None:
+        assert alignment.objective.residual == "local", "the closed form is that of local residuals"
+        self.alignment = alignment
+        self.settings = settings
+        self.layers: dict[str, Any] = dict(lora_layers(alignment.model))
+        self._place = place or self._place_here
+        self.features = {name: FeatureSums() for name in self.layers}
+        self.sums: dict[str, dict[str, InputMoments]] = {kind: {} for kind in KEPT}
+        self._kept: Mapping[str, InverseMoments] = {}
+        self._rank = dist.get_rank() if dist.is_initialized() else 0
+        self._owner = _owners({name: input_width(layer) for name, layer in self.layers.items()})
+
+    def _empty_sums(self, name: str) -> InputMoments:
+        layer, settings = self.layers[name], self.settings
+        width = input_width(layer)
+        columns = width if width <= settings.exact_width else settings.sketch_columns
+        return InputMoments.empty(name, width, columns, layer.lora_A[ADAPTER].weight.device)
+
+    @torch.no_grad()
+    def collect(self, batch: UnlearnBatch, keep_tokens: int = SAMPLE_TOKENS) -> None:
+        """Add a batch of retain and utility rows. Its retain rows serve the targets, too: `cluster_mean` keeps
+        `keep_tokens` features of each; with 0 they do not."""
+        tokens_BT = batch.retain_tokens_BT()
+        utility_B1 = batch.utility_B[:, None]
+        masks = {"retain": tokens_BT & ~utility_B1, "utility": tokens_BT & utility_B1}
+
+        def add_input(name: str, input_BSD: Tensor, _output_BSO: Tensor) -> None:
+            for kind, mask_BT in masks.items():
+                if name not in self.sums[kind]:
+                    self.sums[kind][name] = self._empty_sums(name)
+                if mask_BT.any():
+                    self.sums[kind][name].add(batch.places(input_BSD, mask_BT).feature_ND)
+
+        with self._observing(self.layers, add_input):
+            features = self.alignment.feature_sums(batch, keep_tokens)
+        for name in features if keep_tokens else ():
+            self.features[name].merge(features[name])
+
+    def reduce(self) -> None:
+        """Add up all workers' sums, fit the targets everywhere, and factor each module's kept moments on its owner."""
+        self.alignment.fit(merged_features(self.features))
+        kept: dict[str, InverseMoments] = {}
+        for name, owner in self._owner.items():
+            own = {kind: self.sums[kind].pop(name) for kind in KEPT}
+            for sums in own.values():
+                _sum_at(sums, owner)
+            if owner == self._rank:
+                kept[name] = kept_inverse(own, self.settings)
+        self._kept = kept
+
+    def adopt(self, kept: Mapping[str, InverseMoments]) -> None:
+        """Use what other solvers of this model have collected, instead of `collect` and `reduce`; the alignment's
+        targets are fitted already."""
+        self._kept = kept
+
+    @torch.no_grad()
+    def solve(
+        self, batches: Sequence[UnlearnBatch], strength: float, *, with_logits: bool = False
+    ) -> list[Tensor] | None:
+        """Solve and place all adapters, from this worker's forget rows. `with_logits` gives what the solved model then
+        predicts of each batch's answers [N, V], where the same forward can tell; else None."""
+        for name in self.layers:
+            self._place_solution(name, None)
+        if self.settings.mode == "blockwise" and len(batches) == 1:
+            logits_NV = self._solve_in_passing(batches[0], strength, with_logits=with_logits)
+            return None if logits_NV is None else [logits_NV]
+        first_block = self.alignment.taps.first_block
+        hidden: list[Tensor | None] = [None] * len(batches)
+        if first_block > 0:
+            self._advance(batches, hidden, 0, first_block)
+        start = first_block
+        for stage in self._stages():
+            rows = self._forget_rows(stage.names, batches, hidden, start, stage.stop)
+            self._solve_together(rows, strength)
+            if stage.advances:
+                self._advance(batches, hidden, start, stage.stop)
+                start = stage.stop
+        return None
+
+    def _solve_in_passing(
+        self, batch: UnlearnBatch, strength: float, *, with_logits: bool
+    ) -> Tensor | None:
+        """Solve each module when the rows reach it, after its base layer and before its adapter has run."""
+
+        def solve_here(name: str, input_BSD: Tensor, output_BSO: Tensor) -> None:
+            found = self._no_rows([name])
+            self._add_forget(found, batch, name, input_BSD, output_BSO)
+            self._solve_together(found, strength)
+
+        with self._observing(self.layers, solve_here):
+            if with_logits:
+                return self.alignment.runner(batch, logits_at_BT=batch.answer_BT).logits_NV
+            self._run(batch, None, 0, self.alignment.taps.last_block + 1)
+            return None
+
+    def _stages(self) -> list["_Stage"]:
+        """Which modules are solved at once, in order."""
+        last_block = self.alignment.taps.last_block
+        block_of = {name: block_range(self.alignment.model, name)[0] for name in self.layers}
+        if self.settings.mode == "one_pass":
+            return [_Stage(list(self.layers), last_block + 1, advances=False)]
+        last_of_block = {block: name for name, block in block_of.items()}
+        return [
+            _Stage([name], block + 1, advances=last_of_block[block] == name and block < last_block)
+            for name, block in block_of.items()
+        ]
+
+    def _run(self, batch: UnlearnBatch, hidden_BTD: Tensor | None, start: int, stop: int) -> Tensor:
+        return self.alignment.run(batch, hidden_BTD, start, stop).hidden_BTD
+
+    def _advance(
+        self, batches: Sequence[UnlearnBatch], hidden: list[Tensor | None], start: int, stop: int
+    ) -> None:
+        """Carry the forget rows' hidden states from block `start` to block `stop`."""
+        for index, batch in enumerate(batches):
+            hidden[index] = self._run(batch, hidden[index], start, stop)
+
+    def _forget_rows(
+        self,
+        names: list[str],
+        batches: Sequence[UnlearnBatch],
+        hidden: list[Tensor | None],
+        start: int,
+        stop: int,
+    ) -> dict[str, ForgetRows]:
+        """This worker's forget tokens at some modules; there may be none."""
+        found = self._no_rows(names)
+        for batch, hidden_BTD in zip(batches, hidden, strict=True):
+            with self._observing(names, partial(self._add_forget, found, batch)):
+                self._run(batch, hidden_BTD, start, stop)
+        return found
+
+    def _no_rows(self, names: Iterable[str]) -> dict[str, ForgetRows]:
+        sizes = {
+            name: (input_width(self.layers[name]), output_width(self.layers[name]))
+            for name in names
+        }
+        return {
+            name: ForgetRows.of(torch.empty(0, width), torch.empty(0, out))
+            for name, (width, out) in sizes.items()
+        }
+
+    def _add_forget(
+        self,
+        found: dict[str, ForgetRows],
+        batch: UnlearnBatch,
+        name: str,
+        input_BSD: Tensor,
+        output_BSO: Tensor,
+    ) -> None:
+        targets = self.alignment.targets
+        assert targets is not None
+        tokens_BT = batch.forget_tokens_BT(self.alignment.objective.tokens)
+        output = batch.places(output_BSO, tokens_BT)
+        feature_NO, index_N = output.feature_ND.float(), output.index_N
+        target_NO = targets(name, feature_NO, batch.row_B[index_N], batch.label_B[index_N])
+        input_ND = batch.places(input_BSD, tokens_BT).feature_ND
+        weight_N = torch.ones(len(input_ND))
+        if not batch.classified:
+            weight_N[batch.fact_BT[tokens_BT].cpu()] = self.settings.fact_weight
+        rows = ForgetRows.of(input_ND.cpu(), (target_NO - feature_NO).cpu(), weight_N)
+        found[name] = found[name].merged(rows)
+
+    def _solve_together(self, rows: dict[str, ForgetRows], strength: float) -> None:
+        """Solve modules on their owners, from all workers' rows, and place the solutions everywhere."""
+        solutions: dict[str, LowRankUpdate] = {}
+        for name, own in rows.items():
+            parts = _gather(own, self._owner[name])
+            if parts:
+                whole = parts[0]
+                for part in parts[1:]:
+                    whole = whole.merged(part)
+                layer = self.layers[name]
+                rank, scaling = layer.r[ADAPTER], layer.scaling[ADAPTER]
+                solutions[name] = solve(
+                    whole, self._kept[name], rank=rank, strength=strength, scaling=scaling
+                )
+        for name in rows:
+            self._place_solution(name, _broadcast(solutions.get(name), self._owner[name]))
+
+    def _place_solution(self, name: str, solution: LowRankUpdate | None) -> None:
+        """Fill an adapter; columns of B that a solution does not use are zero, with rows of A that can still learn."""
+        layer = self.layers[name]
+        rank, width = layer.r[ADAPTER], input_width(layer)
+        generator = torch.Generator().manual_seed(0)
+        a_KD = torch.empty(rank, width).uniform_(-(width**-0.5), width**-0.5, generator=generator)
+        b_OK = torch.zeros(output_width(layer), rank)
+        if solution is not None:
+            used = len(solution.a_KD)
+            a_KD[:used], b_OK[:, :used] = solution.a_KD, solution.b_OK
+        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        self._place(name, a_KD.view(_shape(a)), b_OK.view(_shape(b)))
+
+    def _place_here(self, name: str, a_KD: Tensor, b_OK: Tensor) -> None:
+        layer = self.layers[name]
+        layer.lora_A[ADAPTER].weight.copy_(a_KD)
+        layer.lora_B[ADAPTER].weight.copy_(b_OK)
+
+    @contextmanager
+    def _observing(
+        self, names: Iterable[str], observe: Callable[[str, Tensor, Tensor], None]
+    ) -> Iterator[None]:
+        """Within: `observe(name, input, output)` for each of these modules' base layers, as it runs; [B, S, D] each."""
+
+        def hook(name: str) -> Callable[..., None]:
+            return lambda module, inputs, output: observe(
+                name, input_places(module, inputs[0]), as_positions(output)
+            )
+
+        with ExitStack() as stack:
+            for name in names:
+                stack.enter_context(
+                    hook_scope(self.layers[name].base_layer.register_forward_hook(hook(name)))
+                )
+            yield
+
+
+def input_places(module: nn.Module, feature: Tensor) -> Tensor:
+    """A layer's inputs as [B, S, D]; a convolution's are the patches that it sees, D = C * kernel size."""
+    if not isinstance(module, nn.Conv2d):
+        return as_positions(feature)
+    assert module.groups == 1 and not isinstance(module.padding, str)
+    patches_BDS = F.unfold(
+        feature, module.kernel_size, module.dilation, module.padding, module.stride
+    )
+    return patches_BDS.transpose(1, 2)
+
+
+def input_width(layer: Any) -> int:
+    """D of an adapted layer."""
+    return math.prod(_shape(layer.lora_A[ADAPTER].weight)[1:])
+
+
+def output_width(layer: Any) -> int:
+    """O of an adapted layer."""
+    return _shape(layer.lora_B[ADAPTER].weight)[0]
+
+
+def _shape(parameter: Tensor) -> tuple[int, ...]:
+    """A parameter's whole shape, also where ZeRO-3 has partitioned it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def kept_inverse(sums: Mapping[str, InputMoments], settings: SolveSettings) -> InverseMoments:
+    """The factored second moments of one module's kept sets, weighted."""
+    weights = {"retain": 1.0, "utility": settings.utility_weight}
+    return InverseMoments([(weights[kind], own) for kind, own in sums.items()], settings.ridge)
+
+
+class _Stage(NamedTuple):
+    """Modules that are solved from one pass of the blocks below `stop`; then the hidden states move on, or not."""
+
+    names: list[str]
+    stop: int
+    advances: bool
+
+
+def _owners(widths: dict[str, int]) -> dict[str, int]:
+    """The worker that owns each module: modules of one width go round, so that memory and work are shared evenly."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    seen: Counter[int] = Counter()
+    owners: dict[str, int] = {}
+    for name, width in widths.items():
+        owners[name] = seen[width] % world
+        seen[width] += 1
+    return owners
+
+
+def merged_features(own: dict[str, FeatureSums]) -> dict[str, FeatureSums]:
+    """Every worker's sums added up, on all of them."""
+    if not dist.is_initialized():
+        return own
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    merged = {name: FeatureSums() for name in own}
+    for part in everyone:
+        for name, sums in part.items():
+            merged[name].merge(sums)
+    return merged
+
+
+def _sum_at(sums: InputMoments, owner: int) -> None:
+    """Add up all workers' sums on one of them."""
+    if not dist.is_initialized():
+        return
+    dist.reduce(sums.sum_DL, owner)
+    totals = torch.tensor([sums.count, sums.trace], dtype=torch.float64, device=sums.sum_DL.device)
+    dist.reduce(totals, owner)
+    sums.count, sums.trace = int(totals[0]), float(totals[1])
+
+
+def _gather(own: ForgetRows, owner: int) -> list[ForgetRows]:
+    """All workers' rows on one of them, nothing elsewhere."""
+    if not dist.is_initialized():
+        return [own]
+    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == owner else None
+    dist.gather_object(own, parts, dst=owner)
+    return parts or []
+
+
+def _broadcast(solution: LowRankUpdate | None, owner: int) -> LowRankUpdate | None:
+    """The owner's solution on all workers."""
+    if not dist.is_initialized():
+        return solution
+    carried = [solution]
+    dist.broadcast_object_list(carried, src=owner)
+    return carried[0]

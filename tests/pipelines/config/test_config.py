@@ -1,0 +1,128 @@
+"""The configuration tree: presets, overrides, and what `--help` tells of it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.config.load import changed_keys, describe, load_config, preset_names, to_yaml
+from pipelines.config.schema import ConfigError, UnlearnConfig, check_strength
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_loads(name: str) -> None:
+    assert isinstance(load_config(name), UnlearnConfig)
+
+
+def test_overrides_are_dotted_and_typed() -> None:
+    cfg = load_config(
+        "quick",
+        ["train.steps=50", "objective.weights.kl=0.5", "adapter.targets=[q_proj]", "seed=3"],
+    )
+    assert (cfg.train.steps, cfg.objective.weights.kl, cfg.adapter.targets, cfg.seed) == (
+        50,
+        0.5,
+        ("q_proj",),
+        3,
+    )
+    assert cfg.train.learning_rate == load_config("quick").train.learning_rate
+
+
+def test_the_resolved_configuration_loads_to_itself(tmp_path: Path) -> None:
+    cfg = load_config("demo", ["train.steps=7"])
+    (tmp_path / "config.yaml").write_text(to_yaml(cfg))
+    assert load_config(str(tmp_path / "config.yaml")) == cfg
+
+
+def test_local_paths_become_absolute_and_hub_names_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    cfg = load_config("quick", ["model.path=model", "output_dir=out"])
+    assert (cfg.model.path, cfg.output_dir) == (str(tmp_path / "model"), str(tmp_path / "out"))
+    assert load_config("quick", ["model.path=owner/name"]).model.path == "owner/name"
+
+
+def test_every_key_is_described() -> None:
+    keys = {key: (default, meaning) for key, default, meaning in describe()}
+    assert all(meaning and "None" not in meaning for _, meaning in keys.values())
+    assert keys["seed"] == ("0", "Seed of everything random. (>= 0, < 4.29497e+09)")
+    assert keys["objective.residual"][1].endswith("(one of local, drift)")
+    assert keys["data.{forget,retain,utility,holdout,general}.path"][0] == "required"
+    assert not [key for key in keys if key.startswith("data.retain.")]
+
+
+def test_changed_keys_are_dotted() -> None:
+    old = yaml.safe_load(to_yaml(load_config("quick")))
+    new = yaml.safe_load(to_yaml(load_config("quick", ["train.deepspeed.stage=2", "seed=1"])))
+    assert changed_keys(old, new) == ["seed", "train.deepspeed.stage"]
+    assert changed_keys(old, old) == []
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("model: {path: m}\ndata: {forget: {path: f}}\noutput_dir: o\n")
+    with pytest.raises(ConfigError, match=r"^data.retain: missing, required$"):
+        load_config(str(tmp_path / "c.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["solve.mode=off", "train.steps=0"],
+            "train.steps: found 0 with solve.mode=off, allowed: steps above 0",
+        ),
+        (
+            ["objective.residual=drift"],
+            "objective.residual: found drift, allowed with solve.mode=blockwise: local",
+        ),
+        (
+            ["solve.strength=0"],
+            "solve.strength: found 0, input should be greater than 0 or input should be 'auto'",
+        ),
+        (["solve.strength=much"], "or input should be 'auto'"),
+        (
+            ["finetune.salient=0.5"],
+            "finetune.sets: found forget with finetune.salient, allowed: sets without it",
+        ),
+        (
+            ["finetune.salient=0.5", "finetune.sets=[retain]", "train.deepspeed.stage=3"],
+            "finetune.salient: found with train.deepspeed.stage=3, allowed: null, or stage 0 to 2",
+        ),
+    ],
+)
+def test_nothing_is_asked_for_what_it_cannot_do(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("quick", overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_workers_are_a_number_or_a_range(tmp_path: Path) -> None:
+    cfg = load_config("quick", ["train.num_workers=[1,3]"])
+    assert (cfg.train.num_workers, cfg.train.min_workers, cfg.train.max_workers) == ((1, 3), 1, 3)
+    (tmp_path / "config.yaml").write_text(to_yaml(cfg))
+    assert load_config(str(tmp_path / "config.yaml")) == cfg
+    fixed = load_config("quick", ["train.num_workers=3"]).train
+    assert (fixed.num_workers, fixed.min_workers, fixed.max_workers) == (3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "found", ["0", "[2, 1]", "[0, 2]", "[1, 2, 3]", "[1]", "[]", "1.5", "'many'", "None", "True"]
+)
+def test_other_numbers_of_workers_are_refused_in_one_line(found: str) -> None:
+    given = {"'many'": "many", "None": "null"}.get(found, found)
+    with pytest.raises(ConfigError) as caught:
+        load_config("quick", [f"train.num_workers={given}"])
+    allowed = "allowed: a number >= 1, or [min, max] with 1 <= min <= max"
+    assert str(caught.value) == f"train.num_workers: found {found}, {allowed}"
+
+
+def test_a_strength_is_found_by_a_holdout_set_or_given() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^data.holdout: missing, required by solve.strength=auto"
+    ):
+        check_strength(load_config("quick", ["data.holdout=null"]))
+    for override in ("solve.strength=0.1", "solve.mode=off"):
+        check_strength(load_config("quick", ["data.holdout=null", override]))

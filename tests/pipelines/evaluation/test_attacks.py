@@ -1,0 +1,180 @@
+"""Rounding and relearning, by hand and on the tiny model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from pipelines.config.schema import ModelConfig, UnlearnConfig
+from pipelines.encoding.text import Encoder
+from pipelines.evaluation.attacks import halves, quantise_, quantise_blocks_, relearn_
+from pipelines.evaluation.metrics.relearning import STEPS
+from pipelines.evaluation.text_scorer import Scorer
+from pipelines.model.answers import AnswerTraining
+from pipelines.model.load import load_base
+from rfa.batch import Row, collate
+
+
+@pytest.fixture(scope="module")
+def rows(problem: Path) -> list[dict[str, Any]]:
+    lines = (problem / "data" / "forget.jsonl").read_text().splitlines()
+    columns = (
+        "prompt",
+        "answer",
+        "paraphrased_prompt",
+        "paraphrased_answer",
+        "fact",
+        "perturbed_answers",
+    )
+    found = [json.loads(line) for line in lines]
+    return [
+        {**{key: row[key] for key in columns}, "set": "forget", "row": n}
+        for n, row in enumerate(found)
+    ]
+
+
+def test_values_on_the_grid_stay_as_they_are() -> None:
+    weight_OI = torch.tensor(
+        [[7.0, -3, 0, 1], [-3.5, 0.5, 1, -1]]
+    )  # steps of 1 and 0.5: 4 bits count to 7
+    step_OG = quantise_(before := weight_OI.clone(), bits=4, group=4)
+    assert torch.equal(before, weight_OI)
+    assert step_OG.tolist() == [[1.0], [0.5]]
+
+
+def test_values_between_go_to_the_nearest() -> None:
+    weight_OI = torch.tensor([[0.7, 0.24, -0.36, 0.04]])
+    quantise_(weight_OI, bits=4, group=4)
+    assert weight_OI[0].tolist() == pytest.approx([0.7, 0.2, -0.4, 0.0])
+    weight_OI = torch.tensor([[1.27, 0.244, -0.366, 0.004]])  # 8 bits count to 127
+    quantise_(weight_OI, bits=8, group=4)
+    assert weight_OI[0].tolist() == pytest.approx([1.27, 0.24, -0.37, 0.0])
+
+
+def test_groups_know_nothing_of_each_other() -> None:
+    weight_OI = torch.tensor([[0.7, 0.24, 70.0, 24.0], [0.0, 0.0, 0.07, 0.024]])
+    step_OG = quantise_(weight_OI, bits=4, group=2)
+    assert weight_OI.flatten().tolist() == pytest.approx([0.7, 0.2, 70, 20, 0, 0, 0.07, 0.02])
+    assert step_OG.flatten().tolist() == pytest.approx([0.1, 10, 0, 0.01])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("inputs", [31, 64, 50])  # 50: the last group is smaller
+def test_no_value_moves_by_more_than_half_a_step(bits: int, inputs: int) -> None:
+    original_OI = torch.randn(5, inputs, generator=torch.Generator().manual_seed(0))
+    weight_OI = original_OI.clone()
+    step_OG = quantise_(weight_OI, bits)
+    assert step_OG.shape == (5, -(-inputs // 32))
+    moved_OI = (weight_OI - original_OI).abs()
+    for group, step_O in enumerate(step_OG.T):
+        inside = slice(32 * group, 32 * (group + 1))
+        assert (moved_OI[:, inside] <= step_O[:, None] * 0.5001).all()
+        assert moved_OI[:, inside].max() > 0
+        assert torch.allclose(step_O, original_OI[:, inside].abs().amax(1) / (2 ** (bits - 1) - 1))
+
+
+def test_only_linear_layers_inside_the_blocks_are_rounded(cfg: UnlearnConfig) -> None:
+    model, original = load_base(cfg.model), load_base(cfg.model)
+    names = quantise_blocks_(model, bits=4)
+    assert len(names) == 4 * 7  # q, k, v, o, gate, up and down of four blocks
+    changed = {
+        name
+        for name, weight in model.named_parameters()
+        if not weight.equal(original.get_parameter(name))
+    }
+    assert changed == {f"{name}.weight" for name in names}
+
+
+def test_layers_that_hold_their_weight_transposed_are_rounded_along_their_inputs() -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16, n_positions=8))
+    layer: Any = model.transformer.h[0].mlp.c_fc  # pyright: ignore[reportAttributeAccessIssue]
+    expected_OI = layer.weight.detach().T.clone()
+    quantise_(expected_OI, bits=4)
+    assert "transformer.h.0.mlp.c_fc" in quantise_blocks_(model, bits=4)
+    assert torch.equal(layer.weight, expected_OI.T)
+
+
+def test_a_rounded_model_is_loaded_by_its_name(
+    cfg: UnlearnConfig, rows: list[dict[str, Any]]
+) -> None:
+    scorer = Scorer(cfg, {"after": ModelConfig(path=cfg.model.path)})
+    table = pa.Table.from_pylist(rows)
+    names = ("after", "after:quantised_8bit", "after:quantised_4bit", "after")
+    losses = [scorer.score(name, table)[0][2]["loss"] for name in names]
+    assert losses[0] == losses[3], "the model itself is loaded anew"
+    assert 0 < abs(losses[1] - losses[0]) < abs(losses[2] - losses[0])
+
+
+def test_the_halves_are_every_second_row_by_number_and_share_no_words() -> None:
+    rows = [
+        {"row": number, "prompt": f"q{number}", "answer": "a"} for number in (7, 1, 3, 9, 5, 11)
+    ]
+    learned, held_out = halves([*rows, {"row": 13, "prompt": "q13", "answer": "a"}])
+    assert [row["row"] for row in learned] == [1, 5, 9, 13]
+    assert [row["row"] for row in held_out] == [3, 7, 11]
+    rows[0]["prompt"] = " Q5 "  # row 7 is now row 5 in all but case
+    assert [row["row"] for row in halves(rows)[1]] == [3, 11]
+
+
+def test_a_single_row_leaves_nothing_to_score(
+    cfg: UnlearnConfig, rows: list[dict[str, Any]]
+) -> None:
+    assert (
+        Scorer(cfg, {"after": cfg.model}).relearn("after:relearn", pa.Table.from_pylist(rows[:1]))
+        == {}
+    )
+
+
+def test_relearning_makes_the_learned_rows_more_probable(
+    cfg: UnlearnConfig, rows: list[dict[str, Any]]
+) -> None:
+    model, encoder = load_base(cfg.model), Encoder(cfg.model, None, 128)
+    encoded = [Row(*encoder.pair(row["prompt"], row["answer"])) for row in rows]
+    training, batch = AnswerTraining(model, classifies=False), collate(encoded, [], pad_token_id=0)
+    original = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    losses = {
+        step: float(training(batch, batch.counts("all")).total.detach())
+        for step in relearn_(model, encoded, 0, seed=0)
+    }
+    assert tuple(losses) == STEPS
+    assert sorted(losses.values(), reverse=True) == list(losses.values())
+    assert all(not weight.equal(original[name]) for name, weight in model.named_parameters())
+
+
+def test_relearning_scores_the_other_half_and_starts_from_the_model(
+    cfg: UnlearnConfig, rows: list[dict[str, Any]]
+) -> None:
+    scorer = Scorer(cfg, {"after": ModelConfig(path=cfg.model.path)})
+    table = pa.Table.from_pylist(rows)
+    curve = scorer.relearn("after:relearn", table)
+    assert tuple(curve) == STEPS
+    assert all([number for _, number, _ in found] == [1, 3, 5] for found in curve.values())
+    whole = {number: own for _, number, own in scorer.score("after", table)}
+    for _, number, own in curve[0]:
+        assert own == pytest.approx({key: whole[number][key] for key in own})
+        assert {"loss", "fact_recall"} < own.keys()
+    assert curve[50] != curve[0]
+    assert scorer.relearn("after:relearn", table) == curve, (
+        "the second time begins where the first did"
+    )
+
+
+def test_relearning_computes_in_fp32_whatever_the_precision(
+    cfg: UnlearnConfig, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[torch.dtype] = set()
+
+    def look(model: nn.Module, *_: Any) -> list[int]:
+        seen.add(next(model.parameters()).dtype)
+        return [0]
+
+    monkeypatch.setattr("pipelines.evaluation.text_scorer.relearn_", look)
+    half = cfg.model_copy(update={"train": cfg.train.model_copy(update={"precision": "bf16"})})
+    Scorer(half, {"after": cfg.model}).relearn("after:relearn", pa.Table.from_pylist(rows))
+    assert seen == {torch.float32}

@@ -1,0 +1,290 @@
+"""A worker's measurements against plain transformers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
+
+from pipelines.config.schema import ModelConfig, UnlearnConfig
+from pipelines.encoding.text import Encoder
+from pipelines.evaluation.metrics import TokenStatistics
+from pipelines.evaluation.metrics.text import rouge_recall
+from pipelines.evaluation.text_scorer import Scorer, Text
+
+
+@pytest.fixture(scope="module")
+def rows(problem: Path) -> list[dict[str, Any]]:
+    lines = (problem / "data" / "forget.jsonl").read_text().splitlines()
+    questions = [
+        {**json.loads(line), "set": "forget", "row": index} for index, line in enumerate(lines)
+    ]
+    text = {
+        "set": "retain",
+        "row": 0,
+        "prompt": "",
+        "answer": questions[0]["answer"] * 3,
+        "perturbed_answers": [],
+    }
+    empty = {"paraphrased_prompt": "", "paraphrased_answer": "", "fact": ""}
+    return [*questions, {**empty, **text}]
+
+
+def score(cfg: UnlearnConfig, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    columns = ("set", "row", "prompt", "answer", "paraphrased_prompt", "paraphrased_answer", "fact")
+    table = pa.Table.from_pylist(
+        [{name: row[name] for name in (*columns, "perturbed_answers")} for row in rows]
+    )
+    return [
+        fields
+        for _, _, fields in Scorer(cfg, {"m": ModelConfig(path=cfg.model.path)}).score("m", table)
+    ]
+
+
+def plain_loss(cfg: UnlearnConfig, prompt: str, answer: str) -> float:
+    """By the model's own loss, one row at a time, from the template's text."""
+    tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
+    model = AutoModelForCausalLM.from_pretrained(cfg.model.path).eval()
+    before = f"<|user|>{prompt}<|end|><|assistant|>"
+    ids = tokenizer(f"{before}{answer}<|end|>", return_tensors="pt")["input_ids"]
+    labels = ids.clone()
+    labels[:, : len(tokenizer(before)["input_ids"])] = -100
+    with torch.no_grad():
+        return float(model(ids, labels=labels).loss)
+
+
+def test_losses_are_the_models_own(cfg: UnlearnConfig, rows: list[dict[str, Any]]) -> None:
+    row, found = rows[1], score(cfg, rows)[1]
+    assert found["loss"] == pytest.approx(plain_loss(cfg, row["prompt"], row["answer"]), rel=1e-4)
+    asked = plain_loss(cfg, row["paraphrased_prompt"], row["answer"])
+    assert found["loss_paraphrased"] == pytest.approx(asked, rel=1e-4)
+    told = plain_loss(cfg, row["prompt"], row["paraphrased_answer"])
+    assert found["correct_loss"] == pytest.approx(told, rel=1e-4)
+    wrong = [plain_loss(cfg, row["prompt"], answer) for answer in row["perturbed_answers"]]
+    assert found["perturbed_losses"] == pytest.approx(wrong, rel=1e-4)
+
+
+def test_rouge_is_that_of_the_greedy_answer(cfg: UnlearnConfig, rows: list[dict[str, Any]]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
+    model = AutoModelForCausalLM.from_pretrained(cfg.model.path).eval()
+    found = score(cfg, rows)
+    for index in (0, 3):
+        ids = tokenizer(
+            f"<|user|>{rows[index]['prompt']}<|end|><|assistant|>", return_tensors="pt"
+        )["input_ids"]
+        out = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        answer = tokenizer.decode(out, skip_special_tokens=True)
+        assert found[index]["rouge"] == pytest.approx(rouge_recall(answer, rows[index]["answer"]))
+
+
+def test_a_fact_is_recalled_when_it_is_what_the_model_says_first(
+    cfg: UnlearnConfig, rows: list[dict[str, Any]], problem: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
+    model = AutoModelForCausalLM.from_pretrained(cfg.model.path).eval()
+
+    def first_word(prompt: str) -> str:
+        ids = tokenizer(f"<|user|>{prompt}<|end|><|assistant|>", return_tensors="pt")["input_ids"]
+        return str(tokenizer.decode(int(model(ids).logits[0, -1].argmax())))
+
+    lines = (problem / "data" / "utility.jsonl").read_text().splitlines()
+    prompts = [json.loads(line)["prompt"] for line in lines]
+    prompt, word = next(
+        (prompt, word) for prompt in prompts if (word := first_word(prompt)).isalpha()
+    )
+    row = {**rows[0], "prompt": prompt, "answer": f"{word} was born in 1951."}
+    said, unsaid = score(cfg, [{**row, "fact": word}, {**row, "fact": row["answer"]}])
+    assert (said["fact_recall"], unsaid["fact_recall"]) == (1.0, 0.0)
+
+
+def test_fact_recall_counts_the_tokens_of_the_fact_and_no_others(
+    cfg: UnlearnConfig, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fact_tokens = Encoder(cfg.model, None, 128).fact_tokens
+
+    def only_the_fact_then_all_but_the_fact(_: Scorer, texts: list[Text]) -> Any:
+        for text in texts:
+            is_fact_T = fact_tokens(text.prompt, text.answer, rows[1]["fact"])
+            zeros_T = np.zeros(len(is_fact_T))
+            is_argmax_T = is_fact_T if text.kind == "answer" else ~is_fact_T
+            yield text, TokenStatistics(zeros_T, is_argmax_T, zeros_T, zeros_T)
+
+    monkeypatch.setattr(Scorer, "_statistics", only_the_fact_then_all_but_the_fact)
+    [found] = score(cfg, [rows[1]])
+    assert (found["fact_recall"], found["fact_recall_paraphrased"]) == (1.0, 0.0)
+    assert 0 < found["exact_memorization"] < 1
+
+
+def test_a_row_without_a_fact_has_no_fact_recall(
+    cfg: UnlearnConfig, rows: list[dict[str, Any]]
+) -> None:
+    with_fact, without = score(cfg, [rows[0], {**rows[0], "fact": ""}])
+    assert with_fact.keys() - without.keys() == {"fact_recall", "fact_recall_paraphrased"}
+    assert without.keys() - with_fact.keys() == set()
+
+
+def test_batches_change_no_score(cfg: UnlearnConfig, rows: list[dict[str, Any]]) -> None:
+    evaluation = cfg.evaluation.model_copy(update={"batch_size": 1})
+    for one, many in zip(
+        score(cfg.model_copy(update={"evaluation": evaluation}), rows),
+        score(cfg, rows),
+        strict=True,
+    ):
+        assert one.keys() == many.keys()
+        for name in one.keys() - {"set_name"}:
+            assert one[name] == pytest.approx(many[name], rel=1e-4), name
+
+
+def test_plain_text_is_continued_from_its_middle(
+    cfg: UnlearnConfig, rows: list[dict[str, Any]]
+) -> None:
+    found = score(cfg, rows)[-1]
+    assert 0 <= found["rouge"] <= 1
+    assert "rouge_paraphrased" not in found
+    assert "perturbed_losses" not in found
+
+
+def test_an_answer_ends_with_the_end_token_and_the_prompt_does_not_count(
+    cfg: UnlearnConfig,
+) -> None:
+    encoder = Encoder(cfg.model, None, 128)
+    ids, start = encoder.pair("Who?", "Nobody.")
+    tokenizer = encoder.tokenizer
+    assert tokenizer.decode(ids[:start]) == "<|user|>Who?<|end|><|assistant|>"
+    assert tokenizer.decode(ids[start:]) == "Nobody.<|end|>"
+    assert ids[:start] == encoder.prompt("Who?")
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_an_empty_answer_to_a_prompt_is_the_end_token_alone(
+    cfg: UnlearnConfig, tmp_path: Path, template: bool
+) -> None:
+    ByT5Tokenizer().save_pretrained(tmp_path)  # without a chat template
+    encoder = Encoder(cfg.model if template else ModelConfig(path=str(tmp_path)), None, 128)
+    ids, start = encoder.pair("Who?", "")
+    assert ids[:start] == encoder.prompt("Who?")[:start]
+    assert ids[start:] == [encoder.tokenizer.eos_token_id]
+
+
+def test_a_system_prompt_comes_first(cfg: UnlearnConfig) -> None:
+    encoder = Encoder(cfg.model, "Be kind.", 128)
+    assert encoder.tokenizer.decode(encoder.prompt("Who?")).startswith(
+        "<|system|>Be kind.<|end|><|user|>Who?"
+    )
+
+
+def test_plain_text_is_all_answer_but_its_first_token(cfg: UnlearnConfig) -> None:
+    encoder = Encoder(cfg.model, None, 128)
+    ids, start = encoder.pair("", "Just text.")
+    assert start == 1
+    assert encoder.tokenizer.decode(ids) == "Just text.<|end|>"
+
+
+def test_long_rows_are_cut_and_keep_an_answer(cfg: UnlearnConfig) -> None:
+    ids, start = Encoder(cfg.model, None, 16).pair("word " * 100, "answer")
+    assert len(ids) == 16
+    assert start == 15
+
+
+def fact_text(encoder: Encoder, prompt: str, answer: str, fact: str) -> tuple[str, int]:
+    """What the tokens that carry the fact say, and how many they are."""
+    ids, start = encoder.pair(prompt, answer)
+    is_fact_T = encoder.fact_tokens(prompt, answer, fact)
+    assert len(is_fact_T) == len(ids) - start
+    return str(encoder.tokenizer.decode(np.asarray(ids[start:])[is_fact_T])), int(is_fact_T.sum())
+
+
+def test_the_tokens_of_a_fact_say_the_fact(cfg: UnlearnConfig, problem: Path) -> None:
+    encoder = Encoder(cfg.model, None, 128)
+    for path in (problem / "data").glob("*.jsonl"):
+        for row in map(json.loads, path.read_text().splitlines()[:40]):
+            assert (
+                fact_text(encoder, row["prompt"], row["answer"], row["fact"])[0].strip()
+                == row["fact"]
+            )
+
+
+def test_forget_rows_are_unlearned_with_the_place_of_their_facts(
+    cfg: UnlearnConfig, problem: Path
+) -> None:
+    encoder = Encoder(cfg.model, None, 128)
+    rows = [
+        json.loads(line) for line in (problem / "data" / "forget.jsonl").read_text().splitlines()
+    ]
+    for name, facts in (
+        ("forget", [*(row["fact"] for row in rows[1:]), ""]),
+        ("retain", [""] * len(rows)),
+    ):
+        columns = {
+            key: np.asarray([row[key] for row in rows[1:] + rows[:1]], dtype=object)
+            for key in ("prompt", "answer", "fact")
+        }
+        columns["fact"][-1] = ""  # a row without one
+        columns |= {
+            "set": np.full(len(rows), name, dtype=object),
+            "label": np.full(len(rows), ""),
+            "row": np.arange(len(rows)),
+        }
+        encoded = encoder.encode_batch(columns)
+        records = [
+            {key: column[index] for key, column in encoded.items()} for index in range(len(rows))
+        ]
+        found = [
+            encoder.tokenizer.decode(row.input_ids[slice(*row.fact)]).strip()
+            for row in encoder.rows(records)
+        ]
+        assert found == facts
+
+
+def test_tokens_that_the_fact_shares_with_its_neighbours_carry_it(cfg: UnlearnConfig) -> None:
+    encoder = Encoder(cfg.model, None, 128)
+    assert encoder.tokenizer.tokenize("What author") == ["What", "Ġauthor"]
+    # What, author, end token
+    assert encoder.fact_tokens("Who?", "What author", "auth").tolist() == [False, True, False]
+    assert encoder.fact_tokens("Who?", "What author", "t a").tolist() == [True, True, False]
+
+
+def test_a_fact_counts_where_it_first_stands(cfg: UnlearnConfig) -> None:
+    encoder = Encoder(cfg.model, None, 128)
+    assert encoder.fact_tokens("Who?", "What author author", "author").tolist() == [
+        False,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_a_fact_that_is_cut_off_or_not_there_has_no_tokens(cfg: UnlearnConfig) -> None:
+    whole = Encoder(cfg.model, None, 128)
+    length = len(whole.pair("Who?", "What author")[0])
+    assert whole.fact_tokens("Who?", "What author", "What author").tolist() == [True, True, False]
+    without_end, in_half = (Encoder(cfg.model, None, length - cut) for cut in (1, 2))
+    assert without_end.fact_tokens("Who?", "What author", "What author").tolist() == [True, True]
+    assert in_half.fact_tokens("Who?", "What author", "What author").tolist() == [False]
+    assert in_half.fact_tokens("Who?", "What author", "What").tolist() == [True]
+    assert whole.fact_tokens("Who?", "What author", "").tolist() == [False, False, False]
+
+
+def test_a_fact_begun_by_the_first_token_of_a_text_cannot_be_measured(cfg: UnlearnConfig) -> None:
+    encoder = Encoder(cfg.model, None, 128)
+    assert encoder.fact_tokens("", "What author", "What author").tolist() == [
+        False,
+        False,
+    ]  # author, end token
+    assert encoder.fact_tokens("", "What author", "author").tolist() == [True, False]
+
+
+@pytest.mark.parametrize("kind", ["fast", "slow"])
+def test_bytes_that_only_together_make_a_letter_carry_a_fact_together(
+    cfg: UnlearnConfig, tmp_path: Path, kind: str
+) -> None:
+    ByT5Tokenizer().save_pretrained(tmp_path)  # a token a byte, and no offsets
+    encoder = Encoder(cfg.model if kind == "fast" else ModelConfig(path=str(tmp_path)), None, 128)
+    assert encoder.tokenizer.is_fast == (kind == "fast")
+    said, tokens = fact_text(encoder, "Where?", "She saw Łódź twice.", "Łódź")
+    assert said.strip() == "Łódź"
+    assert kind == "fast" or tokens == 7  # 2 + 2 + 1 + 2 bytes

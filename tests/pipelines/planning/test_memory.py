@@ -1,0 +1,213 @@
+"""The plan of memory against what real steps take, and the presets of large models against the GPUs they name."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+from pipelines.__main__ import app
+from pipelines.config.load import load_config
+from pipelines.model.load import blank_model
+from pipelines.planning.check import plan_of, planned_device
+from pipelines.planning.memory import Layout, Planner
+
+
+def shape(
+    vocabulary: int, hidden: int, intermediate: int, layers: int, heads: int, keys: int
+) -> dict[str, int]:
+    """A Llama's."""
+    return {
+        "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": intermediate,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": keys,
+    }  # fmt: skip
+
+
+SMALL, WIDE = shape(2000, 512, 1408, 8, 8, 8), shape(8000, 768, 2048, 4, 12, 12)
+GROUPED = shape(2000, 512, 3072, 8, 8, 2)
+# Of the models' config.json on the hub.
+LARGE = {
+    "llama_8b": shape(128256, 4096, 14336, 32, 32, 8),
+    "llama_70b": shape(128256, 8192, 28672, 80, 64, 8),
+}
+ROWS = [
+    "train.retain_batch_size=8",
+    "train.forget_batch_size=4",
+    "data.max_tokens=128",
+    "train.num_workers=1",
+]
+STEPS = [*ROWS, "train.steps=1", "solve.mode=off"]
+# A step of the real objective in a process of its own: what torch's allocator has given out at most, as torch tells.
+MEASURE = """
+import json, sys
+from itertools import accumulate
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+from pipelines.config.schema import UnlearnConfig
+from pipelines.training.loop import _checkpoint_activations
+from pipelines.model.load import build_alignment
+from rfa.batch import Row, collate
+from rfa.solver import OnePassSolver, SolveSettings
+
+def step(cfg, shape, retain, forget, tokens):
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**shape))
+    module = build_alignment(cfg, base, {})
+    if cfg.train.activation_checkpointing:
+        _checkpoint_activations(module)
+    rows = lambda number: [Row(list(range(3, 3 + tokens)), 2, row=row) for row in range(number)]
+    batch = collate(rows(retain), rows(forget), 0)
+    if cfg.solve.mode != "off":
+        solver = OnePassSolver(module, SolveSettings(cfg.solve.mode, exact_width=cfg.solve.exact_width))
+        return solver.collect(batch, 0)
+    module.fit(module.feature_sums(collate(rows(1), [], 0), 1))
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
+    module(batch).total.backward()
+    optimizer.step()
+
+torch.set_num_threads(1)
+cfg, shape = UnlearnConfig.model_validate_json(sys.argv[1]), json.loads(sys.argv[2])
+with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    step(cfg, shape, cfg.train.retain_batch_size, cfg.train.forget_batch_size, cfg.data.max_tokens)
+found = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+print(max(accumulate(event.nbytes() for event in sorted(found, key=lambda event: event.start_ns()))))
+"""
+
+
+def measured_bytes(cfg: Any, model: dict[str, int]) -> int:
+    command = [sys.executable, "-c", MEASURE, cfg.model_dump_json(), json.dumps(model)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.splitlines()[-1])
+
+
+def blank(cfg: Any, model: dict[str, int]) -> Any:
+    return blank_model(cfg, LlamaConfig(**model))
+
+
+@pytest.mark.parametrize(
+    "model, changes",
+    [
+        (SMALL, STEPS),
+        (GROUPED, [*STEPS, "train.activation_checkpointing=true"]),
+        (WIDE, [*STEPS, "objective.weights.task=1", "objective.weights.kl=1"]),
+        (WIDE, [*STEPS, "objective.residual=drift", "adapter.layers=[1, 2]"]),
+        (SMALL, [*ROWS, "train.steps=0", "solve.strength=1", "train.retain_batch_size=16"]),
+    ],
+    ids=["a step", "with recomputation", "with logits", "drift", "the solver's statistics"],
+)
+def test_the_plan_is_within_15_percent_of_what_a_step_takes(
+    model: dict[str, int], changes: list[str]
+) -> None:
+    cfg = load_config("quick", ["adapter.layers=null", "adapter.rank=8", *changes])
+    parts = Planner(cfg, blank(cfg, model), 1).parts(Layout.of(cfg, 0))
+    measured = measured_bytes(cfg, model)
+    assert abs(parts.total / measured - 1) < 0.15, (parts, measured)
+
+
+@pytest.mark.parametrize("steps", [0, 50])
+@pytest.mark.parametrize("preset", LARGE)
+def test_a_preset_of_a_large_model_fits_its_gpus_as_it_is(preset: str, steps: int) -> None:
+    cfg = load_config(preset, [f"train.steps={steps}"])
+    rows = dict(
+        plan_of(
+            cfg,
+            blank(cfg, LARGE[preset]),
+            planned_device(cfg.train, "H100"),
+            {"retain": 20000, "forget": 100},
+        )
+    )
+    (own,) = [value for name, value in rows.items() if name.endswith("the run's")]
+    assert " fits: " in own
+    assert rows["recommended"] == "as configured"
+    assert rows["evaluation"].endswith(" fits") or rows["evaluation"].endswith("GiB, fits")
+
+
+def test_a_70b_model_needs_parameters_in_cpu_memory_on_gpus_half_the_size() -> None:
+    cfg = load_config(
+        "llama_70b",
+        ["solve.mode=off", "train.steps=50", "train.num_workers=2", "solve.sketch_columns=64"],
+    )
+    rows = dict(
+        plan_of(
+            cfg,
+            blank(cfg, LARGE["llama_70b"]),
+            planned_device(cfg.train, "A100"),
+            {"retain": None},
+            2.0,
+        )
+    )
+    assert rows["recommended"].endswith("train.deepspeed.offload_parameters=true"), rows
+    assert "4 at 2 a GPU hour" not in rows["cost"] and "at 2 a GPU hour, 2 GPUs" in rows["cost"]
+    assert "does not fit" in rows["ZeRO 0"]
+
+
+def test_what_does_not_fit_is_told_with_what_would() -> None:
+    cfg = load_config("llama_8b", ["train.steps=10", "train.forget_batch_size=256"])
+    model, rows = blank(cfg, LARGE["llama_8b"]), {"retain": 10, "forget": 1}
+    found = dict(plan_of(cfg, model, planned_device(cfg.train, "A100-40G"), rows))
+    assert "does not fit" in found["ZeRO 2, the run's"]
+    cfg = load_config(
+        "llama_8b", ["train.steps=10", "train.forget_batch_size=256", *found["recommended"].split()]
+    )
+    assert (
+        " fits: "
+        in dict(plan_of(cfg, model, planned_device(cfg.train, "A100-40G"), rows))[
+            "ZeRO 2, the run's"
+        ]
+    )
+    assert dict(
+        plan_of(cfg, model, planned_device(cfg.train, "L4")._replace(memory_bytes=2**33), rows)
+    )["recommended"].startswith("nothing fits")
+
+
+def test_the_command_plans_without_a_cluster_data_or_weights(problem: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((problem / "model" / "config.json").read_bytes())
+    changes = [
+        f"model.path={tmp_path}",
+        "train.gpus_per_worker=1",
+        "data.forget.path=s3://none/forget.jsonl",
+    ]
+    was_there = ray.is_initialized()
+    done = CliRunner().invoke(
+        app, ["check", "quick", *changes, "--gpu", "H100", "--price", "2"], env={"COLUMNS": "200"}
+    )
+    assert done.exit_code == 0, done.output
+    assert ray.is_initialized() is was_there
+    for line in (
+        "ZeRO 2, the run's",
+        "as configured",
+        "80 GiB of a H100",
+        "at 2 a GPU hour, 2 GPUs",
+    ):
+        assert line in done.output
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            ["train.gpus_per_worker=1", "--gpu", "H10"],
+            "--gpu: found 'H10', allowed: A10G, L4, L40S, A100-40G, A100, H100",
+        ),
+        (
+            ["--gpu", "H100"],
+            "train.gpus_per_worker: found 0 with --gpu, allowed: 1, the GPUs of a worker",
+        ),
+        (
+            ["adapter.targets=[w]", "train.gpus_per_worker=1", "--gpu", "H100"],
+            "adapter.targets: no linear layer ends",
+        ),
+    ],
+    ids=["an unknown GPU", "no GPU", "a wrong key"],
+)
+def test_a_plan_of_what_is_not_there_is_one_line(
+    problem: Path, changes: list[str], message: str
+) -> None:
+    done = CliRunner().invoke(app, ["check", "quick", f"model.path={problem}/model", *changes])
+    assert (done.exit_code, done.output.count("\n")) == (2, 1), done.output
+    assert message in done.output
