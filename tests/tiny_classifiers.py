@@ -1,10 +1,11 @@
-"""Tiny problems of classification that are learned in seconds: images in IDX files, texts, and fresh models."""
+"""Tiny problems of classification that are learned in seconds: images, texts, and fresh models."""
 
 import json
-import struct
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from transformers import (
     AutoTokenizer,
@@ -17,25 +18,24 @@ from transformers import (
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from tests.benchmarks.idx import pgm_files
+
 CLASSES = 4
 WORDS = ("river", "copper", "lantern", "orchard")
 
 
 def write_images(folder: Path, seed: int = 0) -> Path:
-    """IDX files of 240 + 80 noisy images of 8 x 8, whose class is the bright quadrant."""
+    """`train.parquet` (240 rows) and `test.parquet` (80): noisy images of 8 x 8, whose class is the bright quadrant."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(seed)
-    for name, count in (("train", 240), ("t10k", 80)):
+    for name, count in (("train", 240), ("test", 80)):
         labels = np.arange(count, dtype=np.uint8) % CLASSES
         images = draw.integers(0, 120, (count, 8, 8), dtype=np.uint8)
         for image, label in zip(images, labels, strict=True):
             top, left = 4 * (label // 2), 4 * (label % 2)
             image[top : top + 4, left : left + 4] += 110
-        header = struct.pack(">HBB3I", 0, 8, 3, count, 8, 8)
-        (folder / f"{name}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-        (folder / f"{name}-labels-idx1-ubyte").write_bytes(
-            struct.pack(">HBBI", 0, 8, 1, count) + labels.tobytes()
-        )
+        table = pa.table({"image": pgm_files(images.tobytes(), 8, 8), "label": pa.array(labels)})
+        pq.write_table(table, folder / f"{name}.parquet")
     return folder
 
 

@@ -22,12 +22,11 @@ class SourceConfig(Section):
     """Where one set's rows come from."""
 
     path: str = Field(
-        description="JSONL, Parquet or CSV file (local, s3://, gs://), a saved `datasets` folder, a hub name, or "
-        "idx:FOLDER with the four files of MNIST or data like it."
+        description="JSONL, Parquet or CSV file (local, s3://, gs://), a saved `datasets` folder, or a hub name."
     )
     split: str = Field(
         default="train",
-        description="The split of a hub data set or of a saved DatasetDict; train or test of an idx: folder.",
+        description="The split of a hub data set or of a saved DatasetDict.",
     )
     ids: str | None = Field(
         default=None,

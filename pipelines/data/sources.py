@@ -1,7 +1,7 @@
 """Where rows come from: finding the files behind a path, and reading them one row at a time.
 
 A path is a file, a folder or a glob of JSONL, Parquet or CSV (local, `s3://`, `gs://`), a folder written by
-`datasets.save_to_disk`, a hub name, or `idx:` and a folder (`pipelines.data.idx`). It becomes pieces; one Ray Data task
+`datasets.save_to_disk`, or a hub name. It becomes pieces; one Ray Data task
 reads one piece as a stream, so a file may be larger than memory. Messages name keys, files, columns, line numbers and
 ids, and never what a row says.
 """
@@ -24,15 +24,13 @@ from pyarrow import fs, parquet
 
 from pipelines.config.data import SourceConfig
 from pipelines.config.schema import ConfigError
-from pipelines.data.idx import COLUMNS, IdxError, idx_files, idx_rows
 from pipelines.storage.filesystem import list_files, one_line, open_filesystem
 
 FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".csv": "csv"}
 ALLOWED = (
     "a .jsonl, .json (one object a line), .parquet or .csv file, a folder or a glob of them, a saved datasets folder "
-    "(all local, s3:// or gs://), idx: before a folder, or a hub name (owner/name or owner/name:configuration)"
+    "(all local, s3:// or gs://), or a hub name (owner/name or owner/name:configuration)"
 )
-IDX = "idx:"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 SAVED_DATASET_FILES = {"dataset_dict.json", "state.json"}
 CHUNK_ROWS = 256  # rows decoded at once: bounds memory where rows are whole documents
@@ -53,7 +51,7 @@ class Piece:
 
     set: str
     shown: str  # as messages name it
-    format: str  # jsonl, parquet, csv, saved, hub or idx
+    format: str  # jsonl, parquet, csv, saved, or hub
     path: str  # inside the file system; a hub name for hub
     filesystem: fs.FileSystem | None
     split: str
@@ -81,8 +79,6 @@ def find_pieces(name: str, source: SourceConfig) -> list[Piece]:
         ConfigError: nothing is there, it cannot be listed, or its format is none of ours.
     """
     key = f"data.{name}.path"
-    if source.path.startswith(IDX):
-        return [_idx_piece(name, source, key)]
     filesystem, path = open_filesystem(source.path, key)
     try:
         found = list_files(filesystem, path)
@@ -126,19 +122,6 @@ def find_pieces(name: str, source: SourceConfig) -> list[Piece]:
         )
         for file, kind in formats.items()
     ]
-
-
-def _idx_piece(name: str, source: SourceConfig, key: str) -> Piece:
-    filesystem, path = open_filesystem(source.path.removeprefix(IDX), key)
-    try:
-        idx_files(filesystem, path, source.split)
-    except IdxError as fault:
-        raise ConfigError(f"data.{name}.{fault.key}: {source.path} {fault.text}") from None
-    except OSError as error:
-        raise ConfigError(
-            f"{key}: {source.path} cannot be reached ({one_line(error)}); allowed: {ALLOWED}"
-        ) from None
-    return Piece(name, source.path, "idx", path, filesystem, source.split)
 
 
 def request_ids(path: str, key: str = "request") -> list[str]:
@@ -195,15 +178,12 @@ def open_rows(piece: Piece, wanted: set[str]) -> Generator[Rows]:
     """
     readers = {
         "jsonl": _open_jsonl, "csv": _open_csv, "parquet": _open_parquet, "saved": _open_saved, "hub": _open_hub,
-        "idx": _open_idx,
     }  # fmt: skip
     try:
         with readers[piece.format](piece, wanted) as rows:
             yield rows
     except SourceError:
         raise
-    except IdxError as fault:
-        raise SourceError(fault.text, fault.key) from None
     except FileNotFoundError:
         raise SourceError(
             f"was found from the driver, but not from a worker on {socket.gethostname()}; "
@@ -353,13 +333,6 @@ def _dataset_rows(dataset: Any, wanted: set[str]) -> Rows:
         embed_table_storage, chosen.iter(batch_size=CHUNK_ROWS)
     )  # images may be but paths to their files
     return Rows(names, (row for table in tables for row in table.to_pylist()))
-
-
-@contextmanager
-def _open_idx(piece: Piece, wanted: set[str]) -> Generator[Rows]:
-    assert piece.filesystem is not None
-    with idx_rows(piece.filesystem, piece.path, piece.split) as rows:
-        yield Rows(list(COLUMNS), rows)
 
 
 @contextmanager

@@ -28,6 +28,8 @@ from transformers import (
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from tests.benchmarks.idx import convert
+
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
 SMOLLM = Path("models/SmolLM2-135M-Instruct").absolute()  # `make model` puts it there
 CATEGORIES = ("food", "law", "education", "literature")  # of Debian's fortunes
@@ -40,14 +42,15 @@ REVIEWS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 
 def fashion_mnist(folder: Path) -> Path:
-    """The folder of the four IDX files: where Debian's package puts them, or a copy of its content."""
-    if INSTALLED.is_dir():
-        return INSTALLED
+    """A folder with `train.parquet` and `test.parquet`, made of the IDX files of Debian's package."""
     target = folder / "fashion-mnist"
-    found = target / INSTALLED.relative_to("/")
-    if not found.is_dir():
-        _unpack("dataset-fashion-mnist", target)
-    return found
+    if (target / "test.parquet").exists():
+        return target
+    if INSTALLED.is_dir():
+        return convert(INSTALLED, target)
+    with tempfile.TemporaryDirectory() as scratch:
+        _unpack("dataset-fashion-mnist", Path(scratch))
+        return convert(Path(scratch) / INSTALLED.relative_to("/"), target)
 
 
 def fortunes(folder: Path, seed: int) -> Path:
@@ -194,7 +197,7 @@ def _download(package: str, folder: Path, *options: str) -> None:
 if __name__ == "__main__":
     destination = Path(sys.argv[1]).absolute()
     print(
-        f"idx:{fashion_mnist(destination)}",
+        fashion_mnist(destination),
         movie_reviews(destination, 0),
         fortunes(destination, 0),
         sep="\n",

@@ -58,11 +58,12 @@ def configure(problem: Problem, seed: int, arm: Arm | None, name: str, rows: int
 def sources(problem: Problem, seed: int, own: Sequence[str] = ()) -> list[str]:
     """Where the sets lie that a problem and an arm's `own` changes name: Fashion-MNIST's two splits, or files of
     texts."""
-    texts = {"minilm": movie_reviews, "smollm": fortunes}.get(problem.model)
-    if texts is None:
-        train = test = utility = f"idx:{fashion_mnist(FOLDER)}"
+    if problem.model in ("vit", "resnet"):
+        folder = fashion_mnist(FOLDER)
+        train, test = str(folder / "train.parquet"), str(folder / "test.parquet")
+        utility = train
     else:
-        folder = texts(FOLDER, seed)
+        folder = {"minilm": movie_reviews, "smollm": fortunes}[problem.model](FOLDER, seed)
         train, test = str(folder / "train.jsonl"), str(folder / "test.jsonl")
         utility = str(folder / "utility.jsonl") if problem.generates else train
     paths = {"forget": train, "retain": train, "general": test, "holdout": test, "utility": utility}

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -38,7 +39,8 @@ PRUNE = [
 def images(folder: Path, *changes: str) -> list[str]:
     """Changes of the preset `rfa_image`: class 2 of the tiny images goes."""
     source = write_images(folder / "images")
-    paths = [f"data.{name}.path=idx:{source}" for name in ("forget", "retain", "general")]
+    files = {"forget": "train", "retain": "train", "general": "test"}
+    paths = [f"data.{name}.path={source}/{file}.parquet" for name, file in files.items()]
     kept = [f"data.{name}.values=[0, 1, 3]" for name in ("retain", "general")]
     head = "adapter.targets=[classifier.1]"
     return [*paths, "data.forget.values=[2]", *kept, *SMALL, *LEARN, head, *changes]
@@ -69,7 +71,8 @@ def test_what_a_classifier_learns_lies_in_its_folder_batch_statistics_included(
 ) -> None:
     model = AutoModelForImageClassification.from_pretrained(resnet / "target" / "model").eval()
     assert float(model.resnet.embedder.embedder.normalization.running_mean.abs().max()) > 0.01
-    raw = (resnet / "images" / "t10k-images-idx3-ubyte").read_bytes()[16:]
+    images = pq.read_table(resnet / "images" / "test.parquet")["image"].to_pylist()
+    raw = b"".join(image[-64:] for image in images)  # behind a PGM file's header
     pixels = torch.tensor(list(raw), dtype=torch.float32).view(-1, 1, 8, 8) / 127.5 - 1
     with torch.no_grad():
         right = model(pixels).logits.argmax(1) == torch.arange(80) % 4
