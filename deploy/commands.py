@@ -45,10 +45,10 @@ def gate(
     def action(terminal: Terminal) -> None:
         from deploy.gate import parse_requirement, reasons_to_refuse
         from pipelines.report.page import RUN_FILES
-        from pipelines.storage.output import open_place
+        from pipelines.storage.output import open_output
 
         requirements = [parse_requirement(text) for text in require or ()]
-        with open_place(run_dir, "RUN_DIR").copied(*RUN_FILES) as folder:
+        with open_output(run_dir, "RUN_DIR").local_copy(*RUN_FILES) as folder:
             reasons = reasons_to_refuse(folder, requirements, verdict or ["forgotten"])
         for reason in reasons:
             terminal.say(reason)

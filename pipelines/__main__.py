@@ -51,7 +51,7 @@ def run(config: Config, overrides: Overrides = None) -> Action:
 
         done = unlearn(cfg, terminal)
         terminal.scores(done.scores()["models"])
-        terminal.say(f"Report: {done.place.url}/report.html")
+        terminal.say(f"Report: {done.output.url}/report.html")
 
     return action
 
@@ -96,7 +96,7 @@ def finetune(config: Config, overrides: Overrides = None) -> Action:
         cfg = load_config(config, overrides)
         from pipelines.unlearn import finetune as train_model
 
-        terminal.say(f"Model: {train_model(cfg, terminal).place.url}/model")
+        terminal.say(f"Model: {train_model(cfg, terminal).output.url}/model")
 
     return action
 
@@ -186,12 +186,12 @@ def report(run_dir: RunDir) -> Action:
 
     def action(terminal: Terminal) -> None:
         from pipelines.report.page import RUN_FILES, write_report
-        from pipelines.storage.output import open_place
+        from pipelines.storage.output import open_output
 
-        place = open_place(run_dir, "RUN_DIR")
-        with place.copied(*RUN_FILES) as folder:
-            place.put(write_report(folder))
-        terminal.say(f"Report: {place.url}/report.html")
+        output = open_output(run_dir, "RUN_DIR")
+        with output.local_copy(*RUN_FILES) as folder:
+            output.upload_file(write_report(folder))
+        terminal.say(f"Report: {output.url}/report.html")
 
     return action
 
@@ -206,10 +206,10 @@ def verify(run_dir: RunDir) -> Action:
     """
 
     def action(terminal: Terminal) -> None:
-        from pipelines.storage.output import open_place
+        from pipelines.storage.output import open_output
         from pipelines.storage.verify import differences
 
-        found = differences(open_place(run_dir, "RUN_DIR"))
+        found = differences(open_output(run_dir, "RUN_DIR"))
         for line in found:
             terminal.say(line)
         if found:

@@ -44,14 +44,14 @@ def unlearn(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
         return run
     check_strength(cfg)
     check_tracking(cfg.tracking, run.path)
-    with run.place.at_work(), session(cfg.train, run.path / "run.log", terminal, preload):
+    with run.output.working_copy(), session(cfg.train, run.path / "run.log", terminal, preload):
         sets, _ = load_checked(cfg, terminal, oracle_of(cfg, "evaluation.oracle"))
         check_target(cfg, sets)
         run.begin(sets.inputs())
         sets = with_own_answers(cfg, sets, run.path, terminal)
         with tracked(run, sets, terminal) as tracker:
             cost = run.manifest().get("cost") or train(run, sets, tracker, terminal)
-            with on_every_node(run.place, "model"):
+            with on_every_node(run.output, "model"):
                 scores, evaluate_s = score(cfg, result_models(run), sets, terminal)
             run.write_scores(scores, {**cost, "evaluate_s": evaluate_s})
             record(run, tracker)
@@ -67,7 +67,7 @@ def finetune(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
     run = RunFolder(cfg, "finetune")
     if run.is_complete:
         return run
-    with run.place.at_work(), session(cfg.train, run.path / "run.log", terminal, preload):
+    with run.output.working_copy(), session(cfg.train, run.path / "run.log", terminal, preload):
         sets, _ = load_checked(cfg, terminal, {})
         rows = sets.union(cfg.finetune.sets)
         check_answered(cfg, sets)
@@ -78,17 +78,17 @@ def finetune(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
         trainer = Trainer(cfg, "finetune", streams)
         steps = cfg.finetune.epochs * trainer.batches["retain"]
         started = time.monotonic()
-        with ProgressLog(run.place, "Fine-tuning", steps, terminal) as losses:
+        with ProgressLog(run.output, "Fine-tuning", steps, terminal) as losses:
             result = trainer.fit(
                 steps=steps,
                 learning_rate=cfg.finetune.learning_rate,
                 final_rate=0.1,
-                listener=losses.hear,
+                listener=losses.on_message,
             )
         cost = cost_of(result, time.monotonic() - started)
         run.update(cost={**cost, **export(run, checkpoint_of(result), full=True)})
         run.seal()
-        run.place.keep()
+        run.output.upload()
         forget_resume_points(cfg)
     return run
 
@@ -124,17 +124,17 @@ def train(
         streams["holdout"] = (sets.holdout, cfg.train.forget_batch_size)
     trainer = Trainer(cfg, "unlearn", streams)
     started = time.monotonic()
-    with ProgressLog(run.place, "Unlearning", cfg.train.steps, terminal, tracker) as losses:
+    with ProgressLog(run.output, "Unlearning", cfg.train.steps, terminal, tracker) as losses:
         result = trainer.fit(
             steps=cfg.train.steps,
             learning_rate=cfg.train.learning_rate,
             final_rate=0.0,
-            listener=losses.hear,
+            listener=losses.on_message,
         )
     cost = cost_of(result, time.monotonic() - started)
     cost |= export(run, checkpoint_of(result))
     run.update(cost=cost, strengths=trials_of(result))
-    run.place.keep()
+    run.output.upload()
     forget_resume_points(cfg)
     return cost
 

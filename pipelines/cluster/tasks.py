@@ -9,7 +9,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.config.schema import ConfigError
-from pipelines.storage.output import Place
+from pipelines.storage.output import OutputDir
 
 
 def on_this_node(function: Any) -> Any:
@@ -33,26 +33,26 @@ def result_of(task: Any) -> Any:
 
 
 @contextmanager
-def on_every_node(place: Place, name: str) -> Iterator[None]:
+def on_every_node(output: OutputDir, name: str) -> Iterator[None]:
     """All nodes find a subfolder of the results where this one has it: where it is not shared, a copy."""
     here = ray.get_runtime_context().get_node_id()
-    nodes = [] if place.is_shared else [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    nodes = [] if output.is_shared else [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     where = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes if node != here]
     provide, clear = ray.remote(num_cpus=0)(_provide), ray.remote(num_cpus=0)(_clear)
-    run = place.created()
-    tasks = [provide.options(scheduling_strategy=node).remote(place, name, run) for node in where]
+    run = output.created()
+    tasks = [provide.options(scheduling_strategy=node).remote(output, name, run) for node in where]
     copied = [result_of(task) for task in tasks]
     try:
         yield
     finally:
         mine = [node for node, is_new in zip(where, copied, strict=True) if is_new]
         with suppress(RayError):  # a node may be gone
-            ray.get([clear.options(scheduling_strategy=node).remote(place) for node in mine])
+            ray.get([clear.options(scheduling_strategy=node).remote(output) for node in mine])
 
 
-def _provide(place: Place, name: str, run: str) -> bool:
-    return place.provide(name, run)
+def _provide(output: OutputDir, name: str, run: str) -> bool:
+    return output.copy_to_node(name, run)
 
 
-def _clear(place: Place) -> None:
-    place.clear()
+def _clear(output: OutputDir) -> None:
+    output.clear()

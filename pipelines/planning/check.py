@@ -77,7 +77,7 @@ def check(
     least, most = cfg.train.min_workers, cfg.train.max_workers
     workers = f"{most}" if least == most else f"{least} to {most}"
     return [
-        ("output_dir", f"{run.place.url}{' (to be continued)' if run.manifest() else ''}"),
+        ("output_dir", f"{run.output.url}{' (to be continued)' if run.manifest() else ''}"),
         (
             "model",
             f"{cfg.model.path}, {size.parameters / 1e6:,.1f} M parameters, {weights / GIB:.2f} GiB of weights",

@@ -43,7 +43,7 @@ MODELS = (
 )  # stand on the store before the manifest that counts on them, or not at all
 
 
-class Place:
+class OutputDir:
     """A folder, where results lie as soon as they are written. An object store is the other kind.
 
     `folder` is where the run works, `url` what the user calls the place; `is_shared`: all nodes see the folder.
@@ -76,38 +76,38 @@ class Place:
             raise ConfigError(f"output_dir: {self.url} is a file, allowed: a folder")
         return {entry.name for entry in self.folder.iterdir()} if self.folder.exists() else set()
 
-    def read_state(self) -> None:
+    def fetch_state(self) -> None:
         """Have the files of STATE in the folder as they are at the place."""
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
+    def working_copy(self) -> Iterator[None]:
         """The folder is as the place is when the block begins, and the place as the folder is when it ends."""
         yield
 
-    def keep(self) -> None:
+    def upload(self) -> None:
         """The place becomes as the folder is, or OSError is raised."""
 
-    def note(self, name: str) -> None:
+    def try_upload(self, name: str) -> None:
         """Keep one file that grows, if that can be done just now."""
 
     @contextmanager
-    def copied(self, *names: str) -> Iterator[Path]:
+    def local_copy(self, *names: str) -> Iterator[Path]:
         """A folder with these files, where they exist."""
         yield self.folder
 
-    def put(self, file: Path) -> None:
+    def upload_file(self, file: Path) -> None:
         """Keep a file that was written in the folder of `copied`."""
 
     def digests(self) -> dict[str, str]:
         """Digests of the results, by their paths."""
         return file_digests(self.folder)
 
-    def provide(self, name: str, run: str) -> bool:
+    def copy_to_node(self, name: str, run: str) -> bool:
         """Have a subfolder of that run on this node too; whether this has put it there, for somebody to remove."""
         return False
 
 
-class Store(Place):
+class BucketDir(OutputDir):
     """A prefix of an object store. Opening it lists it, and that is all.
 
     Raises:
@@ -143,14 +143,14 @@ class Store(Place):
     def names(self) -> set[str]:
         return {name.split("/")[0] for name in self._files}
 
-    def read_state(self) -> None:
+    def fetch_state(self) -> None:
         with self._locked():
             for name in STATE:
                 (self.folder / name).unlink(missing_ok=True)
             self._fetch(self.folder, set(STATE).intersection(self._files))
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
+    def working_copy(self) -> Iterator[None]:
         with self._locked():
             self.clear()
             self._fetch(
@@ -164,22 +164,22 @@ class Store(Place):
                     with suppress(OSError):
                         self._send_changed(lambda top: top not in (*MODELS, "manifest.json"))
                 raise
-            self.keep()
+            self.upload()
             self.clear(but=STATE)
 
-    def keep(self) -> None:
+    def upload(self) -> None:
         self._send_changed(lambda top: top != "manifest.json")
         for name in self._sent.keys() - set(_files_in(self.folder)):
             self._filesystem.delete_file(f"{self._base}/{name}")
             del self._sent[name]
         self._send_changed(lambda top: top == "manifest.json")
 
-    def note(self, name: str) -> None:
+    def try_upload(self, name: str) -> None:
         with suppress(OSError):
             self._send(self.folder / name, name)
 
     @contextmanager
-    def copied(self, *names: str) -> Iterator[Path]:
+    def local_copy(self, *names: str) -> Iterator[Path]:
         with TemporaryDirectory() as temporary:
             try:
                 self._fetch(Path(temporary), set(names).intersection(self._files))
@@ -187,7 +187,7 @@ class Store(Place):
             except ConfigError as error:
                 raise ConfigError(str(error).replace(temporary, self.url)) from None
 
-    def put(self, file: Path) -> None:
+    def upload_file(self, file: Path) -> None:
         self._send(file, file.name)
 
     def digests(self) -> dict[str, str]:
@@ -195,7 +195,7 @@ class Store(Place):
             name: self._digest(name) for name in self._files if name.split("/")[0] not in NOT_SEALED
         }
 
-    def provide(self, name: str, run: str) -> bool:
+    def copy_to_node(self, name: str, run: str) -> bool:
         if self.created() == run:  # the driver's node, or one that sees its files
             return False
         self.clear()
@@ -271,9 +271,9 @@ class Store(Place):
             yield
 
 
-def open_place(url: str, key: str = "output_dir") -> Place:
+def open_output(url: str, key: str = "output_dir") -> OutputDir:
     """The place of an `output_dir`, or of what `key` names."""
-    return Store(url, key) if "://" in url else Place(url)
+    return BucketDir(url, key) if "://" in url else OutputDir(url)
 
 
 def refuse_store(output_dir: str) -> None:

@@ -17,7 +17,7 @@ import yaml
 from pipelines.config.load import changed_keys, short_hash, to_yaml
 from pipelines.config.schema import ConfigError, UnlearnConfig
 from pipelines.storage.filesystem import one_line
-from pipelines.storage.output import file_digest, file_digests, open_place
+from pipelines.storage.output import file_digest, file_digests, open_output
 
 PACKAGES = (
     "ray-unlearn",
@@ -35,7 +35,7 @@ PACKAGES = (
 class RunFolder:
     """One run's output folder. Opening it refuses a folder that holds something else.
 
-    `path` is where the run works; where its results end, `place` knows.
+    `path` is where the run works; where its results end, `output` knows.
     """
 
     def __init__(self, cfg: UnlearnConfig, purpose: str) -> None:
@@ -45,15 +45,15 @@ class RunFolder:
             ConfigError: it holds a different run or other files, its disk is too full, or it cannot be reached.
         """
         self.cfg, self.purpose = cfg, purpose
-        self.place = open_place(cfg.output_dir)
-        self.path = self.place.folder
+        self.output = open_output(cfg.output_dir)
+        self.path = self.output.folder
         self.key = short_hash(f"{purpose}\n{to_yaml(cfg)}")
         self._refuse_other_run()
         self._refuse_full_disk()
 
     def _refuse_other_run(self) -> None:
-        names = sorted(self.place.names() - {"run.log"})
-        self.place.read_state()
+        names = sorted(self.output.names() - {"run.log"})
+        self.output.fetch_state()
         config = self.path / "config.yaml"
         if not names or (
             names == [config.name] and config.read_bytes() == to_yaml(self.cfg).encode()
@@ -61,14 +61,14 @@ class RunFolder:
             return
         if "config.yaml" not in names or "manifest.json" not in names:
             raise ConfigError(
-                f"output_dir: {self.place.url} holds other files ({names[0]}, ...), allowed: a new or empty folder"
+                f"output_dir: {self.output.url} holds other files ({names[0]}, ...), allowed: a new or empty folder"
             )
         old = yaml.safe_load(config.read_text(encoding="utf-8"))
         changed = changed_keys(old, self.cfg.model_dump(mode="json"))
         if changed or self.manifest().get("purpose") != self.purpose:
             what = ", ".join(changed[:4]) or "the command"
             raise ConfigError(
-                f"output_dir: {self.place.url} holds a different run (it differs in: {what}), "
+                f"output_dir: {self.output.url} holds a different run (it differs in: {what}), "
                 "allowed: a new folder, or the same configuration to continue it"
             )
 
@@ -110,7 +110,7 @@ class RunFolder:
             changed = changed_keys({key: old.get(key) for key in inputs}, inputs)
             if changed:
                 raise ConfigError(
-                    f"output_dir: {self.place.url} was begun with other inputs (changed since: {changed[0]}), "
+                    f"output_dir: {self.output.url} was begun with other inputs (changed since: {changed[0]}), "
                     "allowed: a new folder, or the same inputs to continue"
                 )
             return
@@ -130,10 +130,10 @@ class RunFolder:
         }
         self._write("manifest.json", json.dumps(manifest, indent=2))
         try:
-            self.place.keep()
+            self.output.upload()
         except OSError as error:
             raise ConfigError(
-                f"output_dir: {self.place.url} cannot be written ({one_line(error)})"
+                f"output_dir: {self.output.url} cannot be written ({one_line(error)})"
             ) from None
 
     def update(self, **fields: Any) -> None:

@@ -5,12 +5,12 @@ import time
 from types import TracebackType
 from typing import Any
 
-from pipelines.storage.output import Place
+from pipelines.storage.output import OutputDir
 from pipelines.terminal import Terminal
 from pipelines.tracking.tracker import Tracker
 
 FILE_NAME = "losses.jsonl"
-KEEP_S = 10.0  # between two times that the file is kept where the results lie
+UPLOAD_S = 10.0  # between two uploads of the file, where results lie on a store
 
 
 class ProgressLog:
@@ -18,7 +18,7 @@ class ProgressLog:
 
     def __init__(
         self,
-        place: Place,
+        output: OutputDir,
         title: str,
         steps: int,
         terminal: Terminal,
@@ -26,8 +26,8 @@ class ProgressLog:
     ) -> None:
         self._bar = terminal.bar(title, steps or None)
         self._steps = steps
-        self._stream = (place.folder / FILE_NAME).open("a", encoding="utf-8")
-        self._place, self._keep_at_s = place, 0.0
+        self._stream = (output.folder / FILE_NAME).open("a", encoding="utf-8")
+        self._output, self._upload_at_s = output, 0.0
         self._tracker = tracker
 
     def __enter__(self) -> "ProgressLog":
@@ -43,7 +43,7 @@ class ProgressLog:
         if kind is None:
             self._bar.finish()
 
-    def hear(self, message: dict[str, Any]) -> None:
+    def on_message(self, message: dict[str, Any]) -> None:
         """Take one step's metrics (`step`, `loss`, its terms, `tokens_per_s`, `learning_rate`) or the solver's progress
         (`done`, `of`, `what`)."""
         if "of" in message:
@@ -51,9 +51,9 @@ class ProgressLog:
             return
         self._stream.write(json.dumps(message) + "\n")
         self._stream.flush()
-        if time.monotonic() >= self._keep_at_s:
-            self._place.note(FILE_NAME)
-            self._keep_at_s = time.monotonic() + KEEP_S
+        if time.monotonic() >= self._upload_at_s:
+            self._output.try_upload(FILE_NAME)
+            self._upload_at_s = time.monotonic() + UPLOAD_S
         step = int(message["step"])
         self._bar.at(step + 1, note=f"loss {message['loss']:.3f}", total=self._steps)
         if self._tracker is not None:

@@ -13,7 +13,7 @@ from pipelines.data.rows import Selection, read_piece
 from pipelines.data.sources import find_pieces, request_ids
 from pipelines.report.page import RUN_FILES
 from pipelines.storage import filesystem as storage
-from pipelines.storage.output import open_place
+from pipelines.storage.output import open_output
 from tests.bucket import FAULTS, Bucket
 from tests.pipelines.report.test_page import forget_entry, scores_of, write_run
 from tests.pipelines.storage.test_output import URL, finish, invoke, write
@@ -98,30 +98,30 @@ def test_a_file_is_sent_whole_where_a_request_fails(
 ) -> None:
     (tmp_path / "weights").write_bytes(b"w" * 1000)
     bucket.fault, bucket.refuses = fault, of("PUT", "weights", range(1))
-    open_place(URL).put(tmp_path / "weights")
+    open_output(URL).upload_file(tmp_path / "weights")
     assert len(bucket.refused) == 1
     assert bucket.read("runs/one/weights") == b"w" * 1000
 
 
 @pytest.mark.parametrize("fault", QUICK)
 def test_an_upload_that_breaks_off_leaves_what_was_there(bucket: Bucket, fault: str) -> None:
-    place = open_place(URL)
-    with place.at_work():
+    output = open_output(URL)
+    with output.working_copy():
         write(
-            place,
+            output,
             model__weights="old",
             manifest_json='{"schema": 1, "status": "running", "created": "2026"}',
         )
     bucket.fault, bucket.refuses = fault, of("PUT", "weights", range(1, 10**9))  # all but one part
     with pytest.raises(OSError, match="weights"):
-        finish(open_place(URL), weights=PARTS.decode())
+        finish(open_output(URL), weights=PARTS.decode())
     assert bucket.files("runs/one") == ["config", "losses", "manifest.json", "model/weights"]
     assert bucket.read("runs/one/model/weights") == b"old"
     code, told = invoke("verify", URL)
     assert (code, told.count("\n")) == (2, 1)
     assert "status: found 'running', allowed: 'complete'" in told
     bucket.heal()
-    finish(open_place(URL), weights=PARTS.decode())
+    finish(open_output(URL), weights=PARTS.decode())
     assert bucket.read("runs/one/model/weights") == PARTS
     assert invoke("verify", URL)[0] == 0
 
@@ -136,12 +136,12 @@ def test_a_file_that_cannot_be_read_here_is_not_sent_in_part(bucket: Bucket) -> 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("fault", [*QUICK, "silence"])
 def test_a_run_is_read_back_where_requests_fail(bucket: Bucket, fault: str) -> None:
-    finish(open_place(URL))
+    finish(open_output(URL))
     bucket.fault, bucket.refuses = fault, of("GET", "weights", range(1))
     assert invoke("verify", URL) == (0, f"Verified: {URL}\n")
     bucket.refuses = of("GET", "weights", range(1))
-    again = open_place(URL)
-    with again.at_work():
+    again = open_output(URL)
+    with again.working_copy():
         assert (again.folder / "model" / "weights").read_bytes() == b"w" * 1000
     assert len(bucket.refused) == 2
 
@@ -156,7 +156,7 @@ def test_a_run_that_cannot_be_read_back_is_one_line(
     )
     for name in RUN_FILES:
         bucket.write(f"runs/one/{name}", (tmp_path / name).read_bytes())
-    finish(open_place("s3://bucket/runs/two"))
+    finish(open_output("s3://bucket/runs/two"))
     bucket.fault = fault
     bucket.refuses = lambda method, path: (
         method == "GET" and path.endswith(("scores.json", "losses"))

@@ -11,36 +11,36 @@ from typer.testing import CliRunner
 from pipelines.__main__ import app
 from pipelines.config.schema import ConfigError
 from pipelines.report.page import RUN_FILES
-from pipelines.storage.output import Place, Store, file_digests, open_place, work_folder
+from pipelines.storage.output import BucketDir, OutputDir, file_digests, open_output, work_folder
 from tests.bucket import Bucket
 from tests.pipelines.report.test_page import forget_entry, scores_of, write_run
 
 URL = "s3://bucket/runs/one"
 
 
-def write(place: Place, **files: str) -> None:
+def write(output: OutputDir, **files: str) -> None:
     for name, text in files.items():
-        path = place.folder / name.replace("__", "/").replace("_json", ".json")
+        path = output.folder / name.replace("__", "/").replace("_json", ".json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
 
-def seal(place: Place) -> None:
+def seal(output: OutputDir) -> None:
     """What `RunFolder.seal` writes."""
     manifest = {
         "schema": 1,
         "created": "2026",
         "status": "complete",
-        "files": file_digests(place.folder),
+        "files": file_digests(output.folder),
     }
-    write(place, manifest_json=json.dumps(manifest))
+    write(output, manifest_json=json.dumps(manifest))
 
 
-def finish(place: Place, weights: str = "w" * 1000) -> None:
+def finish(output: OutputDir, weights: str = "w" * 1000) -> None:
     """A whole run, as short as can be."""
-    with place.at_work():
-        write(place, config="a", model__weights=weights, losses="l")
-        seal(place)
+    with output.working_copy():
+        write(output, config="a", model__weights=weights, losses="l")
+        seal(output)
 
 
 def invoke(*arguments: str) -> tuple[int, str]:
@@ -50,7 +50,7 @@ def invoke(*arguments: str) -> tuple[int, str]:
 
 
 def test_results_lie_on_the_store_and_what_they_were_made_in_is_emptied(bucket: Bucket) -> None:
-    finish(open_place(URL))
+    finish(open_output(URL))
     assert bucket.files("runs/one") == ["config", "losses", "manifest.json", "model/weights"]
     assert [path.name for path in work_folder(URL).iterdir()] == ["manifest.json"]
     assert invoke("verify", URL) == (0, f"Verified: {URL}\n")
@@ -61,7 +61,7 @@ def test_the_manifest_comes_after_all_that_it_names(bucket: Bucket) -> None:
     bucket.refuses = lambda method, path: bool(
         method == "PUT" and sent.append(path.rsplit("/", 1)[-1])
     )
-    finish(open_place(URL))
+    finish(open_output(URL))
     assert sorted(sent[:-1]) == ["config", "losses", "weights"]
     assert sent[-1] == "manifest.json"
 
@@ -70,22 +70,24 @@ def test_the_manifest_comes_after_all_that_it_names(bucket: Bucket) -> None:
 def test_an_upload_that_fails_leaves_no_complete_run_and_the_next_one_completes_it(
     bucket: Bucket, name: str
 ) -> None:
-    place = open_place(URL)
-    with place.at_work():
+    output = open_output(URL)
+    with output.working_copy():
         write(
-            place, config="a", manifest_json='{"schema": 1, "status": "running", "created": "2026"}'
+            output,
+            config="a",
+            manifest_json='{"schema": 1, "status": "running", "created": "2026"}',
         )
     bucket.refuses = lambda method, path: method == "PUT" and path.endswith(name)
     with pytest.raises(OSError, match=name):
-        finish(open_place(URL))
+        finish(open_output(URL))
     assert len(bucket.refused) > 1, "pyarrow tries again"
     assert json.loads(bucket.read("runs/one/manifest.json"))["status"] == "running"
     code, told = invoke("verify", URL)
     assert (code, told.count("\n")) == (2, 1)
     assert f"{URL}/manifest.json: status: found 'running', allowed: 'complete'" in told
     bucket.heal()
-    again = open_place(URL)
-    again.read_state()
+    again = open_output(URL)
+    again.fetch_state()
     assert again.created() == "2026"
     finish(again)
     assert invoke("verify", URL)[0] == 0
@@ -94,7 +96,7 @@ def test_an_upload_that_fails_leaves_no_complete_run_and_the_next_one_completes_
 def test_a_server_that_stumbles_is_asked_again(bucket: Bucket) -> None:
     stumbles = iter([True, True] + [False] * 1000)
     bucket.refuses = lambda _method, _path: next(stumbles)
-    finish(open_place(URL))
+    finish(open_output(URL))
     assert len(bucket.refused) == 2
     assert invoke("verify", URL)[0] == 0
 
@@ -102,17 +104,17 @@ def test_a_server_that_stumbles_is_asked_again(bucket: Bucket) -> None:
 def test_another_machine_goes_on_with_the_files_of_the_first(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = open_place(URL)
-    with pytest.raises(KeyboardInterrupt), place.at_work():
-        write(place, config="a", manifest_json='{"created": "2026"}', answers="secret")
-        place.keep()
-        write(place, losses="0", model__weights="half", manifest_json='{"cost": 1}')
+    output = open_output(URL)
+    with pytest.raises(KeyboardInterrupt), output.working_copy():
+        write(output, config="a", manifest_json='{"created": "2026"}', answers="secret")
+        output.upload()
+        write(output, losses="0", model__weights="half", manifest_json='{"cost": 1}')
         raise KeyboardInterrupt
     assert bucket.files("runs/one") == ["answers", "config", "losses", "manifest.json"]
     assert b"cost" not in bucket.read("runs/one/manifest.json"), "it would count on the model"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    again = open_place(URL)
-    with again.at_work():
+    again = open_output(URL)
+    with again.working_copy():
         assert (again.folder / "losses").read_text() == "0"
         (again.folder / "answers").unlink()
     assert bucket.files("runs/one") == ["config", "losses", "manifest.json"], (
@@ -123,7 +125,7 @@ def test_another_machine_goes_on_with_the_files_of_the_first(
 def test_ctrl_c_leaves_no_half_of_a_file(bucket: Bucket, tmp_path: Path) -> None:
     size = 64 * 2**20
     (tmp_path / "large").write_bytes(bytes(size))
-    place = open_place(URL)
+    output = open_output(URL)
 
     def interrupt(method: str, _path: str) -> bool:
         if method == "PUT":
@@ -133,43 +135,43 @@ def test_ctrl_c_leaves_no_half_of_a_file(bucket: Bucket, tmp_path: Path) -> None
 
     bucket.refuses = interrupt
     with pytest.raises(KeyboardInterrupt):
-        place.put(tmp_path / "large")
+        output.upload_file(tmp_path / "large")
     assert bucket.s3.get_file_info("bucket/runs/one/large").size == size
 
 
 def test_nothing_of_a_run_that_never_began_is_left(bucket: Bucket) -> None:
-    place = open_place(URL)
-    with pytest.raises(ConfigError), place.at_work():
-        write(place, log="chatter")
+    output = open_output(URL)
+    with pytest.raises(ConfigError), output.working_copy():
+        write(output, log="chatter")
         raise ConfigError("data.forget.path: none")
     assert bucket.files("runs/one") == []
 
 
 def test_one_process_of_a_machine_works_on_a_run(bucket: Bucket) -> None:
     with (
-        open_place(URL).at_work(),
+        open_output(URL).working_copy(),
         pytest.raises(
             ConfigError, match=f"^output_dir: found {URL} in the hands of another process"
         ),
     ):
-        open_place(URL).read_state()
+        open_output(URL).fetch_state()
 
 
 def test_a_node_without_the_folder_gets_the_model(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = open_place(URL)
-    assert isinstance(place, Store)
-    with place.at_work():
-        write(place, model__weights="w", adapter__weights="a", manifest_json='{"created": "2026"}')
-        place.keep()
-        sent = pickle.loads(pickle.dumps(place))
-        assert not sent.provide("model", "2026"), "the driver's own node has it"
+    output = open_output(URL)
+    assert isinstance(output, BucketDir)
+    with output.working_copy():
+        write(output, model__weights="w", adapter__weights="a", manifest_json='{"created": "2026"}')
+        output.upload()
+        sent = pickle.loads(pickle.dumps(output))
+        assert not sent.copy_to_node("model", "2026"), "the driver's own node has it"
         sent.folder = tmp_path / "node"
         write(sent, model__old="of another run", manifest_json='{"created": "2025"}')
         for name in bucket.environment:  # a node need not have the keys
             monkeypatch.delenv(name)
-        assert sent.provide("model", "2026")
+        assert sent.copy_to_node("model", "2026")
         assert [str(path.relative_to(sent.folder)) for path in sent.folder.rglob("*")] == [
             "model",
             "model/weights",
@@ -179,7 +181,7 @@ def test_a_node_without_the_folder_gets_the_model(
 
 
 def test_a_changed_a_missing_and_a_new_object_are_named(bucket: Bucket) -> None:
-    finish(open_place(URL))
+    finish(open_output(URL))
     bucket.write("runs/one/model/weights", b"v" + b"w" * 999)
     bucket.write("runs/one/model/more", b"")
     bucket.s3.delete_file("bucket/runs/one/losses")
@@ -206,12 +208,12 @@ def test_report_and_gate_read_a_run_on_the_store(bucket: Bucket, tmp_path: Path)
 
 
 def test_names_that_lead_out_of_the_folder_are_not_followed(bucket: Bucket) -> None:
-    place = open_place(URL)
-    assert isinstance(place, Store)
-    place._files = ["../escaped", "manifest.json"]
+    output = open_output(URL)
+    assert isinstance(output, BucketDir)
+    output._files = ["../escaped", "manifest.json"]
     with (
         pytest.raises(ConfigError, match=r"holds '../escaped', allowed: names without \.\."),
-        place.at_work(),
+        output.working_copy(),
     ):
         pass
 
