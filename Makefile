@@ -5,7 +5,7 @@ MODEL := models/SmolLM2-135M-Instruct
 # One process with both cores: all parameters are trained, and exchanging their gradients would cost more than it gains.
 FINETUNE := model.path=$(MODEL) train.num_workers=1 train.cpus_per_worker=2 data.utility.max_rows=40
 
-.PHONY: demo test model papers clean
+.PHONY: demo test test-fast model papers clean
 .DELETE_ON_ERROR:
 
 demo: model            ## teach a real model fictitious authors, make it forget some, show the proof
@@ -19,6 +19,11 @@ test: .venv/.test model  ## everything CI checks
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 	$(BIN)/pytest
+
+test-fast: .venv/.test  ## the inner loop: style, types, and the tests without a Ray cluster
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+	$(BIN)/pytest -m "not ray"
 
 papers: .venv/.test model  ## both papers' experiments, all arms: docs/papers.md
 	$(BIN)/python -m tests.benchmarks.papers

@@ -14,6 +14,18 @@ import pytest
 import ray
 
 
+STARTS_RAY = ("flow", "cluster")  # folders whose tests start commands or clusters of their own
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs a Ray cluster, so that `make test-fast` can leave it out."""
+    tests = Path(__file__).parent
+    for item in items:
+        folder = item.path.relative_to(tests).parts[0]
+        if folder in STARTS_RAY or "ray_session" in getattr(item, "fixturenames", ()):
+            item.add_marker("ray")
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A local Ray of two CPUs, started once, as a command starts its own: idle workers are kept and used again."""
