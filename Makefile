@@ -18,7 +18,7 @@ test: .venv/.test model  ## everything CI checks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
-	$(BIN)/pytest
+	$(BIN)/pytest --durations=40
 
 test-fast: .venv/.test  ## the inner loop: style, types, and the tests without a Ray cluster
 	$(BIN)/ruff check .

@@ -13,7 +13,6 @@ os.environ["HF_HUB_OFFLINE"] = (
 import pytest
 import ray
 
-
 STARTS_RAY = ("flow", "cluster")  # folders whose tests start commands or clusters of their own
 
 
