@@ -1,8 +1,6 @@
 """The flow: one screen from the data to the report. `unlearn` reads from top to bottom; the rest is its vocabulary."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +21,14 @@ from pipelines.preflight import load_checked, oracle_of
 from pipelines.report.page import write_report
 from pipelines.storage.run_folder import RunFolder
 from pipelines.terminal import Terminal
-from pipelines.tracking.tracker import Tracker, check_tracking, open_tracker, preload
+from pipelines.tracking.mirror import (
+    Mirror,
+    check_tracking,
+    describe,
+    lacks_records,
+    mirrored_to_mlflow,
+    preload,
+)
 from pipelines.training.progress import ProgressLog
 from pipelines.training.trainer import Trainer, forget_resume_points
 
@@ -41,6 +46,8 @@ def unlearn(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
     """
     run = RunFolder(cfg, "run")
     if run.is_complete:
+        if lacks_records(run):
+            send_records(run, terminal)
         return run
     check_strength(cfg)
     check_tracking(cfg.tracking, run.path)
@@ -49,12 +56,12 @@ def unlearn(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
         check_target(cfg, sets)
         run.begin(sets.inputs())
         sets = with_own_answers(cfg, sets, run.path, terminal)
-        with tracked(run, sets, terminal) as tracker:
-            cost = run.manifest().get("cost") or train(run, sets, tracker, terminal)
+        with mirrored_to_mlflow(run, terminal) as mirror:
+            cost = run.manifest().get("cost") or train(run, sets, mirror, terminal)
             with on_every_node(run.output, "model"):
                 scores, evaluate_s = score(cfg, result_models(run), sets, terminal)
             run.write_scores(scores, {**cost, "evaluate_s": evaluate_s})
-            record(run, tracker)
+            record(run, mirror)
     return run
 
 
@@ -109,9 +116,7 @@ def evaluate_model(cfg: UnlearnConfig, model: ModelConfig, terminal: Terminal) -
         return score(cfg, models, answered_only(sets), terminal)[0]
 
 
-def train(
-    run: RunFolder, sets: Sets, tracker: Tracker | None, terminal: Terminal
-) -> dict[str, Any]:
+def train(run: RunFolder, sets: Sets, mirror: Mirror | None, terminal: Terminal) -> dict[str, Any]:
     """Train the adapter, write it and the merged model; returns what it cost."""
     cfg = run.cfg
     keep = sets.union(("retain", "utility"), present_only=True)
@@ -124,7 +129,7 @@ def train(
         streams["holdout"] = (sets.holdout, cfg.train.forget_batch_size)
     trainer = Trainer(cfg, "unlearn", streams)
     started = time.monotonic()
-    with ProgressLog(run.output, "Unlearning", cfg.train.steps, terminal, tracker) as losses:
+    with ProgressLog(run.output, "Unlearning", cfg.train.steps, terminal, mirror) as losses:
         result = trainer.fit(
             steps=cfg.train.steps,
             learning_rate=cfg.train.learning_rate,
@@ -149,21 +154,21 @@ def score(
     return scores, time.monotonic() - started
 
 
-def record(run: RunFolder, tracker: Tracker) -> None:
-    """Seal the folder, write the page, send scores and adapter to MLflow."""
-    results = run.scores()
-    for name, scores in results["models"].items():
-        tracker.log_scores(name, scores)
-    tracker.log_scores("cost", results["cost"])
-    for trial in run.manifest()["strengths"][-1:]:
-        tracker.log_scores("solve", trial)
-    version = tracker.log_adapter(run.path / "adapter")
-    run.update(
-        mlflow={"run_id": tracker.run_id, "uri": run.cfg.tracking.uri, "model_version": version}
-    )
+def record(run: RunFolder, mirror: Mirror) -> None:
+    """Send scores and adapter to MLflow, seal the folder, write the page."""
+    mirror.send()
+    run.update(mlflow=describe(mirror, run, is_complete=False))
     drop_answers(run.path)
     run.seal()
-    tracker.log_artifact(write_report(run.path))
+    write_report(run.path)
+
+
+def send_records(run: RunFolder, terminal: Terminal) -> None:
+    """Send what MLflow lacks of a finished run, and put the run's number there on the page."""
+    with run.output.working_copy(), mirrored_to_mlflow(run, terminal) as mirror:
+        if mirror.is_complete:
+            run.update(mlflow=describe(mirror, run, is_complete=False))
+            write_report(run.path)
 
 
 def export(run: RunFolder, checkpoint: Any, *, full: bool = False) -> dict[str, float]:
@@ -207,21 +212,3 @@ def checkpoint_of(result: Any) -> Any:
     """The last checkpoint of a finished training run."""
     assert result.checkpoint is not None
     return result.checkpoint
-
-
-@contextmanager
-def tracked(run: RunFolder, sets: Sets, terminal: Terminal) -> Iterator[Tracker]:
-    """The run's MLflow record, closed with the state in which the run ends."""
-    tracker = open_tracker(run.cfg.tracking, run.path, run.path.name, run.key, terminal.say)
-    tracker.log_parameters(run.cfg.model_dump(mode="json"))
-    for name in sets.names():
-        tracker.log_dataset(name, sets.digests[name], sets.counts[name])
-    status = "FAILED"
-    try:
-        yield tracker
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        tracker.close(status)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ray import tune
 
 from pipelines.terminal import Terminal
-from pipelines.tracking.tracker import Tracker
+from pipelines.tracking.mirror import Mirror
 from tuning.score import Score
 
 FILE_NAME = "trials.jsonl"
@@ -37,7 +37,7 @@ class TrialRecord(NamedTuple):
 class TrialLog(tune.Callback):
     """Keeps `trials.jsonl`, and tells MLflow and the terminal of each trial as it ends."""
 
-    def __init__(self, folder: Path, tracker: Tracker, terminal: Terminal, wanted: int) -> None:
+    def __init__(self, folder: Path, mirror: Mirror, terminal: Terminal, wanted: int) -> None:
         self.folder = folder
         self.trials = read_trials(folder)
         if self.trials:  # without the half line that a killed search may have left
@@ -45,17 +45,13 @@ class TrialLog(tune.Callback):
             whole.write_text("".join(_line(own) for own in self.trials.values()), encoding="utf-8")
             whole.replace(folder / FILE_NAME)
         self.left = max(0, wanted - len(self.trials))
-        self._tracker = tracker
+        self._mirror = mirror
         self._started: dict[str, float] = {}
         if self.trials:
             terminal.say(f"Going on after {len(self.trials)} trials")
         self._bar = terminal.bar("Trials", wanted)
         self._bar.at(len(self.trials), total=wanted, note=self._note())
         self._wanted = wanted
-        for own in list(self.trials.values())[
-            -1:
-        ]:  # the search may have been killed before MLflow knew of it
-            self._log(own)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune writes its callbacks down for a way of resuming that is not ours
@@ -101,16 +97,8 @@ class TrialLog(tune.Callback):
         self.trials[ended.number] = ended
         with (self.folder / FILE_NAME).open("a", encoding="utf-8") as stream:
             stream.write(_line(ended))
-        self._log(ended)
+        self._mirror.send_lines(at_once=True)
         self._bar.at(len(self.trials), total=self._wanted, note=self._note())
-
-    def _log(self, ended: TrialRecord) -> None:
-        own = self._tracker.child(f"trial-{ended.number:04d}")
-        own.log_parameters(ended.values)
-        if ended.score is not None:
-            own.log_scores("trial", ended.score._asdict())
-            own.log_scores("after", ended.scores)
-        own.close("FAILED" if ended.state == "failed" else "FINISHED")
 
     def _note(self) -> str:
         failed = sum(own.state == "failed" for own in self.trials.values())

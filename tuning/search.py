@@ -29,9 +29,8 @@ from pipelines.preflight import load_checked, oracle_of
 from pipelines.storage.output import refuse_store
 from pipelines.storage.run_folder import RunFolder
 from pipelines.terminal import Terminal
-from pipelines.tracking.tracker import Tracker, check_tracking
+from pipelines.tracking.mirror import Mirror, check_tracking, describe, mirrored_to_mlflow
 from pipelines.training.trainer import forget_resume_points
-from pipelines.unlearn import tracked
 from tuning.page import write_page
 from tuning.prepare import reference_scores, share_work
 from tuning.record import TrialLog, TrialRecord, as_configured
@@ -121,7 +120,7 @@ def search(cfg: UnlearnConfig, wish: SearchOptions, terminal: Terminal) -> Searc
             yaml.safe_dump(space.tree(), sort_keys=False), encoding="utf-8"
         )
         sets = with_own_answers(cfg, sets, run.path, terminal)
-        with tracked(run, sets, terminal) as tracker:
+        with mirrored_to_mlflow(run, terminal) as mirror:
             shares = _fits_a_workbench(cfg, space)
             way = (
                 on_workbenches(share_work(cfg, space, sets, terminal))
@@ -129,10 +128,10 @@ def search(cfg: UnlearnConfig, wish: SearchOptions, terminal: Terminal) -> Searc
                 else as_runs(cfg, sets)
             )
             references = reference_scores(cfg, sets, run.path, terminal)
-            ledger = TrialLog(run.path, tracker, terminal, trials)
+            ledger = TrialLog(run.path, mirror, terminal, trials)
             if ledger.left:
                 _run_trials(cfg, way, space, wish, ledger, references)
-            return _finish(run, way, wish, ledger, references, tracker)
+            return _finish(run, way, wish, ledger, references, mirror)
 
 
 def _fits_a_workbench(cfg: UnlearnConfig, space: Space) -> bool:
@@ -264,7 +263,7 @@ def _finish(
     wish: SearchOptions,
     ledger: TrialLog,
     references: Mapping[str, dict[str, float | None]],
-    tracker: Tracker,
+    mirror: Mirror,
 ) -> SearchResult:
     """Pick, write best.yaml and its adapter, draw the page, tell MLflow."""
     cfg = run.cfg
@@ -275,7 +274,6 @@ def _finish(
     }
     chosen = pick(scores, wish.constraints)
     page = write_page(run.path, ledger.trials, chosen, wish.constraints, references)
-    tracker.log_artifact(page)
     if chosen is None:
         wanted = ", ".join(map(str, wish.constraints))
         raise RuntimeError(
@@ -284,12 +282,8 @@ def _finish(
     best = with_values(cfg, {**ledger.trials[chosen].values, "output_dir": f"{run.path}-best"})
     (run.path / BEST_FILE).write_text(to_yaml(best), encoding="utf-8")
     way.save_adapter(ledger.trials[chosen], run.path)
-    version = tracker.log_adapter(run.path / "adapter", alias="champion")
-    tracker.log_scores("pick", scores[chosen]._asdict())
-    tracker.log_artifact(run.path / BEST_FILE)
-    run.update(
-        pick=chosen,
-        mlflow={"run_id": tracker.run_id, "uri": cfg.tracking.uri, "model_version": version},
-    )
+    run.update(pick=chosen)
+    mirror.send()
+    run.update(mlflow=describe(mirror, run, is_complete=False))
     run.seal()
     return SearchResult(ledger.trials, chosen, run.path / BEST_FILE, page)

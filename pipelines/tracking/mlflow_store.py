@@ -1,4 +1,4 @@
-"""One MLflow store: where it is, its runs, and how a record gets into it. Nothing else here knows MLflow."""
+"""One MLflow store: where it is, what a run there has, how a record gets in. Nothing else here knows MLflow."""
 
 import functools
 import hashlib
@@ -6,156 +6,177 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Generator
+import time
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipelines.config.schema import ConfigError, TrackingConfig
+from pipelines.tracking.contents import Trial
 
 REQUEST_TIMEOUT_S = 5
 UPLOAD_TIMEOUT_S = 120
-KEY_LENGTH, VALUE_LENGTH, DIGEST_LENGTH = (
-    250,
-    6000,
-    36,
-)  # limits in mlflow/utils/validation.py, 3.17
+# The limits of mlflow/utils/validation.py, 3.17.
+KEY_LENGTH = 250
+VALUE_LENGTH = 6000
+DIGEST_LENGTH = 36
 RUN_KEY_TAG = "ray_unlearn.run_key"
 PARENT_TAG = "mlflow.parentRunId"  # mlflow/utils/mlflow_tags.py
 DIGEST_TAG = "ray_unlearn.adapter_digest"
-UPLOADS = ("adapter", "artifact")
-
-Record = dict[str, Any]
 
 
 class RefusedError(Exception):
     """The server answers, and will never take this record."""
 
 
+class LoggedRun:
+    """A run in MLflow: what it has, and how it gets what it lacks. Every method sends only that.
+
+    Raises whatever MLflow, a database driver or a cloud's client raises.
+    """
+
+    def __init__(self, client: Any, run: Any, model_name: str) -> None:
+        self.id: str = run.info.run_id
+        self.experiment_id: str = run.info.experiment_id
+        self._client, self._run, self._model_name = client, run, model_name
+        self.steps: set[int] = set()
+
+    def log_parameters(self, parameters: Mapping[str, str]) -> None:
+        """Log parameters. MLflow never changes one: a new value becomes the tag `resumed.train.steps`."""
+        entities = load_mlflow().entities
+        known, new, tags = self._run.data.params, [], []
+        for key, value in _valid(parameters).items():
+            value = value[:VALUE_LENGTH]
+            if key not in known:
+                new.append(entities.Param(key, value))
+            elif known[key] != value:
+                tags.append(entities.RunTag(f"resumed.{key}"[:KEY_LENGTH], value))
+        with _request():
+            self._client.log_batch(self.id, params=new, tags=tags)
+
+    def log_steps(self, steps: Mapping[int, Mapping[str, float]]) -> None:
+        """Log the metrics of optimizer steps, all of them or none."""
+        now_ms = _now_ms()
+        metrics = [
+            load_mlflow().entities.Metric(key, float(value), now_ms, step)
+            for step, values in steps.items()
+            for key, value in _valid(values).items()
+        ]
+        self.steps |= steps.keys()  # one that is refused is not tried again
+        with _request():
+            self._client.log_batch(self.id, metrics)
+
+    def log_scores(self, scores: Mapping[str, float]) -> None:
+        """Log metrics without steps."""
+        known, now_ms = self._run.data.metrics, _now_ms()
+        metrics = [
+            load_mlflow().entities.Metric(key, value, now_ms, 0)
+            for key, value in _valid(scores).items()
+            if known.get(key) != value
+        ]
+        with _request():
+            self._client.log_batch(self.id, metrics)
+
+    def log_dataset(self, name: str, digest: str, rows: int) -> None:
+        """Log a set's name, digest (cut to MLflow's 36 characters) and number of rows; nothing of its content."""
+        digest = digest[:DIGEST_LENGTH]
+        for entry in self._run.inputs.dataset_inputs:
+            if (entry.dataset.name, entry.dataset.digest) == (name, digest):
+                return
+        entities = load_mlflow().entities
+        profile = json.dumps({"num_rows": rows})
+        dataset = entities.Dataset(name, digest, "ray_unlearn", "{}", profile=profile)
+        context = entities.InputTag("mlflow.data.context", name)
+        with _request():
+            self._client.log_inputs(self.id, [entities.DatasetInput(dataset, [context])])
+
+    def register(self, folder: Path, alias: str | None) -> int:
+        """Upload a PEFT folder and register it as `tracking.model_name`; equal weights are registered once.
+
+        `alias` moves to that version, which is returned.
+        """
+        client, model = self._client, self._model_name
+        with _request(UPLOAD_TIMEOUT_S):
+            digest = _weights_digest(folder)
+            registered = client.search_model_versions(f"run_id = '{self.id}'")
+            versions = [
+                version
+                for version in registered
+                if version.name == model and version.tags.get(DIGEST_TAG) == digest
+            ]
+            if versions:
+                version = versions[0]
+            else:
+                # The files of a registered version never change.
+                path = f"adapter-{digest[:12]}" if registered else "adapter"
+                client.log_artifacts(self.id, str(folder), path)
+                _unless_there(client.create_registered_model, model)
+                source, tags = f"{self._run.info.artifact_uri}/{path}", {DIGEST_TAG: digest}
+                version = client.create_model_version(model, source, self.id, tags=tags)
+            number = int(version.version)
+            if alias is not None:
+                client.set_registered_model_alias(model, alias, str(number))
+        return number
+
+    def log_file(self, path: Path) -> None:
+        """Upload a file to the top of the run's artifacts, unless one of its name and size is there."""
+        with _request(UPLOAD_TIMEOUT_S):
+            for entry in self._client.list_artifacts(self.id):
+                if (entry.path, entry.file_size) == (path.name, path.stat().st_size):
+                    return
+            self._client.log_artifact(self.id, str(path))
+
+    def end(self, status: str) -> None:
+        """End the run."""
+        with _request():
+            self._client.set_terminated(self.id, status)
+
+
 class Store:
-    """One MLflow store: finds runs, writes records. Raises whatever MLflow, a driver or a cloud's client raises."""
+    """One MLflow store: finds and makes runs. Raises what `LoggedRun` raises."""
 
     def __init__(self, uri: str, artifacts: str | None, cfg: TrackingConfig) -> None:
         self.uri, self._artifacts, self._cfg = uri, artifacts, cfg
-        self.versions: dict[str, int] = {}  # registered versions by adapter folder
-        self._run_ids: dict[str, str] = {}
 
     @functools.cached_property
     def _client(self) -> Any:
         return load_mlflow().MlflowClient(self.uri, registry_uri=self.uri)
 
-    def write(self, records: list[Record]) -> str:
-        """Write records of one kind and run, and return the run's id.
+    def open_run(self, key: str, name: str) -> LoggedRun:
+        """Return the run with this key, made where there is none, running from now on, and what it has."""
+        client = self._client
+        with _request():
+            experiment = client.get_experiment_by_name(self._cfg.experiment)
+            if experiment is None:
+                _unless_there(client.create_experiment, self._cfg.experiment, self._artifacts)
+                experiment = client.get_experiment_by_name(self._cfg.experiment)
+            run = self._find_or_create(experiment.experiment_id, key, name, {})
+            if run.info.status != "RUNNING":
+                client.update_run(run.info.run_id, status="RUNNING")
+            logged = LoggedRun(client, run, self._cfg.model_name)
+            history = client.get_metric_history(logged.id, "loss")
+            logged.steps = {point.step for point in history}
+        return logged
 
-        Raises:
-            RefusedError: the server answers that this content is not allowed, or a file to upload is gone.
-        """
-        first = records[0]
-        kind, key = first["kind"], first["run_key"]
-        if kind in UPLOADS and not Path(first["path"]).exists():
-            raise RefusedError(f"{first['path']} is gone")
-        known_id = self._run_ids.pop(
-            key, None
-        )  # forgotten when this fails, in case the run is gone
-        with _limits(REQUEST_TIMEOUT_S):
-            run = None if known_id and kind == "metrics" else self._find_run(first)
-        run_id = str(run.info.run_id if run else known_id)
-        try:
-            with _limits(UPLOAD_TIMEOUT_S if kind in UPLOADS else REQUEST_TIMEOUT_S):
-                self._write(run_id, run, records)
-        except Exception as error:
-            if run is not None and getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE":
-                raise RefusedError(error) from error
-            raise
-        self._run_ids[key] = run_id
-        return run_id
+    def log_trial(self, parent: LoggedRun, key: str, trial: Trial) -> None:
+        """Log a trial that has ended as a run inside `parent`, unless that has been done."""
+        with _request():
+            experiment_id = parent.experiment_id
+            run = self._find_or_create(experiment_id, key, trial.name, {PARENT_TAG: parent.id})
+        if run.info.status == trial.status:
+            return
+        logged = LoggedRun(self._client, run, self._cfg.model_name)
+        logged.log_parameters(trial.parameters)
+        logged.log_scores(trial.scores)
+        logged.end(trial.status)
 
-    def _find_run(self, record: Record) -> Any:
-        """The record's run, made where it is not there yet; inside its parent's, where it has one."""
-        client, name = self._client, self._cfg.experiment
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            _unless_there(client.create_experiment, name, self._artifacts)
-            experiment = client.get_experiment_by_name(name)
-
-        def run_of(key: str) -> Any:
-            found = client.search_runs(
-                [experiment.experiment_id], f"tags.`{RUN_KEY_TAG}` = '{key}'"
-            )
-            return found[-1] if found else None  # the oldest
-
-        run = run_of(record["run_key"])
-        if run is not None:
-            return run
-        tags = {RUN_KEY_TAG: record["run_key"]}
-        parent = run_of(record["parent_key"]) if "parent_key" in record else None
-        if parent is not None:
-            tags[PARENT_TAG] = parent.info.run_id
-        return client.create_run(
-            experiment.experiment_id, record["time_ms"], tags, record["run_name"]
-        )
-
-    def _write(self, run_id: str, run: Any, records: list[Record]) -> None:
-        client, entities, first = self._client, load_mlflow().entities, records[0]
-        match first["kind"]:
-            case "open":
-                client.update_run(run_id, status="RUNNING")
-            case "parameters":  # MLflow never changes one
-                values, known = first["values"], run.data.params
-                changed = [key for key in values if known.get(key, values[key]) != values[key]]
-                client.log_batch(
-                    run_id,
-                    params=[entities.Param(key, values[key]) for key in values if key not in known],
-                    tags=[
-                        entities.RunTag(f"resumed.{key}"[:KEY_LENGTH], values[key])
-                        for key in changed
-                    ],
-                )
-            case "metrics" | "scores":
-                points = (
-                    (r["step"], r["time_ms"], *item)
-                    for r in records
-                    for item in r["values"].items()
-                )
-                metrics = [
-                    entities.Metric(key, value, time_ms, step)
-                    for step, time_ms, key, value in points
-                ]
-                client.log_batch(run_id, metrics)
-            case "dataset":
-                profile, context = (
-                    {"num_rows": first["rows"]},
-                    entities.InputTag("mlflow.data.context", first["set"]),
-                )
-                dataset = entities.Dataset(
-                    first["set"], first["digest"], "ray_unlearn", "{}", profile=json.dumps(profile)
-                )
-                client.log_inputs(run_id, [entities.DatasetInput(dataset, [context])])
-            case "adapter":
-                model = first["model"] or self._cfg.model_name
-                self.versions[first["path"]] = version = self._register(
-                    run, Path(first["path"]), model
-                )
-                if first.get("alias"):
-                    client.set_registered_model_alias(model, first["alias"], str(version))
-            case "artifact":
-                client.log_artifact(run_id, first["path"])
-            case _:
-                client.set_terminated(run_id, first["status"], first["time_ms"])
-
-    def _register(self, run: Any, folder: Path, model: str) -> int:
-        client, run_id, digest = self._client, run.info.run_id, _weights_digest(folder)
-        versions = client.search_model_versions(f"run_id = '{run_id}'")
-        for version in versions:
-            if version.name == model and version.tags.get(DIGEST_TAG) == digest:
-                return int(version.version)
-        place = (
-            "adapter" if not versions else f"adapter-{digest[:12]}"
-        )  # a registered version's files never change
-        client.log_artifacts(run_id, str(folder), place)
-        _unless_there(client.create_registered_model, model)
-        source, tags = f"{run.info.artifact_uri}/{place}", {DIGEST_TAG: digest}
-        return int(client.create_model_version(model, source, run_id, tags=tags).version)
+    def _find_or_create(self, experiment_id: str, key: str, name: str, tags: dict[str, str]) -> Any:
+        filter_string = f"tags.`{RUN_KEY_TAG}` = '{key}'"
+        runs = self._client.search_runs([experiment_id], filter_string)
+        if runs:
+            return runs[-1]  # the oldest
+        return self._client.create_run(experiment_id, _now_ms(), {RUN_KEY_TAG: key, **tags}, name)
 
 
 def locate(uri: str | None, folder: Path) -> tuple[str, str | None]:
@@ -198,16 +219,44 @@ def load_mlflow() -> Any:
 
 
 @contextmanager
+def _request(timeout_s: int | None = None) -> Generator[None]:
+    """Ask MLflow within our limits.
+
+    Raises:
+        RefusedError: MLflow answers that this content is not allowed.
+    """
+    with _limits(timeout_s or REQUEST_TIMEOUT_S):
+        try:
+            yield
+        except Exception as error:
+            if getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE":
+                raise RefusedError(error) from error
+            raise
+
+
+@contextmanager
 def _limits(timeout_s: int) -> Generator[None]:
-    """MLflow's HTTP limits for a while, in the environment, where it reads them; those that the user has set stay."""
+    """Set MLflow's HTTP limits for a while, in the environment, where it reads them.
+
+    Limits that the user has set stay.
+    """
     limits = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    ours = {name: value for name, value in limits.items() if name not in os.environ}
-    os.environ.update(ours)
+    added = {name: value for name, value in limits.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        for name in ours:
+        for name in added:
             os.environ.pop(name, None)
+
+
+def _valid(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with their names in characters that MLflow takes."""
+    return {re.sub(r"[^\w\-. /]", "_", key)[:KEY_LENGTH]: values[key] for key in values}
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
 
 
 def _unless_there(create: Callable[..., Any], *arguments: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipelines.storage.output import OutputDir
 from pipelines.terminal import Terminal
-from pipelines.tracking.tracker import Tracker
+from pipelines.tracking.mirror import Mirror
 
 FILE_NAME = "losses.jsonl"
 UPLOAD_S = 10.0  # between two uploads of the file, where results lie on a store
@@ -22,13 +22,13 @@ class ProgressLog:
         title: str,
         steps: int,
         terminal: Terminal,
-        tracker: Tracker | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         self._bar = terminal.bar(title, steps or None)
         self._steps = steps
         self._stream = (output.folder / FILE_NAME).open("a", encoding="utf-8")
         self._output, self._upload_at_s = output, 0.0
-        self._tracker = tracker
+        self._mirror = mirror
 
     def __enter__(self) -> "ProgressLog":
         return self
@@ -56,7 +56,5 @@ class ProgressLog:
             self._upload_at_s = time.monotonic() + UPLOAD_S
         step = int(message["step"])
         self._bar.at(step + 1, note=f"loss {message['loss']:.3f}", total=self._steps)
-        if self._tracker is not None:
-            self._tracker.log_step(
-                step, {name: value for name, value in message.items() if name != "step"}
-            )
+        if self._mirror is not None:
+            self._mirror.send_lines()

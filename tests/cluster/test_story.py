@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from tests.bucket import Bucket
 from tests.cluster.conftest import Head, running_head
-from tests.pipelines.tracking.test_tracker import Server
+from tests.mlflow_server import Server
 from tests.processes import kill_tree, train_workers
 from tuning.record import read_trials
 
