@@ -47,10 +47,11 @@ def run(config: Config, overrides: Overrides = None) -> Action:
 
     def action(terminal: Terminal) -> None:
         cfg = load_config(config, overrides)
+        from pipelines.evaluation.metrics.keys import terminal_labels
         from pipelines.unlearn import unlearn
 
         done = unlearn(cfg, terminal)
-        terminal.scores(done.scores()["models"])
+        terminal.scores(done.scores()["models"], terminal_labels())
         terminal.say(f"Report: {done.output.url}/report.html")
 
     return action
@@ -164,16 +165,16 @@ def evaluate(
         if not model:
             raise ConfigError("--model: missing, allowed: a model folder")
         cfg = load_config(config, overrides)
+        from pipelines.evaluation.metrics.keys import terminal_labels, versions
         from pipelines.unlearn import evaluate_model
 
         scores = evaluate_model(cfg, ModelConfig(path=model), terminal)
-        terminal.scores(scores)
+        terminal.scores(scores, terminal_labels())
         target = Path(
             output or f"scores-{Path(model).resolve().parent.name}-{Path(model).name}.json"
         )
-        target.write_text(
-            json.dumps({"schema": 1, "models": scores}, indent=2, allow_nan=False), encoding="utf-8"
-        )
+        content = {"schema": 1, "models": scores, "versions": versions(scores.values())}
+        target.write_text(json.dumps(content, indent=2, allow_nan=False), encoding="utf-8")
         terminal.say(f"Scores: {target}")
 
     return action

@@ -26,25 +26,6 @@ from pipelines.config.schema import ConfigError
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="The output_dir of a finished run.")]
 
-SHOWN_SCORES = (
-    ("forget.rouge", "Forget: ROUGE-L recall"),
-    ("forget.rouge_paraphrased", "Forget, asked in other words: ROUGE-L"),
-    ("forget.fact_recall", "Forget: fact recall"),
-    ("forget.fact_recall_paraphrased", "Forget, asked in other words: fact recall"),
-    ("forget.accuracy", "Forget: accuracy"),
-    ("forget.probability", "Forget: probability of the answer"),
-    ("forget.extraction_strength", "Forget: extraction strength"),
-    ("mia.min_k", "Membership inference, min-k AUC"),
-    ("retain.rouge", "Retain: ROUGE-L recall"),
-    ("retain.fact_recall", "Retain: fact recall"),
-    ("retain.accuracy", "Retain: accuracy"),
-    ("general.accuracy", "Unseen rows: accuracy"),
-    ("mia_efficacy", "Attack: share of forget rows called unseen"),
-    ("retain.probability", "Retain: probability of the answer"),
-    ("general.probability", "General knowledge: probability"),
-    ("model_utility", "Model utility"),
-)
-
 
 class Terminal:
     """The user's terminal, while file descriptors 1 and 2 write to the log: Ray, DeepSpeed and MLflow speak there."""
@@ -103,13 +84,13 @@ class Terminal:
             table.add_row(*row)
         self._console.print(table)
 
-    def scores(self, models: Mapping[str, Mapping[str, Any]]) -> None:
-        """The result as a short table."""
+    def scores(self, models: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> None:
+        """Print the scores that have a label, a column a model."""
         table = Table(title="Scores", title_justify="left")
         table.add_column("")
         for name in models:
             table.add_column(name, justify="right")
-        for key, label in SHOWN_SCORES:
+        for key, label in labels.items():
             values = [scores.get(key) for scores in models.values()]
             if any(value is not None for value in values):
                 table.add_row(

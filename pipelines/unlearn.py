@@ -10,6 +10,7 @@ from pipelines.cluster.tasks import on_every_node, on_this_node, result_of
 from pipelines.config.schema import ModelConfig, UnlearnConfig, check_strength
 from pipelines.data.sets import Sets
 from pipelines.encoding.labelled import check_target
+from pipelines.evaluation.metrics.keys import versions
 from pipelines.evaluation.own_answers import (
     answered_only,
     check_answered,
@@ -60,7 +61,8 @@ def unlearn(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
             cost = run.manifest().get("cost") or train(run, sets, mirror, terminal)
             with on_every_node(run.output, "model"):
                 scores, evaluate_s = score(cfg, result_models(run), sets, terminal)
-            run.write_scores(scores, {**cost, "evaluate_s": evaluate_s})
+            cost = {**cost, "evaluate_s": evaluate_s}
+            run.write_scores(scores, cost, versions(scores.values()))
             record(run, mirror)
     return run
 

@@ -18,13 +18,13 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from pipelines.config.schema import ConfigError, UnlearnConfig
+from pipelines.evaluation.metrics.keys import searched
+from pipelines.evaluation.metrics.membership import CHANCE
+from pipelines.evaluation.metrics.table import BY_NAME
 
-OWN_WORDS = ("forget.probability", "forget.fact_recall", "mia.min_k")
-OTHER_WORDS = ("forget.probability_paraphrased", "forget.fact_recall_paraphrased")
-OF_CLASSES = ("forget.accuracy", "mia_efficacy")
-KEPT = ("retain.probability", "utility.probability", "general.probability")
-KEPT_CLASSES = ("retain.accuracy", "general.accuracy")
-CHANCE = 0.5  # AUC of an attack that cannot tell
+OWN_WORDS = searched("own words")
+OTHER_WORDS = searched("other words")
+OF_CLASSES = searched("classes")
 UTILITY_FLOOR = 0.97
 
 Scores = Mapping[str, float | None]
@@ -74,9 +74,11 @@ def score_trial(scores: Scores, before: Scores, oracle: Scores | None, cost_s: f
         abs(_number(scores, name) - target) for name, target in _never_saw(scores, oracle).items()
     ]
     other = [_gap_in_other_words(name, scores, oracle) for name in OTHER_WORDS if name in scores]
-    names = KEPT_CLASSES if OF_CLASSES[0] in before else KEPT
+    metric = BY_NAME["accuracy" if OF_CLASSES[0] in before else "probability"]
     kept = [
-        _number(scores, name) / max(_number(before, name), 1e-9) for name in names if name in before
+        _number(scores, name) / max(_number(before, name), 1e-9)
+        for name in map(metric.key, metric.kept)
+        if name in before
     ]
     parts = [*own, *other]
     return Score(_mean(parts), min(kept), _mean(own), _mean(other) if other else 0.0, cost_s)

@@ -21,8 +21,7 @@ import torch
 from pipelines.config.load import changed_keys
 from pipelines.config.schema import UnlearnConfig
 from pipelines.encoding.labelled import build_encoder
-from pipelines.evaluation.metrics import summarise
-from pipelines.evaluation.pool import sample_of
+from pipelines.evaluation.metrics import Sample, summarise
 from pipelines.evaluation.text_scorer import Scorer
 from pipelines.model.load import build_alignment, load_base
 from pipelines.training.job import Job
@@ -240,7 +239,7 @@ class Workbench:
             for row in self._scorer.score("trial", ray.get(table))
         ]
         found.sort(key=lambda row: (row[0], row[1]))
-        return summarise([sample_of(fields) for _, _, fields in found])
+        return summarise([Sample(**fields) for _, _, fields in found])
 
     @functools.cached_property
     def _collected(self) -> Collected:

@@ -1,11 +1,12 @@
 """The configuration of the data: sources, selectors, columns. The base of all sections, and the error they raise."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Task = Literal["causal_lm", "sequence_classification", "image_classification"]
 SetName = Literal["forget", "retain", "utility", "holdout", "general"]
+SET_NAMES: tuple[SetName, ...] = get_args(SetName)
 
 
 class ConfigError(ValueError):

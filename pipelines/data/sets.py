@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,7 +23,13 @@ import ray.data
 from ray.data import Dataset
 from ray.exceptions import RayError, RayTaskError
 
-from pipelines.config.data import ColumnsConfig, DataConfig, SetName, SourceConfig, Task
+from pipelines.config.data import (
+    SET_NAMES,
+    ColumnsConfig,
+    DataConfig,
+    SourceConfig,
+    Task,
+)
 from pipelines.config.schema import ConfigError
 from pipelines.data.rows import (
     ANSWERED_BY_MODEL,
@@ -37,7 +43,6 @@ from pipelines.data.rows import (
 )
 from pipelines.data.sources import Piece, find_pieces, request_ids
 
-SET_NAMES: tuple[str, ...] = get_args(SetName)
 SETS_DISJOINT_FROM_FORGET = (
     "retain",
     "utility",

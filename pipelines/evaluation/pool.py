@@ -65,7 +65,7 @@ def evaluate(
     samples: dict[str, Samples] = defaultdict(dict)
     for done in pool.map_unordered(_start, tasks):
         for name, found in done.found.items():
-            samples[name] |= {(set_name, row): sample_of(fields) for set_name, row, fields in found}
+            samples[name] |= {(set_name, row): Sample(**fields) for set_name, row, fields in found}
         advance(done.work)
     ordered = {name: _in_order(samples[name]) for name in models}
     scores = {
@@ -176,12 +176,6 @@ def _robustness_scores(
 
 def _in_order(samples: Samples) -> list[Sample]:
     return [samples[row] for row in sorted(samples)]
-
-
-def sample_of(fields: dict[str, Any]) -> Sample:
-    """A row's numbers, as a worker gives them, as the metrics take them."""
-    fields["perturbed_losses"] = tuple(fields.get("perturbed_losses", ()))
-    return Sample(**fields)
 
 
 def _rows_scored(cfg: UnlearnConfig, sets: Sets, name: str) -> int:

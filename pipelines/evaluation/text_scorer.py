@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.encoding.text import Encoder
 from pipelines.evaluation.attacks import BITS, halves, quantise_blocks_, relearn_
-from pipelines.evaluation.metrics import TokenStatistics, sample_scores, token_statistics
+from pipelines.evaluation.metrics import TokenStatistics, sample_scores
+from pipelines.evaluation.metrics.forward import token_statistics
 from pipelines.evaluation.metrics.memorization import fact_recall
 from pipelines.evaluation.metrics.text import rouge_f1, rouge_recall
 from pipelines.model.load import load_base

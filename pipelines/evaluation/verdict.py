@@ -7,67 +7,34 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-MIN_GAP = 0.02  # The original must differ from the target by this much, or a score has nothing to say about forgetting.
-FORGOTTEN_SHARE = (
-    2 / 3
-)  # Of the scores that say something, this share must be nearer to the target than to the original.
-PARTLY_SHARE = 1 / 3  # Below this share nothing worth the name was forgotten.
-OVERSHOOT = 0.10  # Further than this beyond the target, on the side away from the original, is a tell-tale of its own.
-OVERSHOOT_SHARE = (
-    1 / 4
-)  # This share of overshooting scores makes the verdict: too many to be chance.
-KEPT_SHARE = (
-    0.95  # A score of what should stay that falls under this share of the original's is a cost.
-)
-STILL_THERE = 0.90  # With nothing to compare with: scores above this share of the original's mean nothing happened.
-CHANCE = 0.5  # AUC of a membership attack that cannot tell.
+from pipelines.evaluation.metrics.membership import CHANCE
+from pipelines.evaluation.metrics.metric import Metric
+from pipelines.evaluation.metrics.table import METRICS
 
-# The scores the verdict counts. Loss and perplexity only repeat probability; mia.reference contains the oracle itself.
-FORGET_SCORES = (
-    *(f"mia.{attack}" for attack in ("min_k", "min_k_plus_plus", "loss", "zlib")),
-    *(
-        f"forget.{metric}"
-        for metric in ("extraction_strength", "exact_memorization", "truth_ratio")
-    ),
-    *(
-        f"forget.{metric}{words}"
-        for metric in ("probability", "rouge", "fact_recall")
-        for words in ("", "_paraphrased")
-    ),
-)
-CLASS_SCORES = ("forget.accuracy", "mia_efficacy")  # those of a classifier
-HIGHER_IS_FORGOTTEN = (
-    "forget.truth_ratio",
-    "mia_efficacy",
-)  # In all other scores more means that more is remembered.
-# While one of these is nearer to the original, nothing counts as forgotten: ROUGE and probability are easy to fool.
-DECISIVE = {
-    "forget.fact_recall": "fact recall",
-    "forget.extraction_strength": "extraction strength",
-    "mia.min_k": "the min-k attack",
-    "forget.accuracy": "accuracy",
-}
-KEEP_SCORES = {
-    "retain.accuracy": "the retained rows' accuracy",
-    "general.accuracy": "the accuracy on unseen rows",
-    "retain.probability": "the retained answers' probability",
-    "general.probability": "general knowledge",
-    "retain.probability_paraphrased": "the paraphrased retained answers' probability",
-    "retain.rouge": "the retained answers' wording",
-    "general.rouge": "the general answers' wording",
-    "utility.probability": "the utility text's probability",
-    "model_utility": "model utility",
-}
-ALWAYS_NAMED = ("retain.accuracy", "general.accuracy", "retain.probability", "general.probability")
+# The original must differ from the target by this much, or a score has nothing to say about forgetting.
+MIN_GAP = 0.02
+# Of the scores that say something, this share must be nearer to the target than to the original.
+FORGOTTEN_SHARE = 2 / 3
+# Below this share nothing worth the name was forgotten.
+PARTLY_SHARE = 1 / 3
+# Further than this beyond the target, on the side away from the original, is a tell-tale of its own.
+OVERSHOOT = 0.10
+# This share of overshooting scores makes the verdict: too many to be chance.
+OVERSHOOT_SHARE = 1 / 4
+# A score of what should stay that falls under this share of the original's is a cost.
+KEPT_SHARE = 0.95
+# With nothing to compare with: scores above this share of the original's mean that nothing happened.
+STILL_THERE = 0.90
 RULE = {
     "min_gap": MIN_GAP,
     "forgotten": FORGOTTEN_SHARE,
     "partly": PARTLY_SHARE,
     "kept": KEPT_SHARE,
-} | {
     "overshoot": OVERSHOOT,
     "overshoot_share": OVERSHOOT_SHARE,
 }
+
+JUDGED = [metric for metric in METRICS if metric.judged]
 
 Entry = Mapping[str, float | None]
 Models = Mapping[str, Entry | None]
@@ -82,11 +49,11 @@ class Verdict(NamedTuple):
 
 
 class Forgetting(NamedTuple):
-    """Counts over FORGET_SCORES: with a target, of which telling, nearer to the target, and beyond it."""
+    """Counts of the judged scores that have a target, and the decisive ones that are nearer to the original."""
 
     measured: int
-    telling: int
-    nearer: int
+    telling: int  # the original differs from the target
+    nearer: int  # of the telling: nearer to the target than to the original
     beyond: int
     missed: list[str]
 
@@ -98,61 +65,73 @@ def verdict(scores: Mapping[str, Any]) -> Verdict:
     set, and the original's `holdout.*` scores stand in for the rest: a weaker verdict, and it says so.
     """
     models: Models = scores["models"]
-    before, after, oracle = (
-        models["before"] or {},
-        models["after"] or {},
-        models.get("oracle") or {},
-    )
-    pairs = {name: (before.get(name), after.get(name)) for name in KEEP_SCORES}
-    kept = {name: new / old for name, (old, new) in pairs.items() if old and new is not None}
-    lost = [name for name, share in kept.items() if share < KEPT_SHARE]
-    level, head, evidence = _judge(_count(before, after, oracle), before, after, bool(oracle))
+    before, after, oracle = models["before"] or {}, models["after"] or {}, models.get("oracle")
+    kept = _kept_shares(before, after)
+    level, head, evidence = _judge(before, after, oracle)
+    lost = [share for share in kept if share.value < KEPT_SHARE]
     if level == "forgotten" and not kept:
         level, head = "undecided", "Undecided"
     elif level == "forgotten" and lost:
-        level, head = (
-            "costly",
-            f"Forgotten, but at the cost of {_join([KEEP_SCORES[name] for name in lost])}",
-        )
-    weaker = "" if oracle else " (no retrained oracle was given, so this verdict is weaker)"
-    return Verdict(level, f"{head}{weaker}: {evidence}; {_keep_clause(kept, lost)}.")
+        level = "costly"
+        head = f"Forgotten, but at the cost of {_join([share.words for share in lost])}"
+    if not oracle:
+        head += " (no retrained oracle was given, so this verdict is weaker)"
+    return Verdict(level, f"{head}: {evidence}; {_keep_clause(kept)}.")
 
 
-def _count(before: Entry, after: Entry, oracle: Entry) -> Forgetting:
+class Share(NamedTuple):
+    """How much of a score that should stay is left."""
+
+    words: str
+    value: float
+    always_named: bool
+
+
+def _kept_shares(before: Entry, after: Entry) -> list[Share]:
+    shares: list[Share] = []
+    # What a verdict always names comes first.
+    for metric in sorted(METRICS, key=lambda metric: not metric.is_utility):
+        for set_name, words in metric.kept.items():
+            old, new = before.get(metric.key(set_name)), after.get(metric.key(set_name))
+            if old and new is not None:
+                is_named = metric.is_utility and set_name != "utility"
+                shares.append(Share(words, new / old, is_named))
+    return shares
+
+
+def _count(before: Entry, after: Entry, oracle: Entry | None) -> Forgetting:
     measured = telling = nearer = beyond = 0
     missed: list[str] = []
-    for name in (*FORGET_SCORES, *CLASS_SCORES):
-        old, new, aim = (
-            before.get(name),
-            after.get(name),
-            oracle.get(name) if oracle else _stand_in(name, before),
-        )
-        if old is None or new is None or aim is None:
+    for metric in JUDGED:
+        name = metric.key("forget")
+        old, new = before.get(name), after.get(name)
+        target = oracle.get(name) if oracle else _stand_in(metric, before)
+        if old is None or new is None or target is None:
             continue
         measured += 1
-        sign = -1 if name in HIGHER_IS_FORGOTTEN else 1
-        beyond += sign * new < min(sign * aim, sign * old) - OVERSHOOT
-        if abs(old - aim) >= MIN_GAP:
-            telling += 1
-            is_nearer = abs(new - aim) < abs(new - old)
-            nearer += is_nearer
-            if name in DECISIVE and not is_nearer:
-                missed.append(DECISIVE[name])
+        sign = -1 if metric.remembered == "lower" else 1
+        beyond += sign * new < min(sign * target, sign * old) - OVERSHOOT
+        if abs(old - target) < MIN_GAP:
+            continue
+        telling += 1
+        is_nearer = abs(new - target) < abs(new - old)
+        nearer += is_nearer
+        if metric.decisive and not is_nearer:
+            missed.append(metric.decisive)
     return Forgetting(measured, telling, nearer, beyond, missed)
 
 
-def _stand_in(name: str, before: Entry) -> float | None:
-    """What a score should come to, without an oracle; None where only an oracle can tell, as of `mia_efficacy`."""
-    if name.startswith("mia."):
+def _stand_in(metric: Metric, before: Entry) -> float | None:
+    """Return the target of a score without an oracle; None where only an oracle can tell, as of `mia_efficacy`."""
+    if metric.unit == "AUC":
         return CHANCE
-    return before.get(name.replace("forget.", "holdout.")) if name.startswith("forget.") else None
+    return before.get(metric.key("holdout")) if metric.of_set else None
 
 
-def _judge(
-    counts: Forgetting, before: Entry, after: Entry, has_oracle: bool
-) -> tuple[Level, str, str]:
-    """Level, first words and evidence, from the forget set alone."""
-    target = "the retrained oracle" if has_oracle else "never-seen data"
+def _judge(before: Entry, after: Entry, oracle: Entry | None) -> tuple[Level, str, str]:
+    """Return level, first words and evidence, from the forget set alone."""
+    counts = _count(before, after, oracle)
+    target = "the retrained oracle" if oracle else "never-seen data"
     if counts.measured == 0:
         return _judge_without_target(before, after)
     if counts.beyond >= OVERSHOOT_SHARE * counts.measured:
@@ -177,37 +156,34 @@ def _judge(
 
 
 def _judge_without_target(before: Entry, after: Entry) -> tuple[Level, str, str]:
-    names = [
-        name
-        for name in (*FORGET_SCORES, *CLASS_SCORES)
-        if name.startswith("forget.") and name not in HIGHER_IS_FORGOTTEN
-    ]
-    pairs = [
-        (old, new)
-        for n in names
-        if (old := before.get(n)) is not None and (new := after.get(n)) is not None
-    ]
-    total = sum(old for old, _ in pairs)
+    total = left = 0.0
+    for metric in JUDGED:
+        old, new = before.get(metric.key("forget")), after.get(metric.key("forget"))
+        # An AUC has no zero to fall to.
+        if metric.of_set and metric.remembered == "higher" and old is not None and new is not None:
+            total += old
+            left += new
     if total == 0:
         return (
             "undecided",
             "Undecided",
             "no score of the forget set was measured before, after and for a target",
         )
-    share = sum(new for _, new in pairs) / total
+    share = left / total
     evidence = f"the forget-set scores stand at {_percent(share)} of the original's on average"
     if share >= STILL_THERE:
         return "not_forgotten", "Not forgotten", evidence
     return "undecided", "Undecided", f"{evidence}, but nothing given says how low is right"
 
 
-def _keep_clause(kept: Mapping[str, float], lost: Sequence[str]) -> str:
+def _keep_clause(kept: Sequence[Share]) -> str:
+    """Return a clause on what was kept: the shares that are always named and those that were lost, else the first."""
     if not kept:
         return "what it keeps was not measured"
-    named = [
-        name for name in KEEP_SCORES if name in kept and (name in ALWAYS_NAMED or name in lost)
-    ] or list(kept)[:1]
-    return "it keeps " + _join([f"{_percent(kept[name])} of {KEEP_SCORES[name]}" for name in named])
+    named = [share for share in kept if share.always_named or share.value < KEPT_SHARE]
+    return "it keeps " + _join(
+        [f"{_percent(share.value)} of {share.words}" for share in named or kept[:1]]
+    )
 
 
 def _percent(share: float) -> str:

@@ -17,6 +17,7 @@ from jinja2 import Environment, StrictUndefined
 
 from pipelines.config.load import load_config
 from pipelines.config.schema import ConfigError, UnlearnConfig
+from pipelines.evaluation.metrics.membership import chance_gap
 from pipelines.evaluation.verdict import MIN_GAP, RULE, Entry, verdict
 from pipelines.report.curves import loss_curves, relearn_curve
 from pipelines.storage.run_folder import read_json, read_text
@@ -139,8 +140,8 @@ def _ordered(keys: Iterable[str], order: Iterable[str]) -> list[str]:
 
 
 def chance_margin(forget_rows: int, holdout_rows: int) -> float:
-    """How far from 0.5 an AUC strays by chance in 95 of 100 cases (Mann and Whitney 1947: variance of U)."""
-    return 1.96 * math.sqrt((forget_rows + holdout_rows + 1) / (12 * forget_rows * holdout_rows))
+    """How far from 0.5 an AUC strays by chance in 95 of 100 cases."""
+    return 1.96 * chance_gap(forget_rows, holdout_rows)
 
 
 def _view(run: Run) -> dict[str, Any]:

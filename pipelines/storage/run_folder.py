@@ -141,10 +141,13 @@ class RunFolder:
         self._write("manifest.json", json.dumps({**self.manifest(), **fields}, indent=2))
 
     def write_scores(
-        self, models: dict[str, dict[str, float | None]], cost: dict[str, float | int | None]
+        self,
+        models: dict[str, dict[str, float | None]],
+        cost: dict[str, float | int | None],
+        versions: dict[str, int],
     ) -> None:
-        """Write scores.json; `allow_nan=False` makes a NaN an error instead of a file."""
-        content = {"schema": 1, "models": models, "cost": cost}
+        """Write scores.json with each metric's version; `allow_nan=False` makes a NaN an error instead of a file."""
+        content = {"schema": 1, "models": models, "cost": cost, "versions": versions}
         self._write("scores.json", json.dumps(content, indent=2, allow_nan=False))
 
     def scores(self) -> dict[str, Any]:

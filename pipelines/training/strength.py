@@ -17,9 +17,9 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from pipelines.config.schema import SolveConfig
-from pipelines.evaluation.metrics import token_statistics
+from pipelines.evaluation.metrics.forward import token_statistics
 from pipelines.evaluation.metrics.likelihood import loss
-from pipelines.evaluation.metrics.membership import min_k
+from pipelines.evaluation.metrics.membership import chance_gap, min_k
 from rfa.batch import UnlearnBatch
 from rfa.objective import ResidualAlignment
 from rfa.solver import OnePassSolver, SolveSettings
@@ -52,12 +52,6 @@ class Trial(NamedTuple):
 
     strength: float
     gap: float
-
-
-def chance_gap(forget: int, holdout: int) -> float:
-    """The gap that so many rows have by chance: the standard deviation of AUC between like sets (Mann & Whitney 1947).
-    It vanishes with the number of rows."""
-    return ((forget + holdout + 1) / (12 * forget * holdout)) ** 0.5
 
 
 def gap(forget: list[Likelihood], holdout: list[Likelihood]) -> float:

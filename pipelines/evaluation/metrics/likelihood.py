@@ -1,23 +1,15 @@
 """How likely a model finds the labelled answer: loss, probability, perplexity.
 
-`token_statistics` reads the logits once per forward pass; everything else in this package works on its small result.
 Definitions follow open-unlearning (locuslab, commit d3d7cf9).
 
-Shapes: T labelled answer tokens with EOS, N any number of labelled tokens, V vocabulary.
+Shapes: T labelled answer tokens with EOS.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
-
-ROWS_PER_CHUNK = (
-    256  # bounds the float32 copies: 256 rows of a 150k vocabulary are about 150 MB each
-)
-LOWEST_LOG_PROBABILITY = -1e3  # exp of it is 0 in float32: only keeps 0 * inf out of the moments
 
 
 class TokenStatistics(NamedTuple):
@@ -49,36 +41,16 @@ class TokenStatistics(NamedTuple):
         )
 
 
-@torch.no_grad()
-def token_statistics(logits_NV: Tensor, labels_N: Tensor) -> TokenStatistics:
-    """Log-probability, first choice and moments of labelled tokens, in float32 whatever the type of the logits.
+class Answer(NamedTuple):
+    """What a metric of single answers is computed from: one answer under one model."""
 
-    Row n of the logits predicts label n: the caller has shifted them and dropped the positions labelled -100.
-    """
-    assert logits_NV.ndim == 2 and labels_N.shape == logits_NV.shape[:1], (
-        logits_NV.shape,
-        labels_N.shape,
-    )
-    pairs = zip(logits_NV.split(ROWS_PER_CHUNK), labels_N.split(ROWS_PER_CHUNK), strict=True)
-    statistics_4N = torch.cat(
-        [_chunk_statistics(logits, labels) for logits, labels in pairs], dim=1
-    )
-    log_probability, is_argmax, mean, variance = statistics_4N.cpu().numpy().astype(np.float64)
-    return TokenStatistics(log_probability, is_argmax.astype(np.bool_), mean, variance)
+    tokens: TokenStatistics  # with EOS
+    text: str
 
-
-def _chunk_statistics(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """The four statistics as rows of one float32 tensor, so that they leave the device in one copy."""
-    log_p_NV = logits_NV.float().log_softmax(dim=-1)
-    log_probability = log_p_NV.gather(-1, labels_N[:, None]).squeeze(-1)
-    log_p_NV.clamp_(min=LOWEST_LOG_PROBABILITY)
-    p_NV = log_p_NV.exp()
-    mean = (p_NV * log_p_NV).sum(-1)
-    # The centred sum equals E[log^2 p] - mu^2, but does not cancel: that difference is noise above the 1e-6 floor
-    # of Min-K%++ when the vocabulary is large and the prediction nearly uniform.
-    variance = log_p_NV.sub_(mean[:, None]).square_().mul_(p_NV).sum(-1)
-    is_argmax = logits_NV.argmax(-1) == labels_N
-    return torch.stack([log_probability, is_argmax.float(), mean, variance])
+    @property
+    def body(self) -> TokenStatistics:
+        """The tokens without EOS; none for an answer of EOS alone."""
+        return self.tokens.without_eos()
 
 
 def loss(log_probability_T: NDArray[np.float64]) -> float:
@@ -91,13 +63,6 @@ def loss(log_probability_T: NDArray[np.float64]) -> float:
 def probability(losses: ArrayLike) -> float:
     """Mean of exp(-L), over samples, or over the answers of one sample that has several."""
     return float(np.mean(np.exp(-np.asarray(losses, dtype=np.float64))))
-
-
-def probability_normalised(correct_loss: float, wrong_losses: ArrayLike) -> float:
-    """P(c) / (P(c) + sum_j P(w_j) + 1e-10), each P = exp(-L): the share of the correct answer among the options."""
-    correct = float(np.exp(-correct_loss))
-    wrong = float(np.exp(-np.asarray(wrong_losses, dtype=np.float64)).sum())
-    return correct / (correct + wrong + 1e-10)
 
 
 def perplexity(losses: ArrayLike, tokens: ArrayLike) -> float:

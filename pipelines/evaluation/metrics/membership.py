@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 LOWEST_SHARE = 0.4  # the k of Min-K%, as open-unlearning sets it
 VARIANCE_FLOOR = 1e-6
+CHANCE = 0.5  # AUC of an attack that cannot tell
 
 
 def zlib_score(loss: float, answer_text: str) -> float:
@@ -64,6 +65,11 @@ def auc(forget_scores: ArrayLike, holdout_scores: ArrayLike) -> float | None:
     )  # late: workers that only score rows need not wait for it
 
     return float(roc_auc_score(is_holdout, scores))
+
+
+def chance_gap(forget: int, holdout: int) -> float:
+    """Return the standard deviation of an AUC from 0.5 by chance, with so many rows (Mann and Whitney 1947)."""
+    return ((forget + holdout + 1) / (12 * forget * holdout)) ** 0.5
 
 
 def privleak(min_k_auc: float | None, oracle_min_k_auc: float | None) -> float | None:

@@ -1,74 +1,32 @@
-"""The numeric record of one row under one model. It holds no text, so reports made from it cannot leak any."""
+"""The numbers of one row under one model, as a worker sends them."""
 
-from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any
 
-from pipelines.evaluation.metrics.likelihood import TokenStatistics, loss
-from pipelines.evaluation.metrics.membership import min_k, min_k_plus_plus, zlib_score
-from pipelines.evaluation.metrics.memorization import exact_memorization, extraction_strength
-
-SET_NAMES = ("forget", "retain", "utility", "general", "holdout")
+from pipelines.config.data import SET_NAMES
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """Scores of one row under one model; None (or no perturbed loss) where the row has none."""
+class Sample(dict[str, Any]):
+    """Numbers of one row by name, absent or None where the row has none, and `set_name`, the set it is of.
 
-    set_name: str  # one of SET_NAMES
-    loss: float | None = None
-    tokens: int | None = None  # T, with EOS
-    loss_paraphrased: float | None = None  # the original answer, given the paraphrased question
-    correct_loss: float | None = (
-        None  # the paraphrased answer; when None, `loss` stands in for the truth ratio
-    )
-    perturbed_losses: tuple[float, ...] = ()  # one per perturbed answer
-    rouge: float | None = None
-    rouge_paraphrased: float | None = None  # the answer generated to the paraphrased question
-    fact_recall: float | None = None  # 1.0 or 0.0
-    fact_recall_paraphrased: float | None = (
-        None  # the same of the original answer, given the paraphrased question
-    )
-    exact_memorization: float | None = None
-    extraction_strength: float | None = None
-    zlib_score: float | None = None
-    min_k: float | None = None
-    min_k_plus_plus: float | None = None
-    accuracy: float | None = None  # 1.0 or 0.0, of a classified row; its loss is that of its class
-    probabilities: tuple[float, ...] = ()  # of all classes
-    feature: tuple[float, ...] = ()  # the last block's output, mean over the row's places
+    Each `Metric.of_answer` gives the number that its metric reads. Beside these there are:
+        tokens: T, the labelled tokens with EOS.
+        loss_paraphrased: of the original answer, given the paraphrased question.
+        correct_loss: of the paraphrased answer; without it, `loss` stands in for it in the truth ratio.
+        perturbed_losses: one per perturbed answer.
+        rouge, rouge_paraphrased: of the answer generated to the question and to the paraphrased one.
+        fact_recall, fact_recall_paraphrased: 1.0 or 0.0, of the original answer given either question.
+        accuracy: 1.0 or 0.0, of a row with a class; its `loss` is that of its class.
+        probabilities, feature: of all classes, and the last block's output, mean over the row's positions.
 
-    def __post_init__(self) -> None:
-        if self.set_name not in SET_NAMES:
-            raise ValueError(
-                f"set_name: {self.set_name!r} is not a set; the sets are: {', '.join(SET_NAMES)}"
-            )
-
-
-class SampleScores(TypedDict):
-    """The fields of a `Sample` that one teacher-forced forward pass gives."""
-
-    loss: float
-    tokens: int
-    exact_memorization: float | None
-    extraction_strength: float | None
-    zlib_score: float
-    min_k: float | None
-    min_k_plus_plus: float | None
-
-
-def sample_scores(statistics: TokenStatistics, answer_text: str) -> SampleScores:
-    """Scores of one row from the statistics of its T labelled tokens with EOS: `Sample(set_name=..., **scores)`.
-
-    The four scores without EOS are None when EOS is the only token. Raises ValueError when there is no token at all.
+    It holds no text of the data, so a report made from it cannot leak any.
     """
-    answer_loss = loss(statistics.log_probability)
-    body = statistics.without_eos()
-    return SampleScores(
-        loss=answer_loss,
-        tokens=len(statistics.log_probability),
-        exact_memorization=exact_memorization(body.is_argmax),
-        extraction_strength=extraction_strength(body.is_argmax),
-        zlib_score=zlib_score(answer_loss, answer_text),
-        min_k=min_k(body.log_probability),
-        min_k_plus_plus=min_k_plus_plus(body.log_probability, body.mean, body.variance),
-    )
+
+    def __init__(self, *, set_name: str, **numbers: Any) -> None:
+        if set_name not in SET_NAMES:
+            raise ValueError(
+                f"set_name: {set_name!r} is not a set; the sets are: {', '.join(SET_NAMES)}"
+            )
+        for name, value in numbers.items():
+            if isinstance(value, str):
+                raise ValueError(f"{name}: a text, allowed: numbers alone")
+        super().__init__(numbers, set_name=set_name)

@@ -1,4 +1,4 @@
-"""From the samples of one model to its entry in scores.json.
+"""From the samples of one model to its entry in scores.json, by the table of metrics.
 
 Absent: a metric of a set of which no row carries the number, and the attacks when forget or holdout has no row.
 None: what needs an oracle that is not there (`mia.reference`, `privleak`, `forget_quality`), `model_utility` when one
@@ -7,185 +7,86 @@ A row without a number is left out of the mean; a row whose number is NaN is not
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
-import numpy as np
+from pipelines.config.data import SET_NAMES
+from pipelines.evaluation.metrics.formulas import RowsBySet, probability_of
+from pipelines.evaluation.metrics.likelihood import Answer, TokenStatistics
+from pipelines.evaluation.metrics.relearning import steps_to_relearn
+from pipelines.evaluation.metrics.sample import Sample
+from pipelines.evaluation.metrics.table import METRICS
 
-from pipelines.evaluation.metrics.classification import (
-    activation_distance,
-    feature_distance,
-    mia_efficacy,
-)
-from pipelines.evaluation.metrics.likelihood import perplexity, probability
-from pipelines.evaluation.metrics.membership import auc, privleak, reference_score
-from pipelines.evaluation.metrics.sample import SET_NAMES, Sample
-from pipelines.evaluation.metrics.truth_ratio import (
-    forget_quality,
-    forget_truth_ratio,
-    retain_truth_ratio,
-    truth_ratio,
-)
-from pipelines.evaluation.metrics.utility import model_utility
-
-ATTACKS: dict[str, Callable[[Sample], float | None]] = {
-    "loss": lambda sample: sample.loss,
-    "zlib": lambda sample: sample.zlib_score,
-    "min_k": lambda sample: sample.min_k,
-    "min_k_plus_plus": lambda sample: sample.min_k_plus_plus,
-}
-UTILITY_PARTS = [
-    f"{name}.{metric}"
-    for name in ("retain", "general")
-    for metric in ("probability", "rouge", "truth_ratio")
-]
+Scores = dict[str, float | None]
 
 
-def summarise(
-    samples: Sequence[Sample], oracle: Sequence[Sample] | None = None
-) -> dict[str, float | None]:
-    """`set.metric` and model-wide metrics to a finite number or None, ready for JSON.
+def sample_scores(statistics: TokenStatistics, answer_text: str) -> dict[str, float | int | None]:
+    """Return the numbers of one row that its answer's tokens give: `Sample(set_name=..., **scores)`.
 
-    `oracle` holds the samples of the model retrained without the forget set. Its forget and holdout samples must be of
-    the same rows in the same order; a ValueError says so where their numbers or token counts differ.
+    Numbers that leave EOS out are None when EOS is the only token.
+
+    Raises:
+        ValueError: there is no labelled token at all.
     """
-    scores: dict[str, float | None] = {}
-    for name in SET_NAMES:
-        rows = _of_set(samples, name)
-        scores |= {f"{name}.{metric}": value for metric, value in _set_scores(name, rows).items()}
-    if any(sample.accuracy is not None for sample in samples):
-        scores |= _classifier_scores(samples, oracle)
-    else:
-        scores |= _membership_scores(samples, oracle)
-        scores["forget_quality"] = _forget_quality(samples, oracle)
-        scores["model_utility"] = model_utility([scores.get(part) for part in UTILITY_PARTS])
-    return {
-        name: value if value is not None and math.isfinite(value) else None
-        for name, value in scores.items()
-    }
-
-
-def _classifier_scores(
-    samples: Sequence[Sample], oracle: Sequence[Sample] | None
-) -> dict[str, float | None]:
-    """The loss attack's AUC where there is a holdout set, the trained attack, and distances to the oracle."""
-    scores: dict[str, float | None] = {}
-    if _of_set(samples, "forget") and _of_set(samples, "holdout"):
-        scores["mia.loss"] = _attack_auc(samples, ATTACKS["loss"])
-    losses = {
-        name: _known([row.loss for row in _of_set(samples, name)])
-        for name in ("retain", "general", "forget")
-    }
-    scores["mia_efficacy"] = mia_efficacy(losses["retain"], losses["general"], losses["forget"])
-    own = _of_set(samples, "forget")
-    other = _of_set(oracle, "forget") if oracle is not None else []
-    if own and len(own) == len(other):
-        pairs = [row.probabilities for row in own], [row.probabilities for row in other]
-        scores["activation_distance"] = activation_distance(*pairs)
-        features = [row.feature for row in own], [row.feature for row in other]
-        same_size = len(features[0][0]) == len(features[1][0])
-        scores["feature_distance"] = feature_distance(*features) if same_size else None
+    answer = Answer(statistics, answer_text)
+    scores: dict[str, float | int | None] = {"tokens": len(statistics.log_probability)}
+    for metric in METRICS:
+        if metric.of_answer is not None:
+            scores[metric.reads or metric.name] = metric.of_answer(answer)
     return scores
 
 
-def _of_set(samples: Sequence[Sample], name: str) -> list[Sample]:
-    return [sample for sample in samples if sample.set_name == name]
+def summarise(samples: Sequence[Sample], oracle: Sequence[Sample] | None = None) -> Scores:
+    """Return `set.metric` and the metrics of the whole model, each a finite number or None, ready for JSON.
 
+    `oracle` holds the samples of the model retrained without the forget set.
 
-def _known(values: Sequence[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values))
-
-
-def _set_scores(name: str, rows: Sequence[Sample]) -> dict[str, float]:
-    """Every metric of one set that some row carries a number for."""
-    columns: dict[str, tuple[Callable[[list[float]], float], Sequence[float | None]]] = {
-        "probability": (probability, [row.loss for row in rows]),
-        "loss": (_mean, [row.loss for row in rows]),
-        "accuracy": (_mean, [row.accuracy for row in rows]),
-        "rouge": (_mean, [row.rouge for row in rows]),
-        "probability_paraphrased": (probability, [row.loss_paraphrased for row in rows]),
-        "rouge_paraphrased": (_mean, [row.rouge_paraphrased for row in rows]),
-        "fact_recall": (_mean, [row.fact_recall for row in rows]),
-        "fact_recall_paraphrased": (_mean, [row.fact_recall_paraphrased for row in rows]),
-        "truth_ratio": (
-            forget_truth_ratio if name == "forget" else retain_truth_ratio,
-            _truth_ratios(rows),
-        ),
-        "exact_memorization": (_mean, [row.exact_memorization for row in rows]),
-        "extraction_strength": (_mean, [row.extraction_strength for row in rows]),
-    }
-    scores = {
-        metric: average(known)
-        for metric, (average, column) in columns.items()
-        if (known := _known(column))
-    }
-    weighted = [
-        (row.loss, row.tokens) for row in rows if row.loss is not None and row.tokens is not None
-    ]
-    if weighted:
-        scores["perplexity"] = perplexity(*zip(*weighted, strict=True))
+    Raises:
+        ValueError: the oracle's forget or holdout samples are not of the same rows in the same order.
+    """
+    model_rows = _by_set(samples)
+    oracle_rows = None if oracle is None else _by_set(oracle)
+    scores: Scores = {}
+    for set_name, rows in model_rows.items():
+        for metric in METRICS:
+            value = metric.of_set(rows) if metric.of_set is not None else None
+            if value is not None:
+                scores[f"{set_name}.{metric.name}"] = _finite(value)
+    for metric in METRICS:
+        if metric.of_model is not None and metric.applies(model_rows, oracle_rows):
+            scores[metric.name] = _finite(metric.of_model(model_rows, oracle_rows))
     return scores
 
 
-def _truth_ratios(rows: Sequence[Sample]) -> list[float]:
-    """Raw ratios of the rows that have a perturbed answer and a correct one."""
-    corrects = [row.loss if row.correct_loss is None else row.correct_loss for row in rows]
-    return [
-        truth_ratio(correct, row.perturbed_losses)
-        for row, correct in zip(rows, corrects, strict=True)
-        if correct is not None and row.perturbed_losses
-    ]
+def relearn_scores(
+    curve: Mapping[int, Sequence[Sample]], original: Sequence[Sample] | None
+) -> Scores:
+    """Return each `relearn.*` metric, those of a curve after N steps as `relearn.probability.N`.
 
-
-def _forget_quality(samples: Sequence[Sample], oracle: Sequence[Sample] | None) -> float | None:
-    ratios = _truth_ratios(_of_set(samples, "forget"))
-    oracle_ratios = _truth_ratios(_of_set(oracle, "forget")) if oracle is not None else []
-    return forget_quality(ratios, oracle_ratios) if ratios and oracle_ratios else None
-
-
-def _membership_scores(
-    samples: Sequence[Sample], oracle: Sequence[Sample] | None
-) -> dict[str, float | None]:
-    """AUC of every attack, and privleak."""
-    scores: dict[str, float | None] = {}
-    if _of_set(samples, "forget") and _of_set(samples, "holdout"):
-        scores |= {f"mia.{name}": _attack_auc(samples, score) for name, score in ATTACKS.items()}
-    if oracle is None:
-        return scores | {"mia.reference": None, "privleak": None}
-    scores["mia.reference"] = auc(
-        _reference_scores(samples, oracle, "forget"), _reference_scores(samples, oracle, "holdout")
-    )
-    scores["privleak"] = privleak(scores.get("mia.min_k"), _attack_auc(oracle, ATTACKS["min_k"]))
+    Args:
+        curve: samples of the forget set's held-out half, by the steps that were taken.
+        original: the same rows under the model before unlearning; without it `relearn.steps` is absent.
+    """
+    scores: Scores = {}
+    for metric in METRICS:
+        if metric.of_curve is None or metric.of_curve is steps_to_relearn:
+            continue
+        for step, rows in curve.items():
+            value = metric.of_curve(rows)
+            if value is not None:
+                scores[f"{metric.name}.{step}"] = _finite(value)
+    if original is not None:
+        probabilities = {step: scores.get(f"relearn.probability.{step}") for step in curve}
+        target = _finite(probability_of("loss")(original))
+        scores["relearn.steps"] = steps_to_relearn(probabilities, target)
     return scores
 
 
-def _attack_auc(samples: Sequence[Sample], score: Callable[[Sample], float | None]) -> float | None:
-    forget, holdout = (
-        [score(row) for row in _of_set(samples, name)] for name in ("forget", "holdout")
-    )
-    return auc(_known(forget), _known(holdout))
+def _by_set(samples: Sequence[Sample]) -> RowsBySet:
+    rows: dict[str, list[Sample]] = {name: [] for name in SET_NAMES}
+    for sample in samples:
+        rows[sample["set_name"]].append(sample)
+    return rows
 
 
-def _reference_scores(
-    samples: Sequence[Sample], oracle: Sequence[Sample], name: str
-) -> list[float]:
-    """L_model - L_oracle of every row of a set that both models scored."""
-    rows, oracle_rows = _of_set(samples, name), _of_set(oracle, name)
-    if len(rows) != len(oracle_rows):
-        raise ValueError(
-            f"{name}: {len(rows)} samples of the model, but {len(oracle_rows)} of the oracle"
-        )
-    for index, (row, oracle_row) in enumerate(zip(rows, oracle_rows, strict=True)):
-        if row.tokens != oracle_row.tokens:
-            raise ValueError(
-                f"{name}: sample {index} has {row.tokens} tokens for the model and {oracle_row.tokens} for the oracle; "
-                "both need the same rows in the same order and the same tokenizer"
-            )
-    return [
-        reference_score(row.loss, oracle_row.loss)
-        for row, oracle_row in zip(rows, oracle_rows, strict=True)
-        if row.loss is not None and oracle_row.loss is not None
-    ]
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -6,9 +6,14 @@ from typing import Any
 import pytest
 
 from pipelines.config.schema import ConfigError
-from pipelines.evaluation.verdict import FORGET_SCORES, verdict
+from pipelines.evaluation.metrics.table import METRICS
+from pipelines.evaluation.verdict import verdict
 from pipelines.report.page import chance_margin, format_number, read_losses, write_report
 
+# The scores that the verdict counts of a language model.
+FORGET_SCORES = [
+    metric.key("forget") for metric in METRICS if metric.judged and metric.search != "classes"
+]
 KEPT = {"retain.probability": 0.94, "general.probability": 0.60}
 CONFIG = """
 model: {path: "runs/<script>alert(1)</script>"}

@@ -5,11 +5,11 @@ import math
 import pytest
 
 from pipelines.config.schema import SolveConfig
+from pipelines.evaluation.metrics.membership import chance_gap
 from pipelines.training.strength import (
     CLOSE_ENOUGH,
     TRIALS,
     Likelihood,
-    chance_gap,
     gap,
     search_strength,
     solve_settings,

@@ -8,14 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.evaluation.metrics import likelihood
-from pipelines.evaluation.metrics.likelihood import (
-    loss,
-    perplexity,
-    probability,
-    probability_normalised,
-    token_statistics,
-)
+from pipelines.evaluation.metrics import forward
+from pipelines.evaluation.metrics.forward import token_statistics
+from pipelines.evaluation.metrics.likelihood import loss, perplexity, probability
 
 LOSSES = st.floats(min_value=0, max_value=50)
 
@@ -76,7 +71,7 @@ def test_the_size_of_a_chunk_does_not_change_the_statistics(monkeypatch: pytest.
     logits = torch.randn(7, 11, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(7)
     whole = token_statistics(logits, labels)
-    monkeypatch.setattr(likelihood, "ROWS_PER_CHUNK", 3)
+    monkeypatch.setattr(forward, "ROWS_PER_CHUNK", 3)
     for chunked, expected in zip(token_statistics(logits, labels), whole, strict=True):
         np.testing.assert_allclose(chunked, expected, rtol=1e-6)
 
@@ -123,14 +118,6 @@ def test_an_answer_without_tokens_is_refused():
 
 def test_probability_is_the_mean_of_probabilities_not_of_losses():
     assert probability([log(2), log(4)]) == pytest.approx((0.5 + 0.25) / 2)
-
-
-def test_the_normalised_probability_is_the_share_of_the_correct_option():
-    assert probability_normalised(log(2), [log(4), log(8)]) == pytest.approx(0.5 / 0.875)
-
-
-def test_the_normalised_probability_of_impossible_options_is_zero():
-    assert probability_normalised(1e4, [1e4]) == 0.0
 
 
 def test_perplexity_weighs_a_sample_by_its_tokens():

@@ -1,0 +1,195 @@
+"""From the samples of one model to one number: the formulas that the table of metrics names.
+
+A formula of a set gets the rows of one set and returns None when no row carries its number. A formula of a model gets
+the model's rows and the retrain oracle's, each by set. A row without a number is left out of a mean.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from pipelines.evaluation.metrics import (
+    classification,
+    likelihood,
+    membership,
+    truth_ratio,
+    utility,
+)
+from pipelines.evaluation.metrics.sample import Sample
+
+Rows = Sequence[Sample]
+RowsBySet = Mapping[str, Rows]  # of every set; none of a set that was not scored
+OfSet = Callable[[Rows], float | None]
+OfModel = Callable[[RowsBySet, RowsBySet | None], float | None]
+
+
+def mean_of(name: str) -> OfSet:
+    """Return the formula of a number's mean."""
+    return partial(_average, name, lambda values: float(np.mean(values)))
+
+
+def probability_of(name: str) -> OfSet:
+    """Return the formula of the mean probability of the answers that have this loss."""
+    return partial(_average, name, likelihood.probability)
+
+
+def _average(name: str, average: Callable[[list[float]], float], rows: Rows) -> float | None:
+    values = _values(rows, name)
+    return average(values) if values else None
+
+
+def _values(rows: Rows, name: str) -> list[Any]:
+    return [row[name] for row in rows if row.get(name) is not None]
+
+
+def perplexity(rows: Rows) -> float | None:
+    """Perplexity over all tokens of the rows."""
+    counted = [row for row in rows if row.get("tokens") is not None]
+    counted = [row for row in counted if row.get("loss") is not None]
+    if not counted:
+        return None
+    return likelihood.perplexity(_values(counted, "loss"), _values(counted, "tokens"))
+
+
+def mean_truth_ratio(rows: Rows) -> float | None:
+    """Mean truth ratio, read the other way round on the forget set; see `truth_ratio`."""
+    ratios = _truth_ratios(rows)
+    if not ratios:
+        return None
+    if rows[0]["set_name"] == "forget":
+        return truth_ratio.forget_truth_ratio(ratios)
+    return truth_ratio.retain_truth_ratio(ratios)
+
+
+def _truth_ratios(rows: Rows) -> list[float]:
+    """Raw ratios of the rows that have a perturbed answer and a correct one."""
+    ratios: list[float] = []
+    for row in rows:
+        correct = row.get("correct_loss")
+        if correct is None:
+            correct = row.get("loss")
+        if correct is not None and row.get("perturbed_losses"):
+            ratios.append(truth_ratio.truth_ratio(correct, row["perturbed_losses"]))
+    return ratios
+
+
+def is_classifier(model: RowsBySet) -> bool:
+    """Whether the model's rows carry a class."""
+    return any(row.get("accuracy") is not None for rows in model.values() for row in rows)
+
+
+def gives_answers(model: RowsBySet, _: RowsBySet | None) -> bool:
+    """Whether the model is a language model."""
+    return not is_classifier(model)
+
+
+def can_be_attacked(model: RowsBySet, _: RowsBySet | None) -> bool:
+    """Whether there are rows on both sides of a membership attack."""
+    return bool(model["forget"] and model["holdout"])
+
+
+def answers_can_be_attacked(model: RowsBySet, oracle: RowsBySet | None) -> bool:
+    """Whether a membership attack can be made on a language model."""
+    return gives_answers(model, oracle) and can_be_attacked(model, oracle)
+
+
+def gives_classes(model: RowsBySet, _: RowsBySet | None) -> bool:
+    """Whether the model is a classifier."""
+    return is_classifier(model)
+
+
+def has_classifier_oracle(model: RowsBySet, oracle: RowsBySet | None) -> bool:
+    """Whether a classifier and its oracle scored the same forget rows."""
+    if oracle is None or not model["forget"] or not is_classifier(model):
+        return False
+    return len(model["forget"]) == len(oracle["forget"])
+
+
+def attack_auc(name: str) -> OfModel:
+    """Return the formula of a membership attack's AUC by this number of a row."""
+
+    def formula(model: RowsBySet, _: RowsBySet | None) -> float | None:
+        return membership.auc(_values(model["forget"], name), _values(model["holdout"], name))
+
+    return formula
+
+
+def reference_auc(model: RowsBySet, oracle: RowsBySet | None) -> float | None:
+    """AUC of the attack on the difference of both models' losses.
+
+    Raises:
+        ValueError: the models did not score the same rows in the same order.
+    """
+    if oracle is None:
+        return None
+    return membership.auc(
+        _reference_scores("forget", model, oracle), _reference_scores("holdout", model, oracle)
+    )
+
+
+def _reference_scores(set_name: str, model: RowsBySet, oracle: RowsBySet) -> list[float]:
+    rows, oracle_rows = model[set_name], oracle[set_name]
+    if len(rows) != len(oracle_rows):
+        raise ValueError(
+            f"{set_name}: {len(rows)} samples of the model, but {len(oracle_rows)} of the oracle"
+        )
+    scores: list[float] = []
+    for index, (row, oracle_row) in enumerate(zip(rows, oracle_rows, strict=True)):
+        tokens, oracle_tokens = row.get("tokens"), oracle_row.get("tokens")
+        if tokens != oracle_tokens:
+            raise ValueError(
+                f"{set_name}: sample {index} has {tokens} tokens for the model and {oracle_tokens} "
+                "for the oracle; both need the same rows in the same order and the same tokenizer"
+            )
+        if row.get("loss") is not None and oracle_row.get("loss") is not None:
+            scores.append(membership.reference_score(row["loss"], oracle_row["loss"]))
+    return scores
+
+
+def privleak(model: RowsBySet, oracle: RowsBySet | None) -> float | None:
+    """PrivLeak, from the min-k attack on both models."""
+    if oracle is None:
+        return None
+    min_k_auc = attack_auc("min_k")
+    return membership.privleak(min_k_auc(model, None), min_k_auc(oracle, None))
+
+
+def forget_quality(model: RowsBySet, oracle: RowsBySet | None) -> float | None:
+    """Forget quality, from the raw truth ratios of both models on the forget set."""
+    ratios = _truth_ratios(model["forget"])
+    oracle_ratios = _truth_ratios(oracle["forget"]) if oracle is not None else []
+    return truth_ratio.forget_quality(ratios, oracle_ratios) if ratios and oracle_ratios else None
+
+
+def model_utility(model: RowsBySet, _: RowsBySet | None) -> float | None:
+    """Model utility, from three scores of the retain and of the general set."""
+    parts = (probability_of("loss"), mean_of("rouge"), mean_truth_ratio)
+    return utility.model_utility(
+        [part(model[set_name]) for set_name in ("retain", "general") for part in parts]
+    )
+
+
+def mia_efficacy(model: RowsBySet, _: RowsBySet | None) -> float | None:
+    """Share of the forget set that an attack on losses calls never seen."""
+    members, unseen = _values(model["retain"], "loss"), _values(model["general"], "loss")
+    return classification.mia_efficacy(members, unseen, _values(model["forget"], "loss"))
+
+
+def activation_distance(model: RowsBySet, oracle: RowsBySet | None) -> float | None:
+    """Distance of both models' class probabilities on the forget set."""
+    assert oracle is not None
+    return classification.activation_distance(
+        _values(model["forget"], "probabilities"), _values(oracle["forget"], "probabilities")
+    )
+
+
+def feature_distance(model: RowsBySet, oracle: RowsBySet | None) -> float | None:
+    """Distance of both models' features on the forget set; None where their sizes differ."""
+    assert oracle is not None
+    features = _values(model["forget"], "feature")
+    oracle_features = _values(oracle["forget"], "feature")
+    if len(features[0]) != len(oracle_features[0]):
+        return None
+    return classification.feature_distance(features, oracle_features)

@@ -1,0 +1,69 @@
+"""The keys of a score file, and what the table of metrics says of them.
+
+A key is a set and a metric (`forget.loss`), a metric of the whole model (`mia.loss`, `privleak`), one of a model that
+was relearned for some steps (`relearn.probability.5`), or any of these after a rounding
+(`quantised_4bit.forget.loss`).
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from pipelines.config.data import SET_NAMES
+from pipelines.evaluation.metrics.metric import Metric
+from pipelines.evaluation.metrics.table import BY_NAME, METRICS
+
+
+class Rounding(NamedTuple):
+    """A rounding of a model's weights; what is scored then has a version of its own."""
+
+    name: str
+    label: str
+    bits: int
+    version: int = 1
+
+
+ROUNDINGS = (
+    Rounding("quantised_8bit", "Rounded to 8 bits", bits=8),
+    Rounding("quantised_4bit", "Rounded to 4 bits", bits=4),
+)
+
+
+def metric_of(key: str) -> Metric:
+    """Return the metric of a score file's key, without its rounding.
+
+    Raises:
+        KeyError: the table has no such metric.
+    """
+    head, _, rest = key.partition(".")
+    if head in [rounding.name for rounding in ROUNDINGS]:
+        return metric_of(rest)
+    if head in SET_NAMES:
+        return BY_NAME[rest]
+    # The steps after which a relearned model was scored.
+    stem, _, steps = key.rpartition(".")
+    return BY_NAME[stem if steps.isdecimal() else key]
+
+
+def versions(models: Iterable[Mapping[str, float | None]]) -> dict[str, int]:
+    """Return the version of every metric and rounding in these entries of a score file, by name."""
+    keys = {key for entry in models for key in entry}
+    found = {metric.name: metric.version for metric in map(metric_of, keys)}
+    for rounding in ROUNDINGS:
+        if any(key.startswith(f"{rounding.name}.") for key in keys):
+            found[rounding.name] = rounding.version
+    return dict(sorted(found.items()))
+
+
+def terminal_labels() -> dict[str, str]:
+    """Return the keys that the terminal shows, with their labels, set by set."""
+    labels: dict[str, str] = {}
+    for group in ("forget", "mia", "retain", "general", ""):
+        for metric in METRICS:
+            if group in metric.terminal:
+                labels[metric.key(group)] = metric.terminal[group]
+    return labels
+
+
+def searched(part: str) -> list[str]:
+    """Return the keys that are this part of the search's distance."""
+    return [metric.key("forget") for metric in METRICS if metric.search == part]

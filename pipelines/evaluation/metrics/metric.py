@@ -1,0 +1,51 @@
+"""What there is to know about a metric, in one record; `table` lists them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipelines.evaluation.metrics.formulas import OfModel, OfSet, RowsBySet, gives_answers
+from pipelines.evaluation.metrics.likelihood import Answer
+
+Unit = Literal["share", "AUC", "nats", "perplexity", "percent", "p-value", "distance", "steps"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """One metric. `name` is its key in a score file, after the set where it is measured on each set."""
+
+    name: str
+    label: str
+    help: str
+    # What a model that remembers the forget set scores; "neither" where the aim is a value of its own.
+    remembered: Literal["higher", "lower", "neither"] = "higher"
+    # Shares lie in [0, 1], where 1 is the most; the page draws them on one axis.
+    unit: Unit = "share"
+    version: int = 1  # rises when the metric's value can change
+    absent: str = "not measured, or not a finite number"  # why a score file may hold no number
+
+    # One of these is the formula. `of_curve` is measured on relearned models, after each of STEPS.
+    of_set: OfSet | None = None
+    of_model: OfModel | None = None
+    of_curve: OfSet | Callable[..., int | None] | None = None
+    # Gives a row's number `reads` on the worker, from one answer.
+    of_answer: Callable[[Answer], float | None] | None = None
+    reads: str = ""
+    # Whether a model's entry has this metric of the model at all.
+    applies: Callable[[RowsBySet, RowsBySet | None], bool] = gives_answers
+
+    # The terminal's label, by what precedes the metric in a key: a set, "mia", or "" for the whole model.
+    terminal: Mapping[str, str] = field(default_factory=dict[str, str])
+    judged: bool = False  # the verdict counts it, of the forget set where it is measured on sets
+    # While it is nearer to the original nothing counts as forgotten; the words that name it then.
+    decisive: str = ""
+    # Sets ("" for the whole model) on which it should stay as before; the words that name what was lost.
+    kept: Mapping[str, str] = field(default_factory=dict[str, str])
+    is_utility: bool = False  # the search's `utility`; a verdict names it always
+    # The part of the search's `distance` that it is.
+    search: Literal["own words", "other words", "classes"] | None = None
+    is_verbatim: bool = False  # about the words of single answers, which nothing else must keep
+
+    def key(self, set_name: str) -> str:
+        """Return its key in a score file: of this set, or of the whole model where it is measured on that."""
+        return f"{set_name}.{self.name}" if self.of_set else self.name

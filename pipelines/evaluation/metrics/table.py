@@ -1,0 +1,300 @@
+"""The table of metrics: what each is, how it is computed, and who reads it.
+
+Read by: scores.json (its `versions`), the terminal, the page, the verdict and the search's score, through `keys`.
+"""
+
+from pipelines.evaluation.metrics import formulas, likelihood, membership, memorization
+from pipelines.evaluation.metrics.formulas import attack_auc, mean_of, probability_of
+from pipelines.evaluation.metrics.metric import Metric
+from pipelines.evaluation.metrics.relearning import steps_to_relearn
+
+NEEDS_ORACLE = "needs the retrained oracle"
+NEEDS_FACTS = "the data does not say which words are the facts"
+NEEDS_PARAPHRASES = "the data has no paraphrases"
+NEEDS_HOLDOUT = "needs a holdout set"
+
+
+# Hardest to fool first; tables and plots keep this order.
+METRICS = (
+    Metric(
+        name="extraction_strength",
+        label="Extraction strength",
+        help="share of an answer the model completes word for word from its beginning",
+        of_answer=lambda answer: memorization.extraction_strength(answer.body.is_argmax),
+        of_set=mean_of("extraction_strength"),
+        terminal={"forget": "Forget: extraction strength"},
+        judged=True,
+        decisive="extraction strength",
+        is_verbatim=True,
+    ),
+    Metric(
+        name="exact_memorization",
+        label="Exact memorisation",
+        help="share of an answer's tokens that are the model's first choice",
+        of_answer=lambda answer: memorization.exact_memorization(answer.body.is_argmax),
+        of_set=mean_of("exact_memorization"),
+        judged=True,
+        is_verbatim=True,
+    ),
+    Metric(
+        name="probability",
+        label="Probability",
+        help="how likely the labelled answer is to the model, per token",
+        of_set=probability_of("loss"),
+        terminal={
+            "forget": "Forget: probability of the answer",
+            "retain": "Retain: probability of the answer",
+            "general": "General knowledge: probability",
+        },
+        judged=True,
+        kept={
+            "retain": "the retained answers' probability",
+            "general": "general knowledge",
+            "utility": "the utility text's probability",
+        },
+        is_utility=True,
+        search="own words",
+    ),
+    Metric(
+        name="probability_paraphrased",
+        label="Probability, paraphrased",
+        help="the same, put in other words",
+        absent=NEEDS_PARAPHRASES,
+        of_set=probability_of("loss_paraphrased"),
+        judged=True,
+        kept={"retain": "the paraphrased retained answers' probability"},
+        search="other words",
+    ),
+    Metric(
+        name="fact_recall",
+        label="Fact recall",
+        help="share of answers whose fact the model would complete word for word, "
+        "given the words before it",
+        absent=NEEDS_FACTS,
+        of_set=mean_of("fact_recall"),
+        terminal={"forget": "Forget: fact recall", "retain": "Retain: fact recall"},
+        judged=True,
+        decisive="fact recall",
+        search="own words",
+    ),
+    Metric(
+        name="fact_recall_paraphrased",
+        label="Fact recall, paraphrased",
+        help="the same, asked in other words",
+        absent=NEEDS_FACTS,
+        of_set=mean_of("fact_recall_paraphrased"),
+        terminal={"forget": "Forget, asked in other words: fact recall"},
+        judged=True,
+        search="other words",
+    ),
+    Metric(
+        name="rouge",
+        label="ROUGE-L",
+        help="how much of the labelled answer the model says when asked; easy to fool",
+        of_set=mean_of("rouge"),
+        terminal={"forget": "Forget: ROUGE-L recall", "retain": "Retain: ROUGE-L recall"},
+        judged=True,
+        kept={
+            "retain": "the retained answers' wording",
+            "general": "the general answers' wording",
+        },
+    ),
+    Metric(
+        name="rouge_paraphrased",
+        label="ROUGE-L, paraphrased",
+        help="the same, asked in other words",
+        absent=NEEDS_PARAPHRASES,
+        of_set=mean_of("rouge_paraphrased"),
+        terminal={"forget": "Forget, asked in other words: ROUGE-L"},
+        judged=True,
+    ),
+    Metric(
+        name="truth_ratio",
+        label="Truth ratio",
+        help="right answers against wrong ones; on the forget set 1 = cannot tell them apart, "
+        "elsewhere 1 = right ones win",
+        remembered="lower",
+        absent="the data has no perturbed answers",
+        of_set=formulas.mean_truth_ratio,
+        judged=True,
+    ),
+    Metric(
+        name="accuracy",
+        label="Accuracy",
+        help="share of rows classified rightly",
+        of_set=mean_of("accuracy"),
+        terminal={
+            "forget": "Forget: accuracy",
+            "retain": "Retain: accuracy",
+            "general": "Unseen rows: accuracy",
+        },
+        judged=True,
+        decisive="accuracy",
+        kept={
+            "retain": "the retained rows' accuracy",
+            "general": "the accuracy on unseen rows",
+        },
+        is_utility=True,
+        search="classes",
+    ),
+    Metric(
+        name="loss",
+        label="Loss",
+        help="mean negative log-likelihood of an answer",
+        remembered="lower",
+        unit="nats",
+        of_answer=lambda answer: likelihood.loss(answer.tokens.log_probability),
+        of_set=mean_of("loss"),
+    ),
+    Metric(
+        name="perplexity",
+        label="Perplexity",
+        help="exponential of the loss over all tokens",
+        remembered="lower",
+        unit="perplexity",
+        of_set=formulas.perplexity,
+    ),
+    Metric(
+        name="mia.min_k",
+        label="Min-k %",
+        help="looks at each answer's least likely tokens",
+        unit="AUC",
+        absent=NEEDS_HOLDOUT,
+        of_answer=lambda answer: membership.min_k(answer.body.log_probability),
+        reads="min_k",
+        of_model=attack_auc("min_k"),
+        applies=formulas.answers_can_be_attacked,
+        terminal={"mia": "Membership inference, min-k AUC"},
+        judged=True,
+        decisive="the min-k attack",
+        search="own words",
+    ),
+    Metric(
+        name="mia.min_k_plus_plus",
+        label="Min-k %++",
+        help="the same, relative to the model's own spread",
+        unit="AUC",
+        absent=NEEDS_HOLDOUT,
+        of_answer=lambda answer: membership.min_k_plus_plus(
+            answer.body.log_probability, answer.body.mean, answer.body.variance
+        ),
+        reads="min_k_plus_plus",
+        of_model=attack_auc("min_k_plus_plus"),
+        applies=formulas.answers_can_be_attacked,
+        judged=True,
+    ),
+    Metric(
+        name="mia.loss",
+        label="Loss",
+        help="looks at the answer's loss",
+        unit="AUC",
+        absent=NEEDS_HOLDOUT,
+        of_model=attack_auc("loss"),
+        applies=formulas.can_be_attacked,
+        judged=True,
+    ),
+    Metric(
+        name="mia.zlib",
+        label="Zlib",
+        help="loss relative to how far the text compresses",
+        unit="AUC",
+        absent=NEEDS_HOLDOUT,
+        of_answer=lambda answer: membership.zlib_score(
+            likelihood.loss(answer.tokens.log_probability), answer.text
+        ),
+        reads="zlib_score",
+        of_model=attack_auc("zlib_score"),
+        applies=formulas.answers_can_be_attacked,
+        judged=True,
+    ),
+    Metric(
+        name="mia.reference",  # contains the oracle itself, so the verdict does not count it
+        label="Reference",
+        help="loss relative to the oracle's",
+        unit="AUC",
+        absent=NEEDS_ORACLE,
+        of_model=formulas.reference_auc,
+    ),
+    Metric(
+        name="forget_quality",
+        label="Forget quality",
+        help="Kolmogorov-Smirnov p-value against the oracle's truth ratios; under 0.05 they differ, "
+        "above it few rows may hide that they do",
+        remembered="neither",
+        unit="p-value",
+        absent=NEEDS_ORACLE,
+        of_model=formulas.forget_quality,
+    ),
+    Metric(
+        name="privleak",
+        label="PrivLeak",
+        help="min-k attack against the oracle's, in percent; aim 0, below: remembered, "
+        "above: over-forgotten",
+        remembered="lower",
+        unit="percent",
+        absent=NEEDS_ORACLE,
+        of_model=formulas.privleak,
+    ),
+    Metric(
+        name="mia_efficacy",
+        label="MIA efficacy",
+        help="share of the forget set that an attack trained on retained and unseen rows calls "
+        "unseen; aim: the oracle's",
+        remembered="lower",
+        of_model=formulas.mia_efficacy,
+        applies=formulas.gives_classes,
+        terminal={"": "Attack: share of forget rows called unseen"},
+        judged=True,
+        search="classes",
+    ),
+    Metric(
+        name="activation_distance",
+        label="Activation distance",
+        help="between this model's and the oracle's class probabilities on the forget set; aim 0",
+        remembered="neither",
+        unit="distance",
+        of_model=formulas.activation_distance,
+        applies=formulas.has_classifier_oracle,
+    ),
+    Metric(
+        name="feature_distance",
+        label="Feature distance",
+        help="between the last block's features and the oracle's on the forget set, relative; "
+        "weak evidence",
+        remembered="neither",
+        unit="distance",
+        of_model=formulas.feature_distance,
+        applies=formulas.has_classifier_oracle,
+    ),
+    Metric(
+        name="model_utility",
+        label="Model utility",
+        help="harmonic mean over the retain and general sets; aim: as before",
+        remembered="neither",
+        absent="needs probability, ROUGE-L and truth ratio of both the retain and the general set",
+        of_model=formulas.model_utility,
+        terminal={"": "Model utility"},
+        kept={"": "model utility"},
+    ),
+    Metric(
+        name="relearn.probability",
+        label="Probability, relearned",
+        help="probability of the half of the forget set that is not fine-tuned on",
+        of_curve=probability_of("loss"),
+    ),
+    Metric(
+        name="relearn.fact_recall",
+        label="Fact recall, relearned",
+        help="fact recall of the half of the forget set that is not fine-tuned on",
+        of_curve=mean_of("fact_recall"),
+    ),
+    Metric(
+        name="relearn.steps",
+        label="Steps",
+        help="until the probability of the other half is halfway back to the original's",
+        remembered="lower",
+        unit="steps",
+        of_curve=steps_to_relearn,
+    ),
+)
+BY_NAME = {metric.name: metric for metric in METRICS}
