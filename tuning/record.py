@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ray import tune
 
+from pipelines.storage.atomic import write_text
 from pipelines.terminal import Terminal
 from pipelines.tracking.mirror import Mirror
 from tuning.score import Score
@@ -41,9 +42,7 @@ class TrialLog(tune.Callback):
         self.folder = folder
         self.trials = read_trials(folder)
         if self.trials:  # without the half line that a killed search may have left
-            whole = folder / f".{FILE_NAME}.partial"
-            whole.write_text("".join(_line(own) for own in self.trials.values()), encoding="utf-8")
-            whole.replace(folder / FILE_NAME)
+            write_text(folder / FILE_NAME, "".join(_line(own) for own in self.trials.values()))
         self.left = max(0, wanted - len(self.trials))
         self._mirror = mirror
         self._started: dict[str, float] = {}

@@ -39,7 +39,7 @@ def on_every_node(output: OutputDir, name: str) -> Iterator[None]:
     nodes = [] if output.is_shared else [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     where = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes if node != here]
     provide, clear = ray.remote(num_cpus=0)(_provide), ray.remote(num_cpus=0)(_clear)
-    run = output.created()
+    run = output.run_in_folder()
     tasks = [provide.options(scheduling_strategy=node).remote(output, name, run) for node in where]
     copied = [result_of(task) for task in tasks]
     try:

@@ -10,12 +10,13 @@ seed only: a larger problem of the same seed begins with the same authors.
 
 import itertools
 import json
-import os
 import random
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from pipelines.storage.atomic import PARTIAL, replacing
 
 Row = dict[str, str | list[str]]
 
@@ -187,7 +188,7 @@ def _publish(folder: Path, contents: dict[str, bytes]) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: a file, allowed: a new folder or an empty one")
     folder.mkdir(parents=True, exist_ok=True)
-    found = sorted(path for path in folder.iterdir() if path.suffix != ".partial")
+    found = sorted(path for path in folder.iterdir() if path.suffix != PARTIAL)
     for path in found:
         if (
             path.name not in contents
@@ -199,6 +200,5 @@ def _publish(folder: Path, contents: dict[str, bytes]) -> None:
             )
     for name, content in contents.items():
         if folder / name not in found:
-            partial = folder / f".{name}.{os.getpid()}.partial"
-            partial.write_bytes(content)
-            partial.replace(folder / name)
+            with replacing(folder / name) as partial:
+                partial.write_bytes(content)

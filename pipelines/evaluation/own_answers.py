@@ -25,6 +25,7 @@ from pipelines.config.schema import ConfigError, UnlearnConfig
 from pipelines.data.rows import SET_SCHEMA
 from pipelines.data.sets import Sets, dataset_of
 from pipelines.evaluation.pool import start_workers
+from pipelines.storage.atomic import replacing
 from pipelines.terminal import Terminal
 
 FILE_NAME = "utility_answers.parquet"
@@ -132,9 +133,8 @@ def _write(path: Path, num_tables: int, *tables: pa.Table) -> None:
     assert answers["row"].to_pylist() == pa.concat_tables(questions)["row"].to_pylist(), (
         "an answer a question"
     )
-    partial = path.with_name(f".{path.name}.partial")
-    parquet.write_table(answers.replace_schema_metadata({DIGEST: _digest(questions)}), partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        parquet.write_table(answers.replace_schema_metadata({DIGEST: _digest(questions)}), partial)
 
 
 def _digest(questions: tuple[pa.Table, ...]) -> bytes:

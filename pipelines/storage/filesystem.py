@@ -1,6 +1,7 @@
 """Where files lie: the file system behind a path (local, `s3://`, `gs://`) and the files of a file, folder or glob."""
 
 import os
+import re
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -9,7 +10,7 @@ from pyarrow import fs
 
 from pipelines.config.schema import ConfigError
 
-MESSAGE_CHARS = 300
+MESSAGE_CHARS = 600
 CHUNK_BYTES = 16 * 2**20
 # S3's client asks three times. Its own patience, 1 s for a connection and 3 s of silence, is short for a busy store.
 CONNECT_S = 5.0
@@ -102,5 +103,6 @@ def send_file(source: Path, filesystem: fs.FileSystem, path: str) -> None:
             target.write(piece)
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:MESSAGE_CHARS]
+def one_line(message: object) -> str:
+    """Return a message in one line, without the password that a URI in it may hold."""
+    return re.sub(r"//[^/@\s]*@", "//", " ".join(str(message).split()))[:MESSAGE_CHARS]

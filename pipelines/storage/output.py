@@ -1,8 +1,8 @@
 """Where a run's results lie: in the folder that the run works in, or on an object store.
 
 A run always works in a folder of the driver's node. For `s3://` and `gs://` that folder lies in the user's cache, and
-the store tells what has been done: a run begins with the files that are there and sends what it has finished, the
-manifest last. So a manifest on the store never speaks of what is not there, and any machine can go on.
+the store knows what has been done: a run begins with a copy of the files there and uploads what it has finished, the
+manifest last. So a manifest on the store never names files that are not there, and any machine can continue the run.
 """
 
 import fcntl
@@ -22,31 +22,29 @@ from pipelines.config.load import short_hash
 from pipelines.config.schema import ConfigError
 from pipelines.storage.filesystem import one_line, open_filesystem, send_file
 
+MANIFEST = "manifest.json"
+# Ray Train reads and writes resume points on the store itself.
+CHECKPOINTS = "checkpoints"
+# Complete on the store before the manifest that counts on them, or absent.
+MODELS = ("adapter", "model")
 NOT_SEALED = (
     "report.html",
-    "manifest.json",
+    MANIFEST,
     "run.log",
     "serve.log",
     "mlflow.db",
     "mlartifacts",
-    "checkpoints",
-    "tracking_unsent.jsonl",
+    CHECKPOINTS,
 )
-STATE = (
-    "config.yaml",
-    "manifest.json",
-    "scores.json",
-)  # tell whose the results are, and whether they are complete
-MODELS = (
-    "adapter",
-    "model",
-)  # stand on the store before the manifest that counts on them, or not at all
 
 
 class OutputDir:
-    """A folder, where results lie as soon as they are written. An object store is the other kind.
+    """A folder, in which results lie as soon as they are written: there is nothing to upload.
 
-    `folder` is where the run works, `url` what the user calls the place; `is_shared`: all nodes see the folder.
+    Attributes:
+        folder: where the run works.
+        url: what the user calls the results' place.
+        is_shared: whether all nodes see `folder`.
     """
 
     is_shared = True
@@ -55,64 +53,76 @@ class OutputDir:
         self.folder = Path(os.path.abspath(url))
         self.url = str(self.folder)
 
-    def created(self) -> str:
-        """When the run in the folder was begun, which tells it from others; empty where there is none."""
-        path = self.folder / "manifest.json"
-        return (
-            json.loads(path.read_text(encoding="utf-8")).get("created", "") if path.exists() else ""
-        )
-
-    def clear(self, but: Iterable[str] = ()) -> None:
-        """Empty the folder, of files at the top but these."""
-        for entry in self.folder.iterdir() if self.folder.exists() else ():
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry.name not in but:
-                entry.unlink()
-
     def names(self) -> set[str]:
-        """What lies at the top."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ConfigError(f"output_dir: {self.url} is a file, allowed: a folder")
-        return {entry.name for entry in self.folder.iterdir()} if self.folder.exists() else set()
+        """Return the names at the top of the results.
 
-    def fetch_state(self) -> None:
-        """Have the files of STATE in the folder as they are at the place."""
+        Raises:
+            ConfigError: a file has the folder's name.
+        """
+        if not self.folder.exists():
+            return set()
+        if not self.folder.is_dir():
+            raise ConfigError(f"output_dir: {self.url} is a file, allowed: a folder")
+        return {entry.name for entry in self.folder.iterdir()}
+
+    def read(self, name: str) -> bytes | None:
+        """Return a result file's content, None where there is no such file."""
+        path = self.folder / name
+        return path.read_bytes() if path.exists() else None
+
+    def digests(self) -> dict[str, str]:
+        """Return the results' digests by their paths."""
+        return file_digests(self.folder)
 
     @contextmanager
     def working_copy(self) -> Iterator[None]:
-        """The folder is as the place is when the block begins, and the place as the folder is when it ends."""
+        """Work in `folder`: it starts as a copy of the results, and they are uploaded when the block ends."""
         yield
 
     def upload(self) -> None:
-        """The place becomes as the folder is, or OSError is raised."""
+        """Upload every changed file and delete what is gone; the manifest goes last.
+
+        Raises:
+            OSError: a file cannot be uploaded.
+        """
 
     def try_upload(self, name: str) -> None:
-        """Keep one file that grows, if that can be done just now."""
+        """Upload one file of the working copy; a failure is ignored, since the next upload makes up for it."""
 
     @contextmanager
     def local_copy(self, *names: str) -> Iterator[Path]:
-        """A folder with these files, where they exist."""
+        """Yield a folder with these files, as far as they exist."""
         yield self.folder
 
     def upload_file(self, file: Path) -> None:
-        """Keep a file that was written in the folder of `copied`."""
+        """Upload a file that was written into the folder of `local_copy`."""
 
-    def digests(self) -> dict[str, str]:
-        """Digests of the results, by their paths."""
-        return file_digests(self.folder)
+    def run_in_folder(self) -> str:
+        """Return when the run in `folder` was begun, which identifies it; an empty text where there is none."""
+        path = self.folder / MANIFEST
+        return json.loads(path.read_text(encoding="utf-8"))["created"] if path.exists() else ""
 
     def copy_to_node(self, name: str, run: str) -> bool:
-        """Have a subfolder of that run on this node too; whether this has put it there, for somebody to remove."""
+        """Copy a subfolder of that run to this node, unless it is here; return whether it had to be copied."""
         return False
+
+    def clear(self) -> None:
+        """Empty the folder."""
+        if not self.folder.exists():
+            return
+        for entry in self.folder.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
 
 class BucketDir(OutputDir):
-    """A prefix of an object store. Opening it lists it, and that is all.
+    """A prefix of an object store. Opening it lists it: nothing is downloaded or deleted.
 
     Raises:
-        ConfigError: it cannot be reached, its bucket is missing, or a file has its name; later, a file of it cannot be
-            read. An OSError is one that cannot be written. Both after pyarrow's own retries.
+        ConfigError: it cannot be reached, its bucket does not exist, or a file has its name; later, a file of it cannot
+            be read. A file that cannot be written is an OSError. Both after pyarrow's own retries.
     """
 
     is_shared = False
@@ -121,101 +131,97 @@ class BucketDir(OutputDir):
         self.url, self._key = url.rstrip("/"), key
         self._filesystem, self._base = open_filesystem(self.url, key)
         self.folder = work_folder(self.url)
-        self._sent: dict[
-            str, tuple[int, int]
-        ] = {}  # size and time of the files here that are there as well
+        # Size and time of each file of the working copy when it was last the same on the store; None: no working copy.
+        self._uploaded: dict[str, tuple[int, int]] | None = None
         bucket = self._base.split("/")[0]
-        try:  # GCS tells of a bucket itself only to some of those who may write in it
-            has_bucket = self._filesystem.type_name != "s3" or self._is(
-                fs.FileType.Directory, bucket
-            )
+        try:
+            # GCS shows a bucket itself only to some of those who may write in it.
+            shows_buckets = self._filesystem.type_name == "s3"
+            has_bucket = not shows_buckets or self._is(fs.FileType.Directory, bucket)
             is_file = has_bucket and self._is(fs.FileType.File, self._base)
             self._files = self._list() if has_bucket else []
         except (OSError, ValueError) as error:
             raise ConfigError(f"{key}: {self.url} cannot be reached ({one_line(error)})") from None
         if not has_bucket:
-            raise ConfigError(
-                f"{key}: {self.url} found no bucket '{bucket}', allowed: one that is there"
-            )
+            raise ConfigError(f"{key}: {self.url}: bucket '{bucket}' does not exist")
         if is_file:
             raise ConfigError(f"{key}: {self.url} is a file, allowed: a folder")
 
     def names(self) -> set[str]:
-        return {name.split("/")[0] for name in self._files}
+        return {_top(name) for name in self._files}
 
-    def fetch_state(self) -> None:
-        with self._locked():
-            for name in STATE:
-                (self.folder / name).unlink(missing_ok=True)
-            self._fetch(self.folder, set(STATE).intersection(self._files))
+    def read(self, name: str) -> bytes | None:
+        if self._uploaded is not None:
+            return super().read(name)
+        if name not in self._files:
+            return None
+        with self._reading(name), self._filesystem.open_input_stream(self._path(name)) as stream:
+            return stream.read()
+
+    def digests(self) -> dict[str, str]:
+        return {name: self._digest(name) for name in self._files if _top(name) not in NOT_SEALED}
 
     @contextmanager
     def working_copy(self) -> Iterator[None]:
         with self._locked():
             self.clear()
-            self._fetch(
-                self.folder, [name for name in self._files if name.split("/")[0] != "checkpoints"]
-            )
-            self._sent = {name: self._stamp(name) for name in _files_in(self.folder)}
+            self._download(self.folder, [n for n in self._files if _top(n) != CHECKPOINTS])
+            self._uploaded = {name: self._stamp(name) for name in _files_in(self.folder)}
             try:
                 yield
             except BaseException:
-                if (self.folder / "manifest.json").exists():
+                # What a failed run has learnt is kept, but for models: the old manifest does not count on them.
+                if (self.folder / MANIFEST).exists():
                     with suppress(OSError):
-                        self._send_changed(lambda top: top not in (*MODELS, "manifest.json"))
+                        self._upload_changed(lambda top: top not in (*MODELS, MANIFEST))
                 raise
             self.upload()
-            self.clear(but=STATE)
+            self._files, self._uploaded = sorted(self._uploaded), None
+            self.clear()
 
     def upload(self) -> None:
-        self._send_changed(lambda top: top != "manifest.json")
-        for name in self._sent.keys() - set(_files_in(self.folder)):
-            self._filesystem.delete_file(f"{self._base}/{name}")
-            del self._sent[name]
-        self._send_changed(lambda top: top == "manifest.json")
+        assert self._uploaded is not None
+        self._upload_changed(lambda top: top != MANIFEST)
+        for name in self._uploaded.keys() - set(_files_in(self.folder)):
+            self._filesystem.delete_file(self._path(name))
+            del self._uploaded[name]
+        self._upload_changed(lambda top: top == MANIFEST)
 
     def try_upload(self, name: str) -> None:
         with suppress(OSError):
-            self._send(self.folder / name, name)
+            self._upload(self.folder / name, name)
 
     @contextmanager
     def local_copy(self, *names: str) -> Iterator[Path]:
         with TemporaryDirectory() as temporary:
             try:
-                self._fetch(Path(temporary), set(names).intersection(self._files))
+                self._download(Path(temporary), set(names).intersection(self._files))
                 yield Path(temporary)
             except ConfigError as error:
                 raise ConfigError(str(error).replace(temporary, self.url)) from None
 
     def upload_file(self, file: Path) -> None:
-        self._send(file, file.name)
-
-    def digests(self) -> dict[str, str]:
-        return {
-            name: self._digest(name) for name in self._files if name.split("/")[0] not in NOT_SEALED
-        }
+        self._upload(file, file.name)
 
     def copy_to_node(self, name: str, run: str) -> bool:
-        if self.created() == run:  # the driver's node, or one that sees its files
+        if self.run_in_folder() == run:  # the driver's node, or one that sees its files
             return False
         self.clear()
-        self._fetch(self.folder, [file for file in self._list() if file.startswith(f"{name}/")])
+        self._download(self.folder, [file for file in self._list() if _top(file) == name])
         return True
 
+    def _path(self, name: str) -> str:
+        return f"{self._base}/{name}"
+
     def _list(self) -> list[str]:
-        entries = self._filesystem.get_file_info(
-            fs.FileSelector(self._base, recursive=True, allow_not_found=True)
-        )
-        return sorted(
-            str(PurePosixPath(entry.path).relative_to(self._base))
-            for entry in entries
-            if entry.is_file
-        )
+        selector = fs.FileSelector(self._base, recursive=True, allow_not_found=True)
+        files = [entry for entry in self._filesystem.get_file_info(selector) if entry.is_file]
+        return sorted(str(PurePosixPath(file.path).relative_to(self._base)) for file in files)
 
     def _is(self, kind: fs.FileType, path: str) -> bool:
         return self._filesystem.get_file_info(path).type == kind
 
-    def _fetch(self, folder: Path, names: Iterable[str]) -> None:
+    def _download(self, folder: Path, names: Iterable[str]) -> None:
         for name in names:
             target = folder / name
             if ".." in target.parts:
@@ -223,89 +229,93 @@ class BucketDir(OutputDir):
                     f"{self._key}: {self.url} holds '{name}', allowed: names without .."
                 )
             target.parent.mkdir(parents=True, exist_ok=True)
-            with self._read(name):
+            with self._reading(name):
                 fs.copy_files(
-                    f"{self._base}/{name}", str(target),
-                    source_filesystem=self._filesystem, destination_filesystem=fs.LocalFileSystem(),
-                )  # fmt: skip
+                    self._path(name),
+                    str(target),
+                    source_filesystem=self._filesystem,
+                    destination_filesystem=fs.LocalFileSystem(),
+                )
 
     def _digest(self, name: str) -> str:
-        with self._read(name), self._filesystem.open_input_stream(f"{self._base}/{name}") as stream:
+        with self._reading(name), self._filesystem.open_input_stream(self._path(name)) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
     @contextmanager
-    def _read(self, name: str) -> Iterator[None]:
+    def _reading(self, name: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise ConfigError(
-                f"{self._key}: {self.url}/{name} cannot be read ({one_line(error)})"
-            ) from None
+            where = f"{self._key}: {self.url}/{name}"
+            raise ConfigError(f"{where} cannot be read ({one_line(error)})") from None
 
-    def _send(self, file: Path, name: str) -> None:
-        """In a thread, which Ctrl-C does not interrupt: pyarrow would take what has been written for the whole file."""
+    def _upload(self, file: Path, name: str) -> None:
+        # In a thread, which Ctrl-C does not interrupt: pyarrow would take what has been written for the complete file.
         with ThreadPoolExecutor(1) as thread:
-            thread.submit(send_file, file, self._filesystem, f"{self._base}/{name}").result()
+            thread.submit(send_file, file, self._filesystem, self._path(name)).result()
 
-    def _send_changed(self, wanted: Callable[[str], bool]) -> None:
+    def _upload_changed(self, wanted: Callable[[str], bool]) -> None:
+        """Upload changed files whose first name is wanted."""
+        assert self._uploaded is not None
         for name in _files_in(self.folder):
             stamp = self._stamp(name)
-            if wanted(name.split("/")[0]) and self._sent.get(name) != stamp:
-                self._send(self.folder / name, name)
-                self._sent[name] = stamp
+            if wanted(_top(name)) and self._uploaded.get(name) != stamp:
+                self._upload(self.folder / name, name)
+                self._uploaded[name] = stamp
 
     def _stamp(self, name: str) -> tuple[int, int]:
-        found = (self.folder / name).stat()
-        return found.st_size, found.st_mtime_ns
+        status = (self.folder / name).stat()
+        return status.st_size, status.st_mtime_ns
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """The folder for this process alone."""
+        """Keep other processes of this machine out of the folder."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with (self.folder.parent / "lock").open("a") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                found = f"found {self.url} in the hands of another process of this machine"
-                raise ConfigError(f"{self._key}: {found}, allowed: to wait for its end") from None
+                problem = f"{self.url} is in use by another process of this machine"
+                raise ConfigError(f"{self._key}: {problem}; wait for it to finish") from None
             yield
 
 
 def open_output(url: str, key: str = "output_dir") -> OutputDir:
-    """The place of an `output_dir`, or of what `key` names."""
+    """Open an `output_dir`, or what the configuration's or command line's `key` names."""
     return BucketDir(url, key) if "://" in url else OutputDir(url)
 
 
 def refuse_store(output_dir: str) -> None:
-    """What a search needs: its trials share its folder."""
+    """Refuse an object store for a search: its trials share its folder."""
     if "://" in output_dir:
         allowed = "allowed in a search: a folder, on a cluster one that all nodes share"
         raise ConfigError(f"output_dir: found '{output_dir}', {allowed}")
 
 
 def work_folder(url: str) -> Path:
-    """The folder in the user's cache where a run works whose results go to an object store."""
+    """Return the folder in the user's cache where a run works whose results go to an object store."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute()
     return cache / "ray-unlearn" / short_hash(url) / url.rsplit("/", 1)[-1]
 
 
 def file_digests(run_dir: Path) -> dict[str, str]:
-    """Digests of a run folder's results, by their paths in it."""
-    files = sorted(
-        p
-        for p in run_dir.rglob("*")
-        if p.is_file() and p.relative_to(run_dir).parts[0] not in NOT_SEALED
-    )
-    return {str(p.relative_to(run_dir)): file_digest(p) for p in files}
+    """Return the digests of a run folder's results by their paths in it."""
+    names = sorted(str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file())
+    return {name: file_digest(run_dir / name) for name in names if _top(name) not in NOT_SEALED}
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
+    """Return a file's SHA-256, read in pieces."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _top(name: str) -> str:
+    """Return the first name of a path."""
+    return name.split("/")[0]
+
+
 def _files_in(folder: Path) -> list[str]:
-    """Files below a folder, without what is half written."""
+    """List the files below a folder, without hidden ones: those are half written."""
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return [name for name in files if not any(part.startswith(".") for part in Path(name).parts)]
+    return [name for name in files if "/." not in f"/{name}"]

@@ -16,6 +16,7 @@ import yaml
 
 from pipelines.config.load import changed_keys, short_hash, to_yaml
 from pipelines.config.schema import ConfigError, UnlearnConfig
+from pipelines.storage.atomic import write_text
 from pipelines.storage.filesystem import one_line
 from pipelines.storage.output import file_digest, file_digests, open_output
 
@@ -33,13 +34,16 @@ PACKAGES = (
 
 
 class RunFolder:
-    """One run's output folder. Opening it refuses a folder that holds something else.
+    """One run's output folder. Opening it refuses a folder that holds something else, and writes nothing.
 
-    `path` is where the run works; where its results end, `output` knows.
+    Attributes:
+        path: where the run works.
+        output: where its results end.
+        key: identifies the run: the same for the same command and configuration.
     """
 
     def __init__(self, cfg: UnlearnConfig, purpose: str) -> None:
-        """Check the place; nothing is written there.
+        """Check what the folder holds.
 
         Raises:
             ConfigError: it holds a different run or other files, its disk is too full, or it cannot be reached.
@@ -53,17 +57,15 @@ class RunFolder:
 
     def _refuse_other_run(self) -> None:
         names = sorted(self.output.names() - {"run.log"})
-        self.output.fetch_state()
-        config = self.path / "config.yaml"
-        if not names or (
-            names == [config.name] and config.read_bytes() == to_yaml(self.cfg).encode()
-        ):
+        config = self.output.read("config.yaml")
+        # A run that was killed before it wrote its manifest has left its configuration alone.
+        if not names or (names == ["config.yaml"] and config == to_yaml(self.cfg).encode()):
             return
-        if "config.yaml" not in names or "manifest.json" not in names:
+        if config is None or "manifest.json" not in names:
             raise ConfigError(
                 f"output_dir: {self.output.url} holds other files ({names[0]}, ...), allowed: a new or empty folder"
             )
-        old = yaml.safe_load(config.read_text(encoding="utf-8"))
+        old = yaml.safe_load(config)
         changed = changed_keys(old, self.cfg.model_dump(mode="json"))
         if changed or self.manifest().get("purpose") != self.purpose:
             what = ", ".join(changed[:4]) or "the command"
@@ -85,8 +87,7 @@ class RunFolder:
 
     def manifest(self) -> dict[str, Any]:
         """The manifest as it stands; empty before the run began."""
-        path = self.path / "manifest.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return json.loads(self.output.read("manifest.json") or "{}")
 
     @property
     def is_complete(self) -> bool:
@@ -99,7 +100,7 @@ class RunFolder:
         `sets` gives each set's number of rows and digest.
 
         Raises:
-            ConfigError: the model or a set has changed since, or the place cannot be written.
+            ConfigError: the model or a set has changed since, or the folder cannot be written.
         """
         inputs = {
             "model": {"path": self.cfg.model.path, "digest": model_digest(self.cfg.model.path)},
@@ -115,7 +116,7 @@ class RunFolder:
                 )
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        self._write("config.yaml", to_yaml(self.cfg))
+        write_text(self.path / "config.yaml", to_yaml(self.cfg))
         manifest = {
             "schema": 1,
             "status": "running",
@@ -128,7 +129,7 @@ class RunFolder:
             "seed": self.cfg.seed,
             **inputs,
         }
-        self._write("manifest.json", json.dumps(manifest, indent=2))
+        write_text(self.path / "manifest.json", json.dumps(manifest, indent=2))
         try:
             self.output.upload()
         except OSError as error:
@@ -138,7 +139,7 @@ class RunFolder:
 
     def update(self, **fields: Any) -> None:
         """Add fields to the manifest."""
-        self._write("manifest.json", json.dumps({**self.manifest(), **fields}, indent=2))
+        write_text(self.path / "manifest.json", json.dumps({**self.manifest(), **fields}, indent=2))
 
     def write_scores(
         self,
@@ -148,20 +149,15 @@ class RunFolder:
     ) -> None:
         """Write scores.json with each metric's version; `allow_nan=False` makes a NaN an error instead of a file."""
         content = {"schema": 1, "models": models, "cost": cost, "versions": versions}
-        self._write("scores.json", json.dumps(content, indent=2, allow_nan=False))
+        write_text(self.path / "scores.json", json.dumps(content, indent=2, allow_nan=False))
 
     def scores(self) -> dict[str, Any]:
         """What scores.json holds."""
-        return json.loads((self.path / "scores.json").read_text(encoding="utf-8"))
+        return json.loads(self.output.read("scores.json") or "{}")
 
     def seal(self) -> None:
         """Write every result's digest into the manifest and call the run complete."""
         self.update(status="complete", files=file_digests(self.path))
-
-    def _write(self, name: str, text: str) -> None:
-        partial = self.path / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self.path / name)
 
 
 def read_text(path: Path) -> str:

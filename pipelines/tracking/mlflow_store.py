@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config.schema import ConfigError, TrackingConfig
+from pipelines.storage.filesystem import one_line
 from pipelines.tracking.contents import Trial
 
 REQUEST_TIMEOUT_S = 5
@@ -280,8 +281,3 @@ def _weights_digest(folder: Path) -> str:
                 + hashlib.file_digest(file, "sha256").digest()
             )
     return digest.hexdigest()
-
-
-def one_line(text: str) -> str:
-    """The text without line breaks and without the password that a uri may hold."""
-    return re.sub(r"//[^/@\s]*@", "//", " ".join(text.split()))[:600]

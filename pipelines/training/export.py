@@ -1,6 +1,5 @@
 """From a finished training run to files: the adapter in PEFT's format and the merged model, both as safetensors."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from pipelines.encoding.text import load_tokenizer
 from pipelines.model.answers import build_answer_training
 from pipelines.model.load import build_alignment, load_base
 from pipelines.model.pruning import keep_pruned_, prune_base
+from pipelines.storage.atomic import replacing
 from pipelines.training.resume_point import read_point
 from rfa.pruning import sparsity
 
@@ -59,18 +59,11 @@ def _publish(
     model: PeftModel | PreTrainedModel, target: Path, cfg: UnlearnConfig | None = None
 ) -> None:
     """Save beside the target and rename, so that a half-written folder never has the final name."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(str(partial))
-    if cfg is not None:
-        reads_images = cfg.task == "image_classification"
-        reader = (
-            load_image_processor(cfg.model)
-            if reads_images
-            else load_tokenizer(cfg.model, ends=False)
-        )
-        reader.save_pretrained(partial)
-    else:
-        (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    with replacing(target) as partial:
+        model.save_pretrained(str(partial))
+        if cfg is None:
+            (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        elif cfg.task == "image_classification":
+            load_image_processor(cfg.model).save_pretrained(partial)
+        else:
+            load_tokenizer(cfg.model, ends=False).save_pretrained(partial)
