@@ -9,15 +9,19 @@ from hypothesis import strategies as st
 
 from pipelines.config.data import SET_NAMES
 from pipelines.evaluation.metrics import Sample, summarise
+from pipelines.evaluation.metrics.table import METRICS
 
 ALWAYS = {"mia.reference", "privleak", "forget_quality", "model_utility"}
 
 
 def full_sample(set_name: str, loss: float) -> Sample:
     """A row with every field; its correct answer has probability 1/2 and its perturbed answers 1/8."""
+    numbers = {metric.reads or metric.name: 0.5 for metric in METRICS if metric.of_answer}
+    numbers |= {"loss": loss, "exact_memorization": 0.75, "zlib_score": loss / 10}
+    numbers |= {"min_k": loss, "min_k_plus_plus": -loss}
     return Sample(
         set_name=set_name,
-        loss=loss,
+        **numbers,
         tokens=2,
         loss_paraphrased=log(8),
         correct_loss=log(2),
@@ -26,11 +30,6 @@ def full_sample(set_name: str, loss: float) -> Sample:
         rouge_paraphrased=0.25,
         fact_recall=1.0,
         fact_recall_paraphrased=0.0,
-        exact_memorization=0.75,
-        extraction_strength=0.5,
-        zlib_score=loss / 10,
-        min_k=loss,
-        min_k_plus_plus=-loss,
     )
 
 
