@@ -60,6 +60,14 @@ def loss(log_probability_T: NDArray[np.float64]) -> float:
     return -float(np.mean(log_probability_T))
 
 
+def entropy(answer: Answer) -> float:
+    """Return the mean over an answer's tokens, EOS included, of the entropy of the next token's law, in nats.
+
+    The law is the model's softmax before the token, so log V (V the vocabulary) is the most.
+    """
+    return -float(np.mean(answer.tokens.mean))
+
+
 def probability(losses: ArrayLike) -> float:
     """Mean of exp(-L), over samples, or over the answers of one sample that has several."""
     return float(np.mean(np.exp(-np.asarray(losses, dtype=np.float64))))

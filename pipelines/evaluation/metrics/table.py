@@ -155,6 +155,15 @@ METRICS = (
         of_set=formulas.perplexity,
     ),
     Metric(
+        name="entropy",
+        label="Entropy",
+        help="of the next token, mean over an answer's tokens; rises where the model is unsure",
+        remembered="lower",
+        unit="nats",
+        of_answer=likelihood.entropy,
+        of_set=mean_of("entropy"),
+    ),
+    Metric(
         name="mia.min_k",
         label="Min-k %",
         help="looks at each answer's least likely tokens",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipelines.evaluation.metrics import forward
 from pipelines.evaluation.metrics.forward import token_statistics
-from pipelines.evaluation.metrics.likelihood import loss, perplexity, probability
+from pipelines.evaluation.metrics.likelihood import Answer, entropy, loss, perplexity, probability
 
 LOSSES = st.floats(min_value=0, max_value=50)
 
@@ -114,6 +114,13 @@ def test_the_loss_is_the_mean_over_tokens_not_the_sum():
 def test_an_answer_without_tokens_is_refused():
     with pytest.raises(ValueError, match="no labelled token"):
         loss(np.array([]))
+
+
+def test_the_entropy_of_an_answer_is_the_mean_over_its_tokens() -> None:
+    # A uniform law over two words, then a law that is certain: log 2 and 0.
+    logits = torch.tensor([[0.0, 0.0], [0.0, -inf]])
+    answer = Answer(token_statistics(logits, torch.tensor([0, 0])), "a")
+    assert entropy(answer) == pytest.approx(log(2) / 2)
 
 
 def test_probability_is_the_mean_of_probabilities_not_of_losses():
