@@ -1,131 +1,174 @@
-"""Where rows come from: finding the files behind a path, and reading them one row at a time.
+"""Where rows come from: the files behind a path as pieces, and the ids of a deletion request.
 
-A path is a file, a folder or a glob of JSONL, Parquet or CSV (local, `s3://`, `gs://`), a folder written by
-`datasets.save_to_disk`, or a hub name. It becomes pieces; one Ray Data task
-reads one piece as a stream, so a file may be larger than memory. Messages name keys, files, columns, line numbers and
-ids, and never what a row says.
+A path is a file, a folder or a glob (local, `s3://`, `gs://`), a folder written by `datasets.save_to_disk`, or a hub
+name. One Ray Data task reads one piece (`pipelines.data.readers`). Every file below a folder is read or refused by its
+name, since a row that never arrives would never be forgotten.
 """
 
-import csv
-import io
-import json
-import logging
 import os
 import re
-import socket
-import tempfile
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
 
-from pyarrow import fs, parquet
+from pyarrow import fs
 
 from pipelines.config.data import SourceConfig
 from pipelines.config.schema import ConfigError
-from pipelines.storage.filesystem import list_files, one_line, open_filesystem
-
-FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".csv": "csv"}
-ALLOWED = (
-    "a .jsonl, .json (one object a line), .parquet or .csv file, a folder or a glob of them, a saved datasets folder "
-    "(all local, s3:// or gs://), or a hub name (owner/name or owner/name:configuration)"
+from pipelines.data.cells import id_text
+from pipelines.data.readers import (
+    ALLOWED,
+    COMPRESSIONS,
+    SUFFIXES,
+    Piece,
+    SourceError,
+    json_values,
 )
+from pipelines.storage.filesystem import one_line, open_filesystem
+
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 SAVED_DATASET_FILES = {"dataset_dict.json", "state.json"}
-CHUNK_ROWS = 256  # rows decoded at once: bounds memory where rows are whole documents
-
-
-class SourceError(Exception):
-    """What is wrong with a source, without its content; `key` is the configuration key at fault."""
-
-    def __init__(self, text: str, key: str = "path") -> None:
-        super().__init__(text, key)
-        self.text = text
-        self.key = key
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one task reads: a file, a saved data set or a hub data set of one set. Pickles."""
-
-    set: str
-    shown: str  # as messages name it
-    format: str  # jsonl, parquet, csv, saved, or hub
-    path: str  # inside the file system; a hub name for hub
-    filesystem: fs.FileSystem | None
-    split: str
-    id_prefix: str = (
-        ""  # what stands before a row number that serves as id, where a set has several files
-    )
-
-    @property
-    def is_local(self) -> bool:
-        """Whether the driver's machine is the one to read it: it has the files, or the hub's token and cache."""
-        return self.filesystem is None or isinstance(self.filesystem, fs.LocalFileSystem)
-
-
-class Rows(NamedTuple):
-    """The columns of a piece (None where it is empty and has none) and its rows as dicts."""
-
-    columns: list[str] | None
-    rows: Iterator[dict[str, Any]]
+ABOUT_THE_DATA = {"README", "LICENSE", "LICENCE", "NOTICE", "CITATION", "CHANGELOG"}  # never rows
 
 
 def find_pieces(name: str, source: SourceConfig) -> list[Piece]:
-    """The pieces of the set `name`, in the order of their paths.
+    """Return the pieces of the set `name`, in the order of their paths.
 
     Raises:
-        ConfigError: nothing is there, it cannot be listed, or its format is none of ours.
+        ConfigError: nothing is there, it cannot be listed, or a file is in none of our formats.
     """
     key = f"data.{name}.path"
     filesystem, path = open_filesystem(source.path, key)
     try:
-        found = list_files(filesystem, path)
-        is_empty = found == [path] and filesystem.get_file_info(path).size == 0
+        info = filesystem.get_file_info(path)
+        files = list_files(filesystem, path)
     except OSError as error:
         raise ConfigError(
             f"{key}: {source.path} cannot be reached ({one_line(error)}); allowed: {ALLOWED}"
         ) from None
-    if is_empty:
+    if info.is_file and info.size == 0:
         raise ConfigError(f"{key}: {source.path} is empty; allowed: a file with rows")
-    if SAVED_DATASET_FILES & {PurePosixPath(file).name for file in found}:
+    if SAVED_DATASET_FILES & {os.path.relpath(file, path) for file in files}:
         return [Piece(name, source.path, "saved", path, filesystem, source.split)]
-    if found != [path]:  # a folder may hold a README
-        found = [file for file in found if PurePosixPath(file).suffix.lower() in FORMATS]
-    if not found and filesystem.type_name == "local" and _looks_like_hub_name(source.path):
+    if not info.is_file:
+        files = [file for file in files if _format_of(file) or not _is_about_the_data(file)]
+    if not files and filesystem.type_name == "local" and _looks_like_hub_name(source.path):
         return [Piece(name, source.path, "hub", source.path, None, source.split)]
-    if not found:
+    if not files:
         raise ConfigError(
             f"{key}: {source.path} not found, or holds no such file; allowed: {ALLOWED}"
         )
-    formats = {file: FORMATS.get(PurePosixPath(file).suffix.lower()) for file in found}
-    if None in formats.values() or len(set(formats.values())) > 1:
-        suffixes = ", ".join(sorted({PurePosixPath(file).suffix or "no suffix" for file in found}))
-        raise ConfigError(
-            f"{key}: {source.path} is or holds {suffixes}; allowed: {ALLOWED}, of one kind"
-        )
-    if len(found) == 1:
-        return [
-            Piece(name, source.path, str(formats[found[0]]), found[0], filesystem, source.split)
-        ]
-    base = os.path.commonpath([str(PurePosixPath(file).parent) for file in found])
+    kind = _common_format(f"{key}: {source.path}", filesystem, files)
+    if len(files) == 1:
+        return [Piece(name, source.path, kind, files[0], filesystem, source.split)]
+    base = os.path.commonpath([PurePosixPath(file).parent for file in files])
     return [
-        Piece(
-            name,
-            file,
-            str(kind),
-            file,
-            filesystem,
-            source.split,
-            f"{PurePosixPath(file).relative_to(base)}:",
-        )
-        for file, kind in formats.items()
+        Piece(name, file, kind, file, filesystem, source.split, f"{os.path.relpath(file, base)}:")
+        for file in files
     ]
 
 
+def list_files(filesystem: fs.FileSystem, path: str) -> list[str]:
+    """Return the sorted files of a file, of a folder and its subfolders, or of a glob, whose `**` stands for folders at
+    any depth; none where nothing is.
+
+    Hidden folders below it are passed over: names that begin with a dot or an underscore.
+    """
+    info = filesystem.get_file_info(path)
+    if info.is_file:
+        return [path]
+    if info.type == fs.FileType.Directory:
+        return _files_below(filesystem, path)
+    parts = PurePosixPath(path).parts
+    fixed = 0
+    while fixed < len(parts) and not set("*?[") & set(parts[fixed]):
+        fixed += 1
+    if fixed == len(parts):
+        return []
+    base = str(PurePosixPath(*parts[:fixed]))
+    files = _files_below(filesystem, base)
+    return [file for file in files if _matches(PurePosixPath(file).parts[fixed:], parts[fixed:])]
+
+
+def _files_below(filesystem: fs.FileSystem, folder: str) -> list[str]:
+    if isinstance(filesystem, fs.LocalFileSystem):
+        # Arrow leaves a link that leads nowhere out of its lists, and follows one in a circle forty times.
+        return [str(path) for path in _local_files_below(Path(folder))]
+    selector = fs.FileSelector(folder, recursive=True, allow_not_found=True)
+    files = [entry.path for entry in filesystem.get_file_info(selector) if entry.is_file]
+    depth = len(PurePosixPath(folder).parts)
+    hidden = {file for file in files if any(map(_is_hidden, file.split("/")[depth:-1]))}
+    return sorted(set(files) - hidden)
+
+
+def _local_files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Yield all that is no folder, links to nothing included; a link to a folder that it lies in is not followed."""
+    real = folder.resolve()
+    if real in above or not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir():
+            yield path
+        elif not _is_hidden(path.name):
+            yield from _local_files_below(path, above | {real})
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "_"))
+
+
+def _is_about_the_data(file: str) -> bool:
+    path = PurePosixPath(file)
+    return _is_hidden(path.name) or path.stem.upper() in ABOUT_THE_DATA or path.suffix == ".md"
+
+
+def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether a path's names match a glob's: `**` any number of folders, all else one name."""
+    if not patterns:
+        return not names
+    if patterns[0] == "**":
+        return any(_matches(names[skip:], patterns[1:] or ("*",)) for skip in range(len(names)))
+    return bool(names) and fnmatchcase(names[0], patterns[0]) and _matches(names[1:], patterns[1:])
+
+
+def _common_format(where: str, filesystem: fs.FileSystem, files: list[str]) -> str:
+    """Return the format of all files, or refuse those that have none or another."""
+    formats = {_format_of(file) for file in files}
+    if len(formats) > 1 or None in formats:
+        endings = sorted({PurePosixPath(file).suffix or "no suffix" for file in files})
+        strange = [PurePosixPath(file).name for file in files if _format_of(file) is None]
+        named = f" ({', '.join(strange[:5])})" if strange and len(files) > 1 else ""
+        raise ConfigError(
+            f"{where} is or holds {', '.join(endings)}{named}; allowed: {ALLOWED}, of one kind"
+        )
+    if isinstance(filesystem, fs.LocalFileSystem):
+        for file in files:
+            if not Path(file).is_file():
+                raise ConfigError(
+                    f"{where} holds {PurePosixPath(file).name}, a link to nothing or no file; allowed: {ALLOWED}"
+                )
+    return str(formats.pop())
+
+
+def _format_of(file: str) -> str | None:
+    path = PurePosixPath(file.lower())
+    if path.suffix in COMPRESSIONS and SUFFIXES.get(path.with_suffix("").suffix) != "parquet":
+        path = path.with_suffix("")
+    return SUFFIXES.get(path.suffix)
+
+
+def _looks_like_hub_name(path: str) -> bool:
+    """Whether a path that is not there may be meant for the hub: owner/name, and no folder called owner."""
+    return (
+        bool(HUB_NAME.fullmatch(path))
+        and _format_of(path) is None
+        and not Path(path.split("/")[0]).exists()
+    )
+
+
 def request_ids(path: str, key: str = "request") -> list[str]:
-    """The ids of a deletion request, each once, in their order.
+    """Return the ids of a deletion request, each once, in their order.
 
     Args:
         path: JSONL (local, s3://, gs://); a line is {"id": "..."} or a bare JSON string; whole numbers count as text.
@@ -139,11 +182,11 @@ def request_ids(path: str, key: str = "request") -> list[str]:
     ids: dict[str, None] = {}
     try:
         with filesystem.open_input_stream(inner) as raw:
-            for number, value in _json_lines(io.BufferedReader(raw)):
-                found = id_text(value.get("id") if isinstance(value, dict) else value)
-                if found is None:
-                    raise SourceError(f"line {number} holds no id")
-                ids[found] = None
+            for where, value in json_values(BufferedReader(raw)):
+                row_id = id_text(value.get("id") if isinstance(value, dict) else value)
+                if row_id is None:
+                    raise SourceError(f"{where} holds no id")
+                ids[row_id] = None
     except SourceError as fault:
         raise ConfigError(f"{key}: {path}: {fault.text}; {allowed}") from None
     except FileNotFoundError:
@@ -155,201 +198,3 @@ def request_ids(path: str, key: str = "request") -> list[str]:
     if not ids:
         raise ConfigError(f"{key}: {path} is empty; {allowed}")
     return list(ids)
-
-
-def id_text(value: Any) -> str | None:
-    """An id as text; None where the value cannot be one."""
-    if isinstance(value, str) and value and is_unicode(value):
-        return value
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def is_unicode(text: str) -> bool:
-    """Whether the text can be stored: JSON may spell half of a surrogate pair, which no encoding has."""
-    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
-
-
-@contextmanager
-def open_rows(piece: Piece, wanted: set[str]) -> Generator[Rows]:
-    """Read a piece as a stream of dicts, which hold at least its columns among `wanted`.
-
-    Raises:
-        SourceError: it cannot be read; nothing of its content is in the fault or chained to it.
-    """
-    readers = {
-        "jsonl": _open_jsonl, "csv": _open_csv, "parquet": _open_parquet, "saved": _open_saved, "hub": _open_hub,
-    }  # fmt: skip
-    try:
-        with readers[piece.format](piece, wanted) as rows:
-            yield rows
-    except SourceError:
-        raise
-    except FileNotFoundError:
-        raise SourceError(
-            f"was found from the driver, but not from a worker on {socket.gethostname()}; "
-            "allowed: a path that all nodes share, s3:// or gs://"
-        ) from None
-    except Exception as error:
-        reason = (
-            f": {one_line(error)}" if isinstance(error, OSError) else ""
-        )  # a file system knows no rows
-        raise SourceError(
-            f"cannot be read as {piece.format} ({type(error).__name__}{reason}); allowed: {ALLOWED}"
-        ) from None
-
-
-@contextmanager
-def _open_jsonl(piece: Piece, wanted: set[str]) -> Generator[Rows]:
-    with _stream(piece) as stream:
-        rows = _json_objects(stream)
-        first = next(rows, None)
-        yield Rows(None if first is None else list(first), _chain(first, rows))
-
-
-def _chain(
-    first: dict[str, Any] | None, rest: Iterator[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
-    if first is not None:
-        yield first
-    yield from rest
-
-
-def _json_objects(stream: io.BufferedReader) -> Iterator[dict[str, Any]]:
-    for number, value in _json_lines(stream):
-        if not isinstance(value, dict):
-            raise SourceError(
-                f"line {number} is JSON but not an object; allowed: one JSON object a line"
-            )
-        yield value
-
-
-def _json_lines(stream: io.BufferedReader) -> Iterator[tuple[int, Any]]:
-    """Line numbers, counted from 1, and values; blank lines are left out."""
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except (ValueError, RecursionError):
-            raise SourceError(
-                f"line {number} is not JSON in UTF-8; allowed: one JSON value a line"
-            ) from None
-
-
-@contextmanager
-def _open_csv(piece: Piece, wanted: set[str]) -> Generator[Rows]:
-    csv.field_size_limit(2**31 - 1)  # the default refuses texts above 128 KiB
-    with (
-        _stream(piece) as stream,
-        io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text,
-    ):
-        reader = csv.DictReader(text, strict=True)
-        try:
-            columns = reader.fieldnames
-        except csv.Error:
-            raise SourceError(
-                "line 1 is not CSV; allowed: comma-separated values under a line of column names"
-            ) from None
-        yield Rows(None if columns is None else list(columns), _csv_rows(reader))
-
-
-def _csv_rows(reader: "csv.DictReader[str]") -> Iterator[dict[str, Any]]:
-    while True:
-        try:
-            row = next(reader, None)
-        except csv.Error:
-            raise SourceError(
-                f"line {reader.line_num} is not CSV; allowed: comma-separated values"
-            ) from None
-        if row is None:
-            return
-        if None in row or None in row.values():  # DictReader's signs for too many and too few
-            raise SourceError(
-                f"line {reader.line_num} has more or fewer values than the header; allowed: equally many"
-            )
-        yield row
-
-
-@contextmanager
-def _open_parquet(piece: Piece, wanted: set[str]) -> Generator[Rows]:
-    assert piece.filesystem is not None
-    with piece.filesystem.open_input_file(piece.path) as raw:
-        file = parquet.ParquetFile(raw)
-        names = file.schema_arrow.names
-        batches = file.iter_batches(
-            batch_size=CHUNK_ROWS, columns=[name for name in names if name in wanted]
-        )
-        yield Rows(names, (row for batch in batches for row in batch.to_pylist()))
-
-
-@contextmanager
-def _open_saved(piece: Piece, wanted: set[str]) -> Generator[Rows]:
-    import datasets  # takes a second to import, and most workers do without
-
-    assert piece.filesystem is not None
-    with tempfile.TemporaryDirectory() as folder:
-        path = piece.path
-        if not piece.is_local:  # memory mapping needs a local copy
-            fs.copy_files(piece.path, folder, source_filesystem=piece.filesystem)
-            path = folder
-        loaded = datasets.load_from_disk(path)
-        if isinstance(loaded, datasets.DatasetDict):
-            if piece.split not in loaded:
-                splits = ", ".join(sorted(map(str, loaded)))
-                raise SourceError(f"has no split '{piece.split}'; it has: {splits}", key="split")
-            loaded = loaded[piece.split]
-        yield _dataset_rows(loaded, wanted)
-
-
-@contextmanager
-def _open_hub(piece: Piece, wanted: set[str]) -> Generator[Rows]:
-    import datasets
-
-    datasets.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # in the worker; it warns at every retry
-    name, _, configuration = piece.path.partition(":")
-    try:
-        loaded = datasets.load_dataset(name, configuration or None, split=piece.split)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # before rows are read: names, splits, configurations, the network
-        raise SourceError(
-            f"is no file here, and the hub does not give it ({type(error).__name__}: {one_line(error)}); "
-            f"allowed: {ALLOWED}"
-        ) from None
-    yield _dataset_rows(loaded, wanted)
-
-
-def _dataset_rows(dataset: Any, wanted: set[str]) -> Rows:
-    """Rows as Arrow has them: an image is {"bytes", "path"} and not decoded, a class is its number."""
-    from datasets.table import embed_table_storage
-
-    names = list(dataset.column_names)
-    chosen = dataset.select_columns([name for name in names if name in wanted]).with_format("arrow")
-    tables = map(
-        embed_table_storage, chosen.iter(batch_size=CHUNK_ROWS)
-    )  # images may be but paths to their files
-    return Rows(names, (row for table in tables for row in table.to_pylist()))
-
-
-@contextmanager
-def _stream(piece: Piece) -> Generator[io.BufferedReader]:
-    assert piece.filesystem is not None
-    with (
-        piece.filesystem.open_input_stream(piece.path) as raw,
-        io.BufferedReader(raw, 1 << 20) as stream,
-    ):
-        yield stream
-
-
-def _looks_like_hub_name(path: str) -> bool:
-    """Whether a path that is not there may be meant for the hub: owner/name, and no folder called owner."""
-    is_file_name = Path(path).suffix.lower() in FORMATS
-    return (
-        bool(HUB_NAME.fullmatch(path))
-        and not is_file_name
-        and not Path(path.split("/")[0]).exists()
-    )

@@ -1,9 +1,9 @@
-"""Where files lie: the file system behind a path (local, `s3://`, `gs://`) and the files of a file, folder or glob."""
+"""Where files lie: the file system behind a path (local, `s3://`, `gs://`)."""
 
 import os
 import re
 from datetime import timedelta
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from pyarrow import fs
@@ -61,29 +61,6 @@ def _gcs() -> fs.GcsFileSystem:
     url = urlsplit(emulator if "://" in emulator else f"http://{emulator}")
     return fs.GcsFileSystem(
         anonymous=True, scheme=url.scheme, endpoint_override=url.netloc, retry_time_limit=retry
-    )
-
-
-def list_files(filesystem: fs.FileSystem, path: str) -> list[str]:
-    """Sorted files of a file, a folder (without hidden ones and subfolders) or a glob; none where nothing is."""
-    info = filesystem.get_file_info(path)
-    if info.type == fs.FileType.File:
-        return [path]
-    if info.type == fs.FileType.Directory:
-        entries = filesystem.get_file_info(fs.FileSelector(path))
-        return sorted(
-            entry.path for entry in entries if entry.is_file and entry.base_name[0] not in "._"
-        )
-    parts = PurePosixPath(path).parts
-    globs = [index for index, part in enumerate(parts) if any(char in part for char in "*?[")]
-    if not globs:
-        return []
-    selector = fs.FileSelector(
-        str(PurePosixPath(*parts[: globs[0]])), recursive=True, allow_not_found=True
-    )
-    entries = filesystem.get_file_info(selector)
-    return sorted(
-        entry.path for entry in entries if entry.is_file and PurePosixPath(entry.path).match(path)
     )
 
 

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from pipelines.config.data import SourceConfig
-from pipelines.data.sources import find_pieces, open_rows
+from pipelines.data.readers import open_rows
+from pipelines.data.sources import find_pieces
 from tests.benchmarks.idx import convert, read_split
 
 NUMBERS = {"train": 600, "test": 3}  # rows of each split

@@ -17,9 +17,9 @@ from pyarrow import fs
 from pipelines.config.data import ColumnsConfig, DataConfig, Task
 from pipelines.config.load import load_config
 from pipelines.config.schema import ConfigError
+from pipelines.data.readers import Piece, open_rows
 from pipelines.data.rows import Selection, number_rows, read_piece
 from pipelines.data.sets import Sets, load_sets
-from pipelines.data.sources import Piece, open_rows
 
 SECRET = "Quixotic Zebra"
 CLASSES = ["cat", "dog", "frog"]

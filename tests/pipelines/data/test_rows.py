@@ -9,8 +9,8 @@ import pytest
 from pyarrow import fs
 
 from pipelines.config.data import ColumnsConfig
+from pipelines.data.readers import Piece
 from pipelines.data.rows import Selection, number_rows, read_piece
-from pipelines.data.sources import Piece
 
 EVERYTHING = Selection(None, frozenset(), None, frozenset())
 UNANSWERED: dict[str, dict[str, Any]] = {

@@ -20,8 +20,9 @@ from pyarrow import fs
 
 from pipelines.config.data import DataConfig, SourceConfig
 from pipelines.config.schema import ConfigError
+from pipelines.data.readers import Piece, SourceError, open_rows
 from pipelines.data.sets import Sets, load_sets, request_ids
-from pipelines.data.sources import Piece, SourceError, find_pieces, open_rows
+from pipelines.data.sources import find_pieces
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
