@@ -139,17 +139,18 @@ class ResidualAlignment(nn.Module):
         return self
 
     def feature_sums(
-        self, batch: UnlearnBatch, keep_tokens: int = SAMPLE_TOKENS
+        self, batch: UnlearnBatch, keep_tokens: int = SAMPLE_TOKENS, tokens: str | None = None
     ) -> dict[str, FeatureSums]:
         """Base features of a batch's retain rows, summed by place, at tokens of the kind that is shifted.
 
         `keep_tokens` a row are kept for `cluster_mean`; with 0 the batch is run and nothing is summed. Rows of the
-        utility set are passed over.
+        utility set are passed over. `tokens` is the kind, the objective's own by default.
         """
         with torch.no_grad(), adapters_off(self.model), self.taps.recording() as base:
             self.run(batch, None, 0, self.taps.last_block + 1)
         sums = {name: FeatureSums() for name in self.taps.names}
-        tokens_BT = batch.retain_tokens_BT(self.objective.tokens) & ~batch.utility_B[:, None]
+        kind = tokens or self.objective.tokens
+        tokens_BT = batch.retain_tokens_BT(kind) & ~batch.utility_B[:, None]
         if not keep_tokens or not tokens_BT.any():
             return sums
         for name in self.taps.names:

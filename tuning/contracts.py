@@ -4,30 +4,31 @@ from typing import Any, NamedTuple
 
 from pipelines.config.schema import UnlearnConfig
 
-RUNGS = (
-    4  # how often a trial of gradient steps is scored on a workbench: where a scheduler can stop it
-)
+# A gradient trial on a workbench is scored this often, and a scheduler can stop it there.
+RUNGS = 4
 
 
 class Shared(NamedTuple):
-    """What all trials share, as references into Ray's object store.
+    """What all trials share. Tables and statistics are references into Ray's object store.
 
-    `cfg` is the configuration that trials change; `widest` the one whose adapter covers every trial's. `kept`, `forget`
-    and `holdout` are tokenised rows in batches; `scored` are rows as the scorer takes them, texts included.
+    `cfg` is the configuration that trials change. `covering` has an adapter on every module that any trial adapts, and
+    `token_kinds` are the values of `objective.tokens` that trials use, `covering`'s first. `kept_rows` (retain and
+    utility), `forget_rows` and `holdout_rows` are tokenised rows in batches; `scored_rows` are the scorer's, texts
+    included. `statistics` is a `Statistics`, absent until it has been collected.
     """
 
     cfg: UnlearnConfig
-    widest: UnlearnConfig
-    kept: Any
-    forget: Any
-    holdout: Any
-    scored: list[Any]
+    covering: UnlearnConfig
     token_kinds: tuple[str, ...]
-    collected: Any = None
+    kept_rows: Any
+    forget_rows: Any
+    holdout_rows: Any
+    scored_rows: list[Any]
+    statistics: Any = None
 
 
 class Measured(NamedTuple):
-    """Scores of a trial as it stands, the seconds of work on its adapter so far, and the strengths that were tried."""
+    """A trial's scores so far, the seconds spent on its adapter, and the strengths that were tried."""
 
     scores: dict[str, float | None]
     cost_s: float

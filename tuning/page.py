@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from pipelines.report.curves import SOFT, svg
 from tuning.record import TrialRecord, as_configured
 from tuning.score import OF_CLASSES, Constraint, Score, pareto_front
-from tuning.space import encoded
+from tuning.space import to_optuna
 
 BLUE, GREEN, ORANGE, GREY = "#0072b2", "#009e73", "#d55e00", "#b6bcc5"
 FEWEST = 8  # trials that an importance is computed from
@@ -139,13 +139,13 @@ def _study(trials: Mapping[int, TrialRecord], name: str) -> Any:
     seen: dict[str, list[Any]] = {}
     for own in trials.values():
         for key, value in own.values.items():
-            if encoded(value) not in seen.setdefault(key, []):
-                seen[key].append(encoded(value))
+            if to_optuna(value) not in seen.setdefault(key, []):
+                seen[key].append(to_optuna(value))
     for own in trials.values():
         if own.score is not None and own.values:
             study.add_trial(
                 optuna.trial.create_trial(
-                    params={key: encoded(value) for key, value in own.values.items()},
+                    params={key: to_optuna(value) for key, value in own.values.items()},
                     distributions={key: _distribution(seen[key]) for key in own.values},
                     value=getattr(own.score, name),
                 )

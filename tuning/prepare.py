@@ -1,4 +1,4 @@
-"""What a search does once for all trials: tokenise, collect the solver's statistics, score what they are compared with.
+"""What a search does once for all trials: tokenise, collect the solver's statistics, score the reference models.
 
 The driver imports none of what models take: that is in `tuning.workbench`, on the workers.
 """
@@ -20,127 +20,127 @@ from pipelines.evaluation.pool import evaluate, evaluation_work, pieces_of
 from pipelines.preflight import oracle_of
 from pipelines.terminal import Terminal
 from tuning.contracts import Shared
+from tuning.score import References
 from tuning.space import Space
 
 
-def _collect(shared: Shared, rank: int, world_size: int) -> Any:
-    from tuning.workbench import Workbench
+def share_work(cfg: UnlearnConfig, space: Space, sets: Sets, terminal: Terminal) -> Shared:
+    """Tokenise the sets, and collect the solver's statistics on all workers."""
+    cfg = likelihoods_only(cfg)
+    encoder = build_encoder(cfg)
+    forget_batch_size = cfg.train.forget_batch_size
 
-    return Workbench(shared).collect(rank, world_size)
+    def rows_of(dataset: Any, batch_size: int) -> Any:
+        # One block: Ray Data puts a plan's batches together, in order.
+        return plan_stream(dataset, encoder, batch_size, cfg.seed).rows.to_arrow_refs()[0]
+
+    kept = sets.union(("retain", "utility"), present_only=True)
+    holdout = None
+    if sets.holdout is not None:
+        holdout = rows_of(sets.holdout, forget_batch_size)
+    shared = Shared(
+        cfg=cfg,
+        covering=covering_config(cfg, space),
+        token_kinds=tuple(dict.fromkeys([cfg.objective.tokens, *space.values("objective.tokens")])),
+        kept_rows=rows_of(kept, cfg.train.retain_batch_size),
+        forget_rows=rows_of(sets.forget, forget_batch_size),
+        holdout_rows=holdout,
+        scored_rows=[piece.rows for piece in pieces_of(cfg, scored_sets(sets))],
+    )
+    return shared._replace(statistics=_collect_on_workers(shared, terminal))
 
 
-def _merge(*parts: Any) -> tuple[Any, bool]:
-    """All workers' statistics, and a word that they are there."""
-    for part in parts[1:]:
-        parts[0].merge(part)
-    return parts[0], True
+def _collect_on_workers(shared: Shared, terminal: Terminal) -> Any:
+    """Return a reference to all workers' statistics, merged."""
+    train = shared.cfg.train
+
+    def collect(shared: Shared, rank: int, world_size: int) -> Any:
+        from tuning.workbench import Workbench
+
+        return Workbench(shared).collect(rank, world_size)
+
+    def merge(total: Any, *others: Any) -> tuple[Any, bool]:
+        for other in others:
+            total.merge(other)
+        return total, True
+
+    bar = terminal.bar("Collecting statistics", train.max_workers + 1)
+    task = ray.remote(collect).options(**_worker_resources(shared.cfg))
+    parts: list[Any] = [
+        task.remote(shared, rank, train.max_workers) for rank in range(train.max_workers)
+    ]
+    # Two returns: the driver awaits the flag, and never fetches the statistics to its own node.
+    merged, is_done = ray.remote(num_cpus=0, num_returns=2)(merge).remote(*parts)  # pyright: ignore
+    waiting = [*parts, is_done]
+    while waiting:
+        _, waiting = ray.wait(waiting, fetch_local=False)
+        bar.advance()
+    result_of(is_done)
+    return merged
 
 
 def save_adapter(shared: Shared, cfg: UnlearnConfig, folder: Path) -> None:
     """Find the adapter of one configuration again, in a task, and write it in PEFT's format."""
 
-    def save() -> None:
+    def save(shared: Shared) -> None:
         from tuning.workbench import Workbench
 
         Workbench(shared).save_adapter(cfg, folder)
 
-    resources = {"num_cpus": cfg.train.cpus_per_worker, "num_gpus": cfg.train.gpus_per_worker}
-    result_of(ray.remote(save).options(**resources).remote())
+    result_of(ray.remote(save).options(**_worker_resources(cfg)).remote(shared))
 
 
-def share_work(cfg: UnlearnConfig, space: Space, sets: Sets, terminal: Terminal) -> Shared:
-    """Tokenise, and collect the solver's statistics on all workers."""
-    cfg = quick(cfg)
-    encoder = build_encoder(cfg)
-
-    def rows_of(dataset: Any, batch_size: int) -> Any:
-        return plan_stream(dataset, encoder, batch_size, cfg.seed).rows.to_arrow_refs()[0]
-
-    train = cfg.train
-    kept = sets.union(("retain", "utility"), present_only=True)
-    widest, token_kinds = _widest(cfg, space)
-    shared = Shared(
-        cfg=cfg,
-        widest=widest,
-        kept=rows_of(kept, train.retain_batch_size),
-        forget=rows_of(sets.forget, train.forget_batch_size),
-        holdout=None if sets.holdout is None else rows_of(sets.holdout, train.forget_batch_size),
-        scored=[piece.rows for piece in pieces_of(cfg, scored_sets(sets))],
-        token_kinds=token_kinds,
-    )
-    bar = terminal.bar("Collecting statistics", train.max_workers + 1)
-    resources = {"num_cpus": train.cpus_per_worker, "num_gpus": train.gpus_per_worker}
-    task = ray.remote(_collect).options(**resources)
-    parts: list[Any] = [
-        task.remote(shared, rank, train.max_workers) for rank in range(train.max_workers)
-    ]
-    add: Any = ray.remote(num_cpus=0, num_returns=2)(_merge)
-    whole, done = add.remote(*parts)
-    waiting = [*parts, done]
-    while waiting:
-        _, waiting = ray.wait(waiting, fetch_local=False)
-        bar.advance()
-    result_of(done)
-    return shared._replace(collected=whole)
+def _worker_resources(cfg: UnlearnConfig) -> dict[str, float]:
+    return {"num_cpus": cfg.train.cpus_per_worker, "num_gpus": cfg.train.gpus_per_worker}
 
 
-def _widest(cfg: UnlearnConfig, space: Space) -> tuple[UnlearnConfig, tuple[str, ...]]:
-    """A configuration whose adapter has all modules that any trial adapts, and the kinds of tokens that are shifted."""
-    targets, layers, kinds = (
-        dict.fromkeys(cfg.adapter.targets),
-        [cfg.adapter.layers],
-        {cfg.objective.tokens: None},
-    )
-    for dimension, value in space.corners():
-        if dimension.key == "adapter.targets":
-            targets |= dict.fromkeys(value)
-        elif dimension.key == "adapter.layers":
-            layers.append(value)
-        elif dimension.key == "objective.tokens":
-            kinds[value] = None
-    ranges = [own for own in layers if own is not None]
-    whole = (
-        None
-        if len(ranges) < len(layers)
-        else [min(r[0] for r in ranges), max(r[1] for r in ranges)]
-    )
+def covering_config(cfg: UnlearnConfig, space: Space) -> UnlearnConfig:
+    """Return a configuration whose adapter has all modules that any trial adapts."""
+    targets = list(cfg.adapter.targets)
+    for choice in space.values("adapter.targets"):
+        targets += choice
+    ranges = [cfg.adapter.layers, *space.values("adapter.layers")]
+    layers = None
+    if None not in ranges:  # None: all layers
+        layers = [min(first for first, _ in ranges), max(last for _, last in ranges)]
     values = {
-        "adapter.targets": list(targets),
-        "adapter.layers": whole,
+        "adapter.targets": list(dict.fromkeys(targets)),
+        "adapter.layers": layers,
         "adapter.rank": 1,
+        # Statistics for clusters serve all other targets, too.
         "objective.target": "cluster_mean",
         "objective.residual": "local",
     }
-    return with_values(cfg, values), tuple(kinds)
+    return with_values(cfg, values)
 
 
 def scored_sets(sets: Sets) -> Sets:
-    """The sets that trials are scored on: general knowledge, which is never trained on, rather than the utility set."""
+    """Return the sets that trials are scored on: general knowledge, where there is any, in place of the utility set.
+
+    The utility set is trained on, and general knowledge never is.
+    """
     if sets.general is None:
         return sets
-    return replace(
-        sets, utility=None, counts={name: n for name, n in sets.counts.items() if name != "utility"}
-    )
+    counts = dict(sets.counts)
+    counts.pop("utility", None)
+    return replace(sets, utility=None, counts=counts)
 
 
-def quick(cfg: UnlearnConfig) -> UnlearnConfig:
-    """The configuration with what trials are scored by: likelihoods alone."""
+def likelihoods_only(cfg: UnlearnConfig) -> UnlearnConfig:
+    """Return the configuration with the evaluation that trials get: no generation, no attacks."""
     return with_values(cfg, {"evaluation.quick": True, "evaluation.robustness": []})
 
 
 def reference_scores(
     cfg: UnlearnConfig, sets: Sets, folder: Path, terminal: Terminal
-) -> dict[str, Any]:
-    """Scores of the original model and of the oracle; a search that goes on has them already."""
+) -> References:
+    """Score the original model and the oracle; a resumed search reads what the first one wrote."""
     path = folder / "references.json"
     if not path.exists():
-        cfg, sets, models = (
-            quick(cfg),
-            scored_sets(sets),
-            {"before": cfg.model, **oracle_of(cfg, "oracle")},
-        )
+        cfg = likelihoods_only(cfg)
+        sets = scored_sets(sets)
+        models = {"before": cfg.model, **oracle_of(cfg, "oracle")}
         bar = terminal.bar("Evaluating " + ", ".join(models), evaluation_work(cfg, models, sets))
-        path.write_text(
-            json.dumps(evaluate(cfg, models, sets, bar.advance), indent=2), encoding="utf-8"
-        )
+        scores = evaluate(cfg, models, sets, bar.advance)
+        path.write_text(json.dumps(scores, indent=2), encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))

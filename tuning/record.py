@@ -18,10 +18,10 @@ FILE_NAME = "trials.jsonl"
 
 
 class TrialRecord(NamedTuple):
-    """A trial that has ended: `finished`, `stopped` on the way by the scheduler, or `failed` for a reason.
+    """A trial that has ended: `finished`, `stopped` early by the scheduler, or `failed` for a reason.
 
-    `values` are its changes to the configuration, `seconds` what it took in all, `ended_s` when it ended, in seconds of
-    the clock.
+    `values` are its changes to the configuration, `seconds` its wall-clock time, and `ended_s` is when it ended, in
+    seconds since the epoch.
     """
 
     number: int
@@ -36,114 +36,132 @@ class TrialRecord(NamedTuple):
 
 
 class TrialLog(tune.Callback):
-    """Keeps `trials.jsonl`, and tells MLflow and the terminal of each trial as it ends."""
+    """Appends each trial to `trials.jsonl` as it ends, and reports it to MLflow and the terminal."""
 
     def __init__(self, folder: Path, mirror: Mirror, terminal: Terminal, wanted: int) -> None:
         self.folder = folder
         self.trials = read_trials(folder)
-        if self.trials:  # without the half line that a killed search may have left
-            write_text(folder / FILE_NAME, "".join(_line(own) for own in self.trials.values()))
-        self.left = max(0, wanted - len(self.trials))
         self._mirror = mirror
-        self._started: dict[str, float] = {}
         if self.trials:
+            # Without the half line that a killed search may have left.
+            write_text(folder / FILE_NAME, "".join(map(_line, self.trials.values())))
             terminal.say(f"Going on after {len(self.trials)} trials")
-        self._bar = terminal.bar("Trials", wanted)
-        self._bar.at(len(self.trials), total=wanted, note=self._note())
+        self.left = max(0, wanted - len(self.trials))
         self._wanted = wanted
+        self._started: dict[str, float] = {}
+        self._bar = terminal.bar("Trials", wanted)
+        self._show()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune writes its callbacks down for a way of resuming that is not ours
+        return {}  # Tune saves its callbacks for its own way of resuming, which is not used here
 
     def settle(self, study: Any) -> None:
-        """Tell Optuna's study how its trials ended; those that a killed search was at are to be tried again."""
+        """Report recorded results to the Optuna study; enqueue trials again that were running at a kill."""
         from optuna.trial import TrialState
 
-        for own in study.get_trials(states=(TrialState.RUNNING,)):
-            score = self.trials[own.number].score if own.number in self.trials else None
-            if score is None:
-                study.tell(own.number, state=TrialState.FAIL)
-                if own.number not in self.trials:
-                    study.enqueue_trial(own.params, user_attrs=own.user_attrs)
-            else:
-                study.tell(own.number, [score.distance, score.utility])
+        for running in study.get_trials(states=(TrialState.RUNNING,)):
+            record = self.trials.get(running.number)
+            if record is not None and record.score is not None:
+                study.tell(running.number, [record.score.distance, record.score.utility])
+                continue
+            study.tell(running.number, state=TrialState.FAIL)
+            if record is None:
+                study.enqueue_trial(running.params, user_attrs=running.user_attrs)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Ray Tune: a trial begins."""
+        """Note the time (called by Ray Tune)."""
         self._started[trial.trial_id] = time.time()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Ray Tune: a trial has ended by itself, or was stopped."""
+        """Record a trial that has ended or was stopped (called by Ray Tune)."""
         result = trial.last_result
         score = Score(**{name: float(result[name]) for name in Score._fields})
-        state = "finished" if result["whole"] else "stopped"
-        self._add(trial, state, score=score, scores=result["scores"], strengths=result["strengths"])
+        record = self._ended(trial, "finished" if result["is_last"] else "stopped")
+        self._add(
+            record._replace(score=score, scores=result["scores"], strengths=result["strengths"])
+        )
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Ray Tune: a trial has raised an error, or its process has died."""
-        self._add(trial, "failed", reason=_reason(trial))
+        """Record a trial that raised an error or whose process died (called by Ray Tune)."""
+        self._add(self._ended(trial, "failed")._replace(reason=_reason(trial)))
 
-    def _add(self, trial: Any, state: str, **content: Any) -> None:
+    def _ended(self, trial: Any, state: str) -> TrialRecord:
+        """Return a trial's record, as yet without scores."""
         now = time.time()
-        ended = TrialRecord(
+        return TrialRecord(
             number=int(trial.config["number"]),
             state=state,
             values=json.loads(trial.config["values"]),
+            score=None,
+            scores={},
+            strengths=[],
             seconds=now - self._started.get(trial.trial_id, now),
             ended_s=now,
-            **({"score": None, "scores": {}, "strengths": []} | content),
         )
-        self.trials[ended.number] = ended
-        with (self.folder / FILE_NAME).open("a", encoding="utf-8") as stream:
-            stream.write(_line(ended))
-        self._mirror.send_lines(at_once=True)
-        self._bar.at(len(self.trials), total=self._wanted, note=self._note())
 
-    def _note(self) -> str:
-        failed = sum(own.state == "failed" for own in self.trials.values())
-        scored = [own for own in self.trials.values() if own.score is not None]
-        best = min(scored, key=lambda own: own.score.distance if own.score else 0.0, default=None)
-        parts = (
-            [f"nearest {best.score.distance:.3f}, utility {best.score.utility:.3f}"]
-            if best and best.score
-            else []
-        )
-        return ", ".join(parts + ([f"{failed} failed"] if failed else []))
+    def _add(self, record: TrialRecord) -> None:
+        self.trials[record.number] = record
+        # The file first: it is what a resumed search believes.
+        with (self.folder / FILE_NAME).open("a", encoding="utf-8") as stream:
+            stream.write(_line(record))
+        self._mirror.send_lines(at_once=True)
+        self._show()
+
+    def _show(self) -> None:
+        notes: list[str] = []
+        best = min(scores_of(self.trials).values(), default=None)  # by distance, the first field
+        if best is not None:
+            notes.append(f"nearest {best.distance:.3f}, utility {best.utility:.3f}")
+        failed = sum(record.state == "failed" for record in self.trials.values())
+        if failed:
+            notes.append(f"{failed} failed")
+        self._bar.at(len(self.trials), total=self._wanted, note=", ".join(notes))
+
+
+def scores_of(trials: Mapping[int, TrialRecord]) -> dict[int, Score]:
+    """Return the score of each trial that has one, in order of the trials' numbers."""
+    scores: dict[int, Score] = {}
+    for number, record in sorted(trials.items()):
+        if record.score is not None:
+            scores[number] = record.score
+    return scores
 
 
 def as_configured(trials: Mapping[int, TrialRecord]) -> TrialRecord | None:
-    """The trial without changes to the configuration, once it has ended."""
-    return next((own for own in trials.values() if not own.values), None)
+    """Return the trial without changes to the configuration, once it has ended."""
+    return next((record for record in trials.values() if not record.values), None)
 
 
 def _reason(trial: Any) -> str:
-    """The kind of error and the first line of what it says."""
+    """Return the kind of error and the first line of its message."""
     path = trial.pickled_error_file
-    if path is None:
+    if path is None:  # the process died, so there is only text
         return Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()[-1][:300]
     error = pickle.loads(Path(path).read_bytes())
-    cause = getattr(error, "cause", None) or error
-    first = (str(cause).strip().splitlines() or [""])[0]
-    return f"{type(cause).__name__}: {first}"[:300]
+    cause = getattr(error, "cause", None) or error  # Ray wraps what a trial raises
+    message, _, _ = str(cause).strip().partition("\n")
+    return f"{type(cause).__name__}: {message}"[:300]
 
 
-def _line(ended: TrialRecord) -> str:
-    return (
-        json.dumps({**ended._asdict(), "score": ended.score._asdict() if ended.score else None})
-        + "\n"
-    )
+def _line(record: TrialRecord) -> str:
+    fields = record._asdict()
+    if record.score is not None:
+        fields["score"] = record.score._asdict()
+    return json.dumps(fields) + "\n"
 
 
 def read_trials(folder: Path) -> dict[int, TrialRecord]:
-    """The trials of a search folder by number; a line that a killed search has torn is passed over."""
+    """Read the trials of a search folder by number, without a line that a killed search has torn."""
     path = folder / FILE_NAME
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found: dict[int, TrialRecord] = {}
-    for line in lines:
+    trials: dict[int, TrialRecord] = {}
+    if not path.exists():
+        return trials
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            entry = json.loads(line)
+            fields = json.loads(line)
         except json.JSONDecodeError:
             continue
-        score = Score(**entry.pop("score")) if entry["score"] is not None else entry.pop("score")
-        found[entry["number"]] = TrialRecord(score=score, **entry)
-    return found
+        if fields["score"] is not None:
+            fields["score"] = Score(**fields["score"])
+        trials[fields["number"]] = TrialRecord(**fields)
+    return trials

@@ -1,4 +1,4 @@
-"""What a trial is worth: how far it is from having forgotten, what it has kept, what it cost.
+"""What a trial is worth: its distance from having forgotten, the utility it keeps, and its cost.
 
 Every number comes from the teacher-forced part of `scores.json` (`evaluation.quick`). `distance` is the mean absolute
 difference to a model that never saw the forget set, over the forget set's answers in its own words and asked in other
@@ -14,7 +14,8 @@ model's: 1 means that nothing was lost. Both are comparable between trials of on
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 from pipelines.config.schema import ConfigError, UnlearnConfig
@@ -28,10 +29,11 @@ OF_CLASSES = searched("classes")
 UTILITY_FLOOR = 0.97
 
 Scores = Mapping[str, float | None]
+References = Mapping[str, Scores]  # `before`, and `oracle` where there is one
 
 
 class Score(NamedTuple):
-    """One trial's values, in the words of `--require`. All but `utility` are better when they are smaller.
+    """One trial's values, by the names that `--require` takes. All but `utility` are better when they are smaller.
 
     `robustness` is the part of `distance` that is asked in other words; `cost_s` is the seconds that finding the
     adapter took, without evaluation.
@@ -45,7 +47,7 @@ class Score(NamedTuple):
 
 
 class NotANumberError(ValueError):
-    """A trial's score is not finite: it has diverged, and can never win."""
+    """A trial's score is missing or not finite: it has diverged, and can never win."""
 
 
 class Constraint(NamedTuple):
@@ -56,7 +58,7 @@ class Constraint(NamedTuple):
     bound: float
 
     def holds(self, score: Score) -> bool:
-        """Whether a trial keeps the bound."""
+        """Return whether a trial keeps the bound."""
         value = getattr(score, self.name)
         return value >= self.bound if self.at_least else value <= self.bound
 
@@ -65,23 +67,30 @@ class Constraint(NamedTuple):
 
 
 def score_trial(scores: Scores, before: Scores, oracle: Scores | None, cost_s: float) -> Score:
-    """A trial's value from its scores, the original model's, and the oracle's where there is one.
+    """Score a trial against the original model, and against the oracle where there is one.
 
     Raises:
         NotANumberError: a score that is needed is missing or not finite.
     """
-    own = [
-        abs(_number(scores, name) - target) for name, target in _never_saw(scores, oracle).items()
-    ]
-    other = [_gap_in_other_words(name, scores, oracle) for name in OTHER_WORDS if name in scores]
+    forgetting: list[float] = []
+    for name, target in _targets(scores, oracle).items():
+        forgetting.append(abs(_number(scores, name) - target))
+    robustness: list[float] = []
+    for name in OTHER_WORDS:
+        if name in scores:
+            robustness.append(_gap_in_other_words(name, scores, oracle))
+    kept: list[float] = []
     metric = BY_NAME["accuracy" if OF_CLASSES[0] in before else "probability"]
-    kept = [
-        _number(scores, name) / max(_number(before, name), 1e-9)
-        for name in map(metric.key, metric.kept)
-        if name in before
-    ]
-    parts = [*own, *other]
-    return Score(_mean(parts), min(kept), _mean(own), _mean(other) if other else 0.0, cost_s)
+    for name in map(metric.key, metric.kept):
+        if name in before:
+            kept.append(_number(scores, name) / max(_number(before, name), 1e-9))
+    return Score(
+        distance=fmean(forgetting + robustness),
+        utility=min(kept),
+        forgetting=fmean(forgetting),
+        robustness=fmean(robustness) if robustness else 0.0,
+        cost_s=cost_s,
+    )
 
 
 def check_sets(cfg: UnlearnConfig) -> None:
@@ -99,36 +108,36 @@ def check_sets(cfg: UnlearnConfig) -> None:
         )
 
 
-def _never_saw(scores: Scores, oracle: Scores | None) -> dict[str, float]:
-    """What a model that never saw the forget set scores, by name, in the forget set's own words."""
+def _targets(scores: Scores, oracle: Scores | None) -> dict[str, float]:
+    """Return the scores that a model which never saw the forget set would have, asked in the set's own words."""
     accuracy, efficacy = OF_CLASSES
+    classified = accuracy in scores
     if oracle is not None:
-        return {
-            name: _number(oracle, name)
-            for name in (OF_CLASSES if accuracy in scores else OWN_WORDS)
-            if name in scores
-        }
-    if accuracy not in scores:
-        of_holdout = {name: f"holdout.{_metric(name)}" for name in OWN_WORDS if name in scores}
-        return {
-            name: CHANCE if name.startswith("mia.") else _number(scores, own)
-            for name, own in of_holdout.items()
-        }
-    if "holdout.accuracy" in scores:
+        names = OF_CLASSES if classified else OWN_WORDS
+        return {name: _number(oracle, name) for name in names if name in scores}
+    if classified and "holdout.accuracy" in scores:
         return {accuracy: _number(scores, "holdout.accuracy"), "mia.loss": CHANCE}
-    return {accuracy: 0.0, efficacy: 1.0}
+    if classified:
+        return {accuracy: 0.0, efficacy: 1.0}
+    targets: dict[str, float] = {}
+    for name in OWN_WORDS:
+        if name in scores:
+            is_attack = name.startswith("mia.")
+            targets[name] = CHANCE if is_attack else _number(scores, _of_holdout(name))
+    return targets
 
 
 def _gap_in_other_words(name: str, scores: Scores, oracle: Scores | None) -> float:
-    """The holdout set is asked in its own words only, which is easier: without an oracle, less than that is no gap."""
     value = _number(scores, name)
     if oracle is not None:
         return abs(value - _number(oracle, name))
-    return max(0.0, value - _number(scores, f"holdout.{_metric(name)}"))
+    # The holdout set is asked in its own words only, which is easier: a smaller value is no gap.
+    return max(0.0, value - _number(scores, _of_holdout(name)))
 
 
-def _metric(name: str) -> str:
-    return name.removeprefix("forget.").removesuffix("_paraphrased")
+def _of_holdout(name: str) -> str:
+    metric = name.removeprefix("forget.").removesuffix("_paraphrased")
+    return f"holdout.{metric}"
 
 
 def _number(scores: Scores, name: str) -> float:
@@ -138,20 +147,16 @@ def _number(scores: Scores, name: str) -> float:
     return value
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def parse_constraints(texts: Iterable[str]) -> list[Constraint]:
-    """Constraints as the command line has them; `utility >= 0.97` where nothing is said of utility.
+    """Parse the command line's constraints, and add `utility >= 0.97` where none is on utility.
 
     Raises:
         ConfigError: not `NAME>=NUMBER` or `NAME<=NUMBER`, or a name that is no field of `Score`.
     """
-    found = [_parse(text) for text in texts]
-    if not any(constraint.name == "utility" for constraint in found):
-        found.append(Constraint("utility", at_least=True, bound=UTILITY_FLOOR))
-    return found
+    constraints = list(map(_parse, texts))
+    if not any(constraint.name == "utility" for constraint in constraints):
+        constraints.append(Constraint("utility", at_least=True, bound=UTILITY_FLOOR))
+    return constraints
 
 
 def _parse(text: str) -> Constraint:
@@ -170,18 +175,28 @@ def _parse(text: str) -> Constraint:
 
 
 def pareto_front(scores: Mapping[int, Score]) -> list[int]:
-    """Trials that no other trial beats in both distance and utility, by falling utility."""
+    """Return the trials that no other trial beats in both distance and utility, by falling utility."""
+
+    def order(number: int) -> tuple[float, float, int]:
+        return -scores[number].utility, scores[number].distance, number
+
     front: list[int] = []
-    for number in sorted(scores, key=lambda n: (-scores[n].utility, scores[n].distance, n)):
+    for number in sorted(scores, key=order):
         if not front or scores[number].distance < scores[front[-1]].distance:
             front.append(number)
     return front
 
 
-def pick(scores: Mapping[int, Score], constraints: Iterable[Constraint]) -> int | None:
-    """The trial of least distance among those that keep all constraints; the cheaper one of equals. None: none does."""
-    wanted = list(constraints)
-    allowed = [
-        number for number, score in scores.items() if all(own.holds(score) for own in wanted)
-    ]
-    return min(allowed, key=lambda n: (scores[n].distance, scores[n].cost_s, n), default=None)
+def keeps(score: Score, constraints: Iterable[Constraint]) -> bool:
+    """Return whether a trial keeps all constraints."""
+    return all(constraint.holds(score) for constraint in constraints)
+
+
+def pick(scores: Mapping[int, Score], constraints: Sequence[Constraint]) -> int | None:
+    """Return the trial of least distance that keeps all constraints, the cheaper of equals, or None."""
+
+    def order(number: int) -> tuple[float, float, int]:
+        return scores[number].distance, scores[number].cost_s, number
+
+    allowed = [number for number, score in scores.items() if keeps(score, constraints)]
+    return min(allowed, key=order, default=None)

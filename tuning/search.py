@@ -8,7 +8,7 @@ trial that has ended, from which the result is made. The first trial is the conf
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -31,12 +31,13 @@ from pipelines.storage.run_folder import RunFolder
 from pipelines.terminal import Terminal
 from pipelines.tracking.mirror import Mirror, check_tracking, describe, mirrored_to_mlflow
 from pipelines.training.trainer import forget_resume_points
+from tuning.contracts import RUNGS
 from tuning.page import write_page
 from tuning.prepare import reference_scores, share_work
-from tuning.record import TrialLog, TrialRecord, as_configured
-from tuning.score import Constraint, Score, check_sets, pick
+from tuning.record import TrialLog, TrialRecord, as_configured, scores_of
+from tuning.score import Constraint, References, check_sets, pick
 from tuning.space import Space, default_space, load_space, read_space
-from tuning.trial import RUNGS, Trial, Way, as_runs, on_workbenches
+from tuning.trial import TrialBackend, run_per_trial, shared_model
 
 Method = Literal["tpe", "random", "grid"]
 OBJECTIVES = {"distance": "min", "utility": "max"}
@@ -94,7 +95,7 @@ class SearchResult(NamedTuple):
         return rows
 
 
-def search(cfg: UnlearnConfig, wish: SearchOptions, terminal: Terminal) -> SearchResult:
+def search(cfg: UnlearnConfig, options: SearchOptions, terminal: Terminal) -> SearchResult:
     """Search a space of configurations; write the best one, its adapter and a page.
 
     Raises:
@@ -103,7 +104,7 @@ def search(cfg: UnlearnConfig, wish: SearchOptions, terminal: Terminal) -> Searc
     """
     refuse_store(cfg.output_dir)
     run = RunFolder(cfg, "tune")
-    if run.manifest() and not wish.resume:
+    if run.manifest() and not options.resume:
         raise ConfigError(
             f"output_dir: {run.path} holds a search, allowed: a new folder, or --resume to go on with it"
         )
@@ -111,8 +112,12 @@ def search(cfg: UnlearnConfig, wish: SearchOptions, terminal: Terminal) -> Searc
     check_sets(cfg)
     check_tracking(cfg.tracking, run.path)
     with session(cfg.train, run.path / "run.log", terminal):
-        space = _space(cfg, wish, run)
-        trials = wish.trials if wish.method != "grid" else min(wish.trials, 1 + len(space.points()))
+        space = _space(cfg, options, run)
+        trials = (
+            options.trials
+            if options.method != "grid"
+            else min(options.trials, 1 + len(space.points()))
+        )
         sets, _ = load_checked(cfg, terminal, oracle_of(cfg, "evaluation.oracle"))
         check_target(cfg, sets)
         run.begin(sets.inputs())
@@ -121,17 +126,16 @@ def search(cfg: UnlearnConfig, wish: SearchOptions, terminal: Terminal) -> Searc
         )
         sets = with_own_answers(cfg, sets, run.path, terminal)
         with mirrored_to_mlflow(run, terminal) as mirror:
-            shares = _fits_a_workbench(cfg, space)
-            way = (
-                on_workbenches(share_work(cfg, space, sets, terminal))
-                if shares
-                else as_runs(cfg, sets)
-            )
             references = reference_scores(cfg, sets, run.path, terminal)
-            ledger = TrialLog(run.path, mirror, terminal, trials)
-            if ledger.left:
-                _run_trials(cfg, way, space, wish, ledger, references)
-            return _finish(run, way, wish, ledger, references, mirror)
+            if _fits_a_workbench(cfg, space):
+                shared = share_work(cfg, space, sets, terminal)
+                backend = shared_model(shared, references)
+            else:
+                backend = run_per_trial(cfg, sets, references)
+            log = TrialLog(run.path, mirror, terminal, trials)
+            if log.left:
+                _run_trials(cfg, backend, space, options, log)
+            return _finish(run, backend, options, log, references, mirror)
 
 
 def _fits_a_workbench(cfg: UnlearnConfig, space: Space) -> bool:
@@ -142,16 +146,16 @@ def _fits_a_workbench(cfg: UnlearnConfig, space: Space) -> bool:
     return cfg.task == "causal_lm" and not prunes and stage_of(cfg) < 3
 
 
-def _space(cfg: UnlearnConfig, wish: SearchOptions, run: RunFolder) -> Space:
+def _space(cfg: UnlearnConfig, options: SearchOptions, run: RunFolder) -> Space:
     """The space of the file, of the search that goes on, or the default one."""
     before = run.path / SPACE_FILE
-    if wish.space is None and not before.exists():
+    if options.space is None and not before.exists():
         depth = _depth(cfg) if cfg.task == "causal_lm" else 0
         return read_space(default_space(cfg, depth), cfg, "the default space")
-    space = load_space(wish.space or before, cfg)
+    space = load_space(options.space or before, cfg)
     if before.exists() and space != load_space(before, cfg):
         raise ConfigError(
-            f"--space: {wish.space} differs from the space of the search in {run.path}, allowed: the same"
+            f"--space: {options.space} differs from the space of the search in {run.path}, allowed: the same"
         )
     return space
 
@@ -169,29 +173,26 @@ def _depth(cfg: UnlearnConfig) -> int:
 
 def _run_trials(
     cfg: UnlearnConfig,
-    way: Way,
+    backend: TrialBackend,
     space: Space,
-    wish: SearchOptions,
-    ledger: TrialLog,
-    references: Mapping[str, dict[str, float | None]],
+    options: SearchOptions,
+    log: TrialLog,
 ) -> None:
-    before, oracle = references["before"], references.get("oracle")
-    trainable = tune.with_parameters(Trial, begin=way.begin, before=before, oracle=oracle)
     by_gradient = cfg.train.steps > 0 or any(
         dimension.key == "train.steps" for dimension in space.dimensions
     )
     asha = ASHAScheduler(
         metric="distance", mode="min", max_t=RUNGS, grace_period=1, reduction_factor=2
     )
-    folder = ledger.folder / "checkpoints"
+    folder = log.folder / "checkpoints"
     _quiet_tune()
     tune.Tuner(
-        tune.with_resources(trainable, way.resources),
+        backend.trainable,
         tune_config=tune.TuneConfig(
-            search_alg=_sampled(space, wish, cfg.seed, ledger),
-            scheduler=asha if by_gradient and way.has_rungs else None,
-            num_samples=ledger.left,
-            max_concurrent_trials=way.at_once,
+            search_alg=_sampled(space, options, cfg.seed, log),
+            scheduler=asha if by_gradient and backend.has_rungs else None,
+            num_samples=log.left,
+            max_concurrent_trials=backend.concurrent_trials,
             reuse_actors=True,
             trial_dirname_creator=_folder_name,
         ),
@@ -199,22 +200,22 @@ def _run_trials(
             name=f"tune-{time.time_ns()}",
             storage_path=str(folder),
             verbose=0,
-            callbacks=[ledger],
+            callbacks=[log],
             failure_config=tune.FailureConfig(max_failures=0),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     ).fit()
 
 
-def _sampled(space: Space, wish: SearchOptions, seed: int, ledger: TrialLog) -> Any:
-    """Ray Tune's Optuna search, whose study is told what the ledger knows."""
+def _sampled(space: Space, options: SearchOptions, seed: int, log: TrialLog) -> Any:
+    """Ray Tune's Optuna search, whose study is told what the log knows."""
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    seed += len(ledger.trials)  # a search that goes on must not draw the same values again
+    seed += len(log.trials)  # a search that goes on must not draw the same values again
     samplers = {
         "tpe": lambda: optuna.samplers.TPESampler(
             seed=seed, multivariate=True, group=True, constant_liar=True
@@ -227,23 +228,23 @@ def _sampled(space: Space, wish: SearchOptions, seed: int, ledger: TrialLog) -> 
         partial(_suggest, space),
         metric=list(OBJECTIVES),
         mode=list(OBJECTIVES.values()),
-        sampler=samplers[wish.method](),
-        storage=JournalStorage(JournalFileBackend(str(ledger.folder / "optuna.log"))),
+        sampler=samplers[options.method](),
+        storage=JournalStorage(JournalFileBackend(str(log.folder / "optuna.log"))),
         study_name="search",
     )
     study = found._ot_study
     assert study is not None
     if study.trials:
-        ledger.settle(study)
+        log.settle(study)
     else:
         study.enqueue_trial({}, user_attrs={AS_IT_IS: True})
-        for point in space.points() if wish.method == "grid" else ():
+        for point in space.points() if options.method == "grid" else ():
             study.enqueue_trial(point)
     return found
 
 
 def _suggest(space: Space, trial: Any) -> dict[str, Any]:
-    """What a trial is sent, from Optuna's."""
+    """Return the trial's configuration for Tune: its number, and its values as JSON."""
     values = {} if AS_IT_IS in trial.user_attrs else space.suggest(trial)
     return {"number": trial.number, "values": json.dumps(values)}
 
@@ -259,31 +260,27 @@ def _quiet_tune() -> None:
 
 def _finish(
     run: RunFolder,
-    way: Way,
-    wish: SearchOptions,
-    ledger: TrialLog,
-    references: Mapping[str, dict[str, float | None]],
+    backend: TrialBackend,
+    options: SearchOptions,
+    log: TrialLog,
+    references: References,
     mirror: Mirror,
 ) -> SearchResult:
     """Pick, write best.yaml and its adapter, draw the page, tell MLflow."""
     cfg = run.cfg
     forget_resume_points(cfg)
     drop_answers(run.path)
-    scores: dict[int, Score] = {
-        n: own.score for n, own in ledger.trials.items() if own.score is not None
-    }
-    chosen = pick(scores, wish.constraints)
-    page = write_page(run.path, ledger.trials, chosen, wish.constraints, references)
+    scores = scores_of(log.trials)
+    chosen = pick(scores, options.constraints)
+    page = write_page(run.path, log.trials, chosen, options.constraints, references)
     if chosen is None:
-        wanted = ", ".join(map(str, wish.constraints))
-        raise RuntimeError(
-            f"none of {len(ledger.trials)} trials keeps {wanted}; the page is {page}"
-        )
-    best = with_values(cfg, {**ledger.trials[chosen].values, "output_dir": f"{run.path}-best"})
+        wanted = ", ".join(map(str, options.constraints))
+        raise RuntimeError(f"none of {len(log.trials)} trials keeps {wanted}; the page is {page}")
+    best = with_values(cfg, {**log.trials[chosen].values, "output_dir": f"{run.path}-best"})
     (run.path / BEST_FILE).write_text(to_yaml(best), encoding="utf-8")
-    way.save_adapter(ledger.trials[chosen], run.path)
+    backend.save_adapter(log.trials[chosen], run.path)
     run.update(pick=chosen)
     mirror.send()
     run.update(mlflow=describe(mirror, run, is_complete=False))
     run.seal()
-    return SearchResult(ledger.trials, chosen, run.path / BEST_FILE, page)
+    return SearchResult(log.trials, chosen, run.path / BEST_FILE, page)

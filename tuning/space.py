@@ -11,7 +11,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,21 @@ import yaml
 from pipelines.config.load import describe, with_values
 from pipelines.config.schema import ConfigError, UnlearnConfig
 
-KINDS = ("choice", "uniform", "loguniform", "int")
+
+class Range(NamedTuple):
+    """What the two ends of a range may be: their types, and the number that the lower end must exceed."""
+
+    types: tuple[type, ...]
+    lowest: float
+    words: str
+
+
+RANGES = {
+    "uniform": Range((int, float), -math.inf, "two numbers"),
+    "loguniform": Range((int, float), 0.0, "two numbers above 0"),
+    "int": Range((int,), -math.inf, "two whole numbers"),
+}
+KINDS = ("choice", *RANGES)
 SEARCHED = ("adapter.", "objective.", "solve.", "prune.")
 SEARCHED_KEYS = tuple(
     f"train.{key}" for key in ("steps", "learning_rate", "warmup_steps", "clip_norm")
@@ -36,9 +50,9 @@ class Dimension(NamedTuple):
     values: tuple[Any, ...]
     when: tuple[tuple[str, Any], ...] = ()
 
-    def applies(self, chosen: Mapping[str, Any]) -> bool:
-        """Whether the key is part of a trial with these values."""
-        return all(key in chosen and chosen[key] == value for key, value in self.when)
+    def applies(self, values: Mapping[str, Any]) -> bool:
+        """Return whether the key is part of a trial with these values of the keys before it."""
+        return all(key in values and values[key] == value for key, value in self.when)
 
 
 class Space(NamedTuple):
@@ -47,53 +61,59 @@ class Space(NamedTuple):
     dimensions: tuple[Dimension, ...]
 
     def suggest(self, trial: Any) -> dict[str, Any]:
-        """Values for one trial, from an Optuna trial."""
-        chosen: dict[str, Any] = {}
+        """Draw the values of one trial from an Optuna trial."""
+        values: dict[str, Any] = {}
         for dimension in self.dimensions:
-            if dimension.applies(chosen):
-                chosen[dimension.key] = _suggest(trial, dimension)
-        return chosen
+            if dimension.applies(values):
+                values[dimension.key] = _suggest(trial, dimension)
+        return values
 
     def tree(self) -> dict[str, Any]:
-        """The space as a YAML tree."""
-        return {
-            own.key: {own.kind: list(own.values), **({"when": dict(own.when)} if own.when else {})}
-            for own in self.dimensions
-        }
+        """Return the space as a YAML tree."""
+        tree: dict[str, Any] = {}
+        for dimension in self.dimensions:
+            tree[dimension.key] = {dimension.kind: list(dimension.values)}
+            if dimension.when:
+                tree[dimension.key]["when"] = dict(dimension.when)
+        return tree
 
     def points(self) -> list[dict[str, Any]]:
-        """Every point of a space of choices and integers, as Optuna's parameters.
+        """Return every point of a space of choices and integers, as Optuna's parameters.
 
         Raises:
             ConfigError: a dimension is continuous.
         """
-        axes = {dimension.key: _grid_values(dimension) for dimension in self.dimensions}
-        found: dict[str, dict[str, Any]] = {}
-        for values in product(*axes.values()):
-            full = dict(zip(axes, values, strict=True))
-            chosen: dict[str, Any] = {}
-            for dimension in self.dimensions:
-                if dimension.applies(chosen):
-                    chosen[dimension.key] = full[dimension.key]
-            found[json.dumps(chosen)] = {key: encoded(value) for key, value in chosen.items()}
-        return list(found.values())
+        points: dict[str, dict[str, Any]] = {}
+        for axis_values in product(*map(_grid_values, self.dimensions)):
+            values: dict[str, Any] = {}
+            parameters: dict[str, Any] = {}
+            for dimension, value in zip(self.dimensions, axis_values, strict=True):
+                if dimension.applies(values):
+                    values[dimension.key] = value
+                    parameters[dimension.key] = to_optuna(value)
+            # Without keys whose condition does not hold, several combinations are the same point.
+            points[json.dumps(values)] = parameters
+        return list(points.values())
 
-    def corners(self) -> Iterator[tuple[Dimension, Any]]:
-        """Every choice, and both ends of every range."""
+    def values(self, key: str) -> tuple[Any, ...]:
+        """Return a key's choices, or both ends of its range; none where the key is not searched."""
         for dimension in self.dimensions:
-            for value in dimension.values:
-                yield dimension, value
+            if dimension.key == key:
+                return dimension.values
+        return ()
 
 
-def encoded(value: Any) -> Any:
-    """A choice as Optuna takes it: lists as JSON."""
-    return json.dumps(value) if isinstance(value, list) else value
+def to_optuna(value: Any) -> Any:
+    """Return a choice in a form that Optuna can store: lists become JSON."""
+    if isinstance(value, list):
+        return json.dumps(value)
+    return value
 
 
 def _suggest(trial: Any, dimension: Dimension) -> Any:
     if dimension.kind == "choice":
-        by_code = {encoded(value): value for value in dimension.values}
-        return by_code[trial.suggest_categorical(dimension.key, list(by_code))]
+        choices = {to_optuna(value): value for value in dimension.values}
+        return choices[trial.suggest_categorical(dimension.key, list(choices))]
     low, high = dimension.values
     if dimension.kind == "int":
         return trial.suggest_int(dimension.key, low, high)
@@ -128,30 +148,30 @@ def load_space(path: Path, cfg: UnlearnConfig) -> Space:
 
 
 def read_space(tree: Any, cfg: UnlearnConfig, source: str) -> Space:
-    """A space from its YAML tree; `source` is what errors call it. Errors as `load_space`."""
+    """Check a space's YAML tree, as `load_space` does; errors name `source`."""
     if not isinstance(tree, dict) or not tree:
         raise ConfigError(
             f"{source}: found {type(tree).__name__}, allowed: configuration keys with distributions"
         )
-    dimensions: list[Dimension] = []
+    dimensions: dict[str, Dimension] = {}
     for key, entry in tree.items():
-        dimensions.append(_dimension(str(key), entry, [own.key for own in dimensions], source))
-    space = Space(tuple(dimensions))
-    for dimension, value in space.corners():
-        try:
-            with_values(cfg, {**dict(dimension.when), dimension.key: value})
-        except ConfigError as error:
-            raise ConfigError(f"{source}: {error}") from None
-    return space
+        dimensions[str(key)] = _dimension(str(key), entry, list(dimensions), source)
+    for dimension in dimensions.values():
+        for value in dimension.values:
+            try:
+                with_values(cfg, {**dict(dimension.when), dimension.key: value})
+            except ConfigError as error:
+                raise ConfigError(f"{source}: {error}") from None
+    return Space(tuple(dimensions.values()))
 
 
 def _dimension(key: str, entry: Any, before: list[str], source: str) -> Dimension:
-    if key not in {known for known, _, _ in describe()}:
+    if not any(key == known for known, _, _ in describe()):
         raise ConfigError(
             f"{source}: {key}: unknown key, allowed: keys that `ray-unlearn run --help` lists"
         )
     if not key.startswith(SEARCHED) and key not in SEARCHED_KEYS:
-        allowed = ", ".join([f"{prefix}*" for prefix in SEARCHED] + list(SEARCHED_KEYS))
+        allowed = ", ".join([*(prefix + "*" for prefix in SEARCHED), *SEARCHED_KEYS])
         raise ConfigError(f"{source}: {key}: not a key to search over, allowed: {allowed}")
     kinds = [kind for kind in KINDS if isinstance(entry, dict) and kind in entry]
     if len(kinds) != 1 or set(entry) - {kinds[0], "when"} or not isinstance(entry[kinds[0]], list):
@@ -173,89 +193,74 @@ def _check_values(key: str, kind: str, values: list[Any], source: str) -> None:
         if not values:
             raise ConfigError(f"{source}: {key}: found no choice, allowed: at least one")
         return
-    numbers = [
-        value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)
-    ]
-    fits = (
-        len(values) == len(numbers) == 2
-        and all(map(math.isfinite, numbers))
-        and numbers[0] < numbers[1]
-    )
-    if kind == "loguniform":
-        fits = fits and numbers[0] > 0
-    if kind == "int":
-        fits = fits and all(isinstance(number, int) for number in numbers)
-    if not fits:
-        wanted = {
-            "uniform": "two numbers",
-            "loguniform": "two numbers above 0",
-            "int": "two whole numbers",
-        }[kind]
+    numbers = [value for value in values if type(value) in RANGES[kind].types]
+    is_range = len(values) == len(numbers) == 2 and all(map(math.isfinite, numbers))
+    if not is_range or not RANGES[kind].lowest < numbers[0] < numbers[1]:
         raise ConfigError(
-            f"{source}: {key}: found {json.dumps(values)[:80]}, allowed: {wanted}, the smaller first"
+            f"{source}: {key}: found {json.dumps(values)[:80]}, allowed: {RANGES[kind].words}, the smaller first"
         )
 
 
 def default_space(cfg: UnlearnConfig, depth: int) -> dict[str, Any]:
-    """A sensible space for a configuration, as a YAML tree: the solver's, the gradient loop's, pruning's, as far as it
-    uses them.
+    """Return a sensible space as a YAML tree: the keys of the solver, of gradient steps and of pruning that `cfg` uses.
 
     Args:
         depth: blocks of a language model.
     """
-    reads_text, tree = cfg.task == "causal_lm", dict[str, Any]()
-    tree["adapter.rank"] = {"choice": [8, 16, 32, 64]}
+    reads_text = cfg.task == "causal_lm"
+    solves = cfg.solve.mode != "off"
+    choices: dict[str, list[Any]] = {"adapter.rank": [8, 16, 32, 64]}
     if reads_text:  # a classifier's head, outside the blocks, may be adapted, too
         last = depth - 1
         # The lowest blocks matter: without them nothing was forgotten at a price worth it (docs/one_pass.md).
-        layers = [[0, last], [0, 3 * last // 4], [depth // 8, last]]
-        tree["adapter.layers"] = {
-            "choice": [own for place, own in enumerate(layers) if own not in layers[:place]]
-        }
-        tree["objective.tokens"] = {"choice": ["answer", "all"]}
-    if cfg.solve.mode != "off" or cfg.objective.weights.forget > 0:
-        tree |= {
-            "objective.target": {
-                "choice": list(dict.fromkeys([cfg.objective.target, "cluster_mean", "retain_mean"]))
-            },
-            "objective.clusters": {
-                "choice": [8, 32, 128],
-                "when": {"objective.target": "cluster_mean"},
-            },
-        }
+        choices["adapter.layers"] = _distinct([0, last], [0, 3 * last // 4], [depth // 8, last])
+        choices["objective.tokens"] = ["answer", "all"]
+    if solves or cfg.objective.weights.forget > 0:
+        targets = _distinct(cfg.objective.target, "cluster_mean", "retain_mean")
+        choices["objective.target"] = targets
+    if solves:
+        choices["solve.utility_weight"] = [1.0, 2.0, 4.0]
+    tree: dict[str, Any] = {key: {"choice": values} for key, values in choices.items()}
+    if "objective.target" in tree:
+        when = {"objective.target": "cluster_mean"}
+        tree["objective.clusters"] = {"choice": [8, 32, 128], "when": when}
     if cfg.prune.method != "none":
-        whole = cfg.train.deepspeed.stage != 3  # which wanda has to see
-        tree |= {
-            "prune.method": {"choice": ["rows", "magnitude", *(["wanda"] if whole else [])]},
-            "prune.sparsity": {"uniform": [0.1, 0.7]},
-        }
-    if cfg.solve.mode != "off":
-        tree["solve.utility_weight"] = {"choice": [1.0, 2.0, 4.0]}
-        # Where a holdout set finds each trial's strength, no draw does better: the right one depends on all other keys.
-        if cfg.solve.strength != "auto":
-            tree["solve.strength"] = {
-                "loguniform": [cfg.solve.strength / 8, cfg.solve.strength * 8]
-            }
-        if reads_text:
-            tree["solve.fact_weight"] = {"loguniform": [1.0, 16.0]}
+        methods = ["rows", "magnitude", "wanda"]
+        if cfg.train.deepspeed.stage == 3:
+            methods.remove("wanda")  # it has to see unpartitioned weights
+        tree["prune.method"] = {"choice": methods}
+        tree["prune.sparsity"] = {"uniform": [0.1, 0.7]}
+    # Where a holdout set finds each trial's strength, no draw does better: the right one depends on all other keys.
+    strength = cfg.solve.strength
+    if solves and strength != "auto":
+        tree["solve.strength"] = {"loguniform": [strength / 8, strength * 8]}
+    if solves and reads_text:
+        tree["solve.fact_weight"] = {"loguniform": [1.0, 16.0]}
     if cfg.train.steps > 0:
         tree |= _of_gradient_steps(cfg)
     return tree
 
 
 def _of_gradient_steps(cfg: UnlearnConfig) -> dict[str, Any]:
-    """What the gradient loop adds. Pruned models keep to the terms they have: the paper's has one."""
-    targets = [list(cfg.adapter.targets), *([own] for own in cfg.adapter.targets)]
-    weights = [
-        name for name, value in cfg.objective.weights if value > 0 or cfg.prune.method == "none"
-    ]
-    return {
-        **({"adapter.targets": {"choice": targets}} if len(targets) > 2 else {}),
-        "adapter.alpha": {"choice": [8, 16, 32, 64]},
-        "train.learning_rate": {"loguniform": [1e-4, 3e-2]},
-        **(
-            {f"objective.weights.{name}": {"loguniform": [0.1, 10.0]} for name in weights}
-            if len(weights) > 1
-            else {}
-        ),
-    }
+    tree: dict[str, Any] = {}
+    targets = cfg.adapter.targets
+    if len(targets) > 1:
+        tree["adapter.targets"] = {"choice": [list(targets), *([target] for target in targets)]}
+    tree["adapter.alpha"] = {"choice": [8, 16, 32, 64]}
+    tree["train.learning_rate"] = {"loguniform": [1e-4, 3e-2]}
+    # Pruned models keep to the terms they have: the paper's has one.
+    prunes = cfg.prune.method != "none"
+    weights = [name for name, value in cfg.objective.weights if value > 0 or not prunes]
+    if len(weights) > 1:
+        for name in weights:
+            tree[f"objective.weights.{name}"] = {"loguniform": [0.1, 10.0]}
+    return tree
+
+
+def _distinct(*values: Any) -> list[Any]:
+    """Return the values without repetitions, in order."""
+    distinct: list[Any] = []
+    for value in values:
+        if value not in distinct:
+            distinct.append(value)
+    return distinct

@@ -1,12 +1,13 @@
-"""One trial as Ray Tune runs it, in an actor that is used again: on its process's workbench, or as a run of its own.
+"""The two kinds of trial that Ray Tune runs: on a model that trials share, or each as a run of its own.
 
-A workbench holds the whole model in one process and shares what it can between trials. What it cannot do (pruning,
-classifiers, a model that takes several workers) is done as `ray-unlearn run` does it, each trial on workers of its own.
+A workbench holds the whole model in one process and shares what it can between trials. Pruning, classifiers and a model
+that takes several workers do not fit one; there a trial does what `ray-unlearn run` does, on workers of its own.
 """
 
+import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,173 +23,187 @@ from pipelines.data.sets import Sets
 from pipelines.storage.run_folder import RunFolder
 from pipelines.terminal import Terminal
 from pipelines.unlearn import score, train
-from tuning.contracts import RUNGS, Measured, Shared
-from tuning.prepare import quick, save_adapter, scored_sets
+from tuning.contracts import Measured, Shared
+from tuning.prepare import likelihoods_only, save_adapter, scored_sets
 from tuning.record import TrialRecord
-from tuning.score import score_trial
+from tuning.score import References, score_trial
 
 if TYPE_CHECKING:
     from tuning.workbench import Workbench
 
-KEPT_FILES = ("adapter", "masks.safetensors")  # of a trial that was a run
-
-_BENCHES: "list[Workbench]" = []  # this process's, once it has one
+KEPT_FILES = ("adapter", "masks.safetensors")  # of a trial's own run
 
 
-class Stages(NamedTuple):
-    """A trial: how often it is scored, and what it measures then."""
+class SharedModelTrial(tune.Trainable):
+    """A trial on its process's workbench, scored at every rung.
 
-    number: int
-    measured: Iterator[Measured]
-
-
-Begin = Callable[
-    [int, Mapping[str, Any]], Stages
-]  # from a trial's number and its changes to the configuration
-
-
-class Trial(tune.Trainable):
-    """Scores one configuration, once or at each rung. What it raises is the reason why the trial has failed."""
+    Tune uses the process again for the next trial, so the model is loaded once.
+    """
 
     def setup(
         self,
         config: dict[str, Any],
-        begin: Begin | None = None,
-        before: Mapping[str, float | None] | None = None,
-        oracle: Mapping[str, float | None] | None = None,
+        shared: Shared | None = None,
+        references: References | None = None,
     ) -> None:
-        """Ray Tune's constructor; the work begins with the first step."""
-        assert begin is not None
-        assert before is not None
-        self._begin, self._before, self._oracle = begin, before, oracle
+        """Take the first trial."""
+        assert shared is not None
+        assert references is not None
+        self._shared = shared
+        self._references = references
+        self.reset_config(config)
+
+    @functools.cached_property
+    def _workbench(self) -> "Workbench":
+        # Imported and loaded with the first step: an error of either is then the trial's reason to fail.
+        from tuning.workbench import Workbench
+
+        return Workbench(self._shared)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the next trial."""
+        self.config = new_config
+        self._rungs: Generator[tuple[Measured, bool]] | None = None
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Work up to the next rung, and report the scores there."""
+        if self._rungs is None:
+            cfg = with_values(self._shared.cfg, json.loads(self.config["values"]))
+            self._rungs = self._workbench.trial(cfg)
+        measured, is_last = next(self._rungs)
+        report = _report(measured, self._references, is_last=is_last)
+        if is_last:
+            self.cleanup()
+        return report
+
+    def cleanup(self) -> None:
+        """Take the trial's adapter off the model, also where the scheduler stops it on the way."""
+        if self._rungs is not None:
+            self._rungs.close()
+            self._rungs = None
+
+
+class RunTrial(tune.Trainable):
+    """A trial that is a run of its own, scored at its end."""
+
+    def setup(
+        self,
+        config: dict[str, Any],
+        run_trial: Callable[[int, dict[str, Any]], Measured] | None = None,
+        references: References | None = None,
+    ) -> None:
+        """Take the first trial."""
+        assert run_trial is not None
+        assert references is not None
+        self._run_trial = run_trial
+        self._references = references
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial."""
         self.config = new_config
-        self._stages: Iterator[Measured] | None = None
-        self._left = 1
         return True
 
     def step(self) -> dict[str, Any]:
-        """Work up to the next rung, and the values there."""
-        if self._stages is None:
-            self._left, self._stages = self._begin(
-                self.config["number"], json.loads(self.config["values"])
-            )
-        measured = next(self._stages)
-        self._left -= 1
-        score = score_trial(measured.scores, self._before, self._oracle, measured.cost_s)
-        if not self._left:
-            self.cleanup()
-        return {
-            **score._asdict(),
-            "scores": measured.scores,
-            "strengths": measured.strengths,
-            "whole": not self._left,
-            "done": not self._left,
-        }
-
-    def cleanup(self) -> None:
-        """Take the trial's adapter off the model."""
-        if self._stages is not None:
-            self._stages.close()  # pyright: ignore[reportAttributeAccessIssue]
-            self._stages = None
+        """Do the whole run, and report its scores."""
+        values = json.loads(self.config["values"])
+        measured = self._run_trial(self.config["number"], values)
+        return _report(measured, self._references, is_last=True)
 
 
-class Way(NamedTuple):
-    """How trials are done.
+def _report(measured: Measured, references: References, *, is_last: bool) -> dict[str, Any]:
+    score = score_trial(
+        measured.scores, references["before"], references.get("oracle"), measured.cost_s
+    )
+    return {
+        **score._asdict(),
+        "scores": measured.scores,
+        "strengths": measured.strengths,
+        "is_last": is_last,
+        "done": is_last,
+    }
 
-    `begin` takes a trial up, from its number and its changes to the configuration; `save_adapter` writes the pick's
-    into a folder.
+
+class TrialBackend(NamedTuple):
+    """How trials are done: a Trainable with its arguments and resources, and a function that writes the pick's adapter.
+
+    `has_rungs`: gradient trials are scored on the way.
     """
 
-    begin: Begin
+    trainable: Any
     save_adapter: Callable[[TrialRecord, Path], None]
-    resources: dict[str, float]  # of a trial's actor
-    at_once: int
-    has_rungs: bool  # trials of gradient steps are scored on the way
+    concurrent_trials: int
+    has_rungs: bool
 
 
-def on_workbenches(shared: Shared) -> Way:
-    """Trials on a workbench in each of so many processes."""
+def shared_model(shared: Shared, references: References) -> TrialBackend:
+    """Run trials on workbenches, one in each of `train.num_workers` processes."""
     train = shared.cfg.train
-
-    def begin(_number: int, values: Mapping[str, Any]) -> Stages:
-        cfg = with_values(shared.cfg, dict(values))
-        return Stages(RUNGS if cfg.train.steps else 1, _bench(shared).trial(cfg))
 
     def save(trial: TrialRecord, folder: Path) -> None:
         values = dict(trial.values)
-        if trial.strengths:
-            values["solve.strength"] = trial.strengths[-1]["strength"]  # not searched again
+        if trial.strengths:  # the pick's strength is known, so it is not searched for again
+            values["solve.strength"] = trial.strengths[-1]["strength"]
         save_adapter(shared, with_values(shared.cfg, values), folder / "adapter")
 
-    return Way(begin, save, train.resources, train.max_workers, has_rungs=True)
+    trainable = tune.with_parameters(SharedModelTrial, shared=shared, references=references)
+    with_resources = tune.with_resources(trainable, train.resources)
+    return TrialBackend(with_resources, save, train.max_workers, has_rungs=True)
 
 
-def _bench(shared: Shared) -> "Workbench":
-    """This process's workbench, made when it is first needed."""
-    if not _BENCHES:
-        from tuning.workbench import Workbench
+def run_per_trial(cfg: UnlearnConfig, sets: Sets, references: References) -> TrialBackend:
+    """Run each trial as a run of its own, as many at once as the cluster holds groups of workers.
 
-        _BENCHES.append(Workbench(shared))
-    return _BENCHES[0]
-
-
-def as_runs(cfg: UnlearnConfig, sets: Sets) -> Way:
-    """Trials as runs: as many at once as the cluster has room for groups of workers. Their adapters stay in folders of
-    their own, below the search's."""
-    cfg, node = quick(cfg), this_node()
+    The trials' adapters stay in numbered folders below the search's.
+    """
+    cfg = likelihoods_only(cfg)
+    node = this_node()
+    for folder in Path(cfg.output_dir).glob("trials/*"):
+        _clear(folder)  # of a trial that was running when the search was killed
 
     def folder_of(number: int) -> Path:
         return Path(cfg.output_dir) / "trials" / f"{number:04d}"
 
-    for folder in Path(cfg.output_dir).glob("trials/*"):
-        _clear(folder)  # what a killed search was at
-
-    def begin(number: int, values: Mapping[str, Any]) -> Stages:
-        def measure() -> Iterator[Measured]:
-            own = with_values(cfg, {**values, "output_dir": str(folder_of(number))})
-            # What an actor of Tune's starts is confined to that actor's resources, unless it is told where to run.
-            task = ray.remote(num_cpus=0, max_retries=0)(_run).options(scheduling_strategy=node)
-            yield result_of(task.remote(own, sets))
-
-        return Stages(1, measure())
+    def run_trial(number: int, values: dict[str, Any]) -> Measured:
+        trial_cfg = with_values(cfg, {**values, "output_dir": str(folder_of(number))})
+        # Ray confines what Tune's actor starts to that actor's resources, unless it is told where to run.
+        task = ray.remote(num_cpus=0, max_retries=0)(_run).options(scheduling_strategy=node)
+        return result_of(task.remote(trial_cfg, sets))
 
     def save(trial: TrialRecord, folder: Path) -> None:
         for name in KEPT_FILES:  # of an earlier pick
             _remove(folder / name)
         shutil.copytree(folder_of(trial.number), folder, dirs_exist_ok=True)
 
-    # The actor only waits; but Tune takes no request for nothing, and the workers need all CPUs.
-    return Way(begin, save, {"CPU": 0, "memory": 1}, groups_at_once(cfg.train), has_rungs=False)
+    trainable = tune.with_parameters(RunTrial, run_trial=run_trial, references=references)
+    # The actor only waits, and the workers need all CPUs. Tune refuses an empty request, so it asks for one byte.
+    with_resources = tune.with_resources(trainable, {"CPU": 0, "memory": 1})
+    return TrialBackend(with_resources, save, groups_at_once(cfg.train), has_rungs=False)
 
 
 def _run(cfg: UnlearnConfig, sets: Sets) -> Measured:
-    """Unlearn as `ray-unlearn run` does and score the merged model; only the adapter and the masks are left."""
-    from pipelines.model.load import (
-        check_models,
-    )  # late: the driver imports none of what that takes
+    """Unlearn as `ray-unlearn run` does, score the merged model, and leave only the adapter and the masks."""
+    from pipelines.model.load import check_models  # transformers: not on the driver
 
     check_models(cfg, {})
     folder = Path(cfg.output_dir)
-    run, terminal = RunFolder(cfg, "run"), Terminal()
+    run = RunFolder(cfg, "run")
+    terminal = Terminal()
     run.path.mkdir(parents=True)
     try:
         with session(cfg.train, folder / "run.log", terminal):
             cost = train(run, sets, None, terminal)
             after = {"after": ModelConfig(path=str(folder / "model"))}
             scores, _ = score(cfg, after, scored_sets(sets), terminal)
-        return Measured(
-            scores["after"], cost["solve_s"] + cost["train_s"], run.manifest()["strengths"]
-        )
+        strengths = run.manifest()["strengths"]
+        return Measured(scores["after"], cost["solve_s"] + cost["train_s"], strengths)
     finally:
         _clear(folder)
 
 
 def _clear(folder: Path) -> None:
-    """Leave of a trial's folder what is kept."""
+    """Delete everything in a trial's folder except its adapter and masks."""
     for path in folder.iterdir():
         if path.name not in KEPT_FILES:
             _remove(path)

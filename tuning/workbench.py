@@ -7,9 +7,9 @@ stay the same, and targets as long as their settings do.
 """
 
 import functools
-import json
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from pipelines.encoding.labelled import build_encoder
 from pipelines.evaluation.metrics import Sample, summarise
 from pipelines.evaluation.text_scorer import Scorer
 from pipelines.model.load import build_alignment, load_base
-from pipelines.training.job import Job
+from pipelines.training.job import learning_rate_at
 from pipelines.training.loop import kept_tokens
 from pipelines.training.strength import FIRST_STRENGTH, TRIALS, WorkerSolver, solve_settings
 from rfa.adapters import lora_layers
@@ -33,27 +33,29 @@ from rfa.closed_form import InverseMoments
 from rfa.moments import InputMoments
 from rfa.objective import ResidualAlignment
 from rfa.solver import KEPT, OnePassSolver, kept_inverse
-from rfa.targets import FeatureSums, Targets
+from rfa.targets import FeatureSums, ModuleTarget, Targets, fit_target
 from tuning.contracts import RUNGS, Measured, Shared
 
-TRIALS_NEAR_BY = 2  # of a strength, where a similar trial says where to begin: as near as telling trials apart needs
+# Strengths that a trial tries where a similar one says where to begin: telling trials apart needs no more.
+TRIALS_NEAR_BY = 2
+
+ModuleSums = dict[str, FeatureSums]
 
 
 @dataclass
-class Collected:
-    """The kept sets' statistics: `sums[set][module]`, and by kind of tokens the features that targets are fitted on."""
+class Statistics:
+    """The kept sets' statistics: input moments by set and module, and by kind of tokens the targets' feature sums."""
 
-    sums: dict[str, dict[str, InputMoments]]
-    features: dict[str, dict[str, FeatureSums]]
+    moments: dict[str, dict[str, InputMoments]]
+    features: dict[str, ModuleSums]
 
-    def merge(self, other: "Collected") -> None:
+    def merge(self, other: "Statistics") -> None:
         """Add another worker's."""
-        for kind, modules in other.sums.items():
-            for name, own in modules.items():
-                self.sums[kind][name].merge(own)
+        for set_name, modules in other.moments.items():
+            for module, moments in modules.items():
+                self.moments[set_name][module].merge(moments)
         for tokens, modules in other.features.items():
-            for name, own in modules.items():
-                self.features[tokens][name].merge(own)
+            _add(self.features[tokens], modules)
 
 
 class Workbench:
@@ -61,7 +63,7 @@ class Workbench:
 
     def __init__(self, shared: Shared) -> None:
         cfg = shared.cfg
-        self.shared, self.cfg = shared, cfg
+        self.shared = shared
         self.device = "cuda" if cfg.train.gpus_per_worker else "cpu"
         if self.device == "cpu":
             torch.set_num_threads(max(1, int(cfg.train.cpus_per_worker)))
@@ -70,30 +72,30 @@ class Workbench:
         self._scorer = Scorer(cfg, {})
         self._scorer.hold("trial", self.base)
         self._encoder = build_encoder(cfg)
-        self._kept_inverses: tuple[tuple[float, ...], dict[str, InverseMoments]] = ((), {})
-        self._targets: dict[str, Targets] = {}
         self._strengths: list[tuple[UnlearnConfig, float]] = []  # that trials have found here
+        # Each module's factor takes as much memory as its moments, so those of one pair of weights are kept.
+        self._factors = functools.lru_cache(maxsize=1)(self._factors_at)
+        self._target = functools.cache(self._fit_target)
 
-    def collect(self, rank: int, world_size: int) -> Collected:
-        """Statistics of every `world_size`-th batch of kept rows, for every module that a trial may adapt."""
-        cfg = self.shared.widest
-        kinds = self.shared.token_kinds
-        batches = self._rows(self.shared.kept)
+    def collect(self, rank: int, world_size: int) -> Statistics:
+        """Collect statistics of every `world_size`-th batch of kept rows, for every module that a trial may adapt."""
+        cfg = self.shared.covering
+        first_kind, *other_kinds = self.shared.token_kinds
+        batches = self._rows(self.shared.kept_rows)
         with self.adapted(cfg) as alignment:
             one_pass = OnePassSolver(alignment, solve_settings(cfg.solve))
-            others = {kind: {name: FeatureSums() for name in one_pass.layers} for kind in kinds[1:]}
+            features = {first_kind: one_pass.features}
+            for kind in other_kinds:
+                features[kind] = _no_sums(list(one_pass.layers))
             for index in range(rank, len(batches), world_size):
-                batch, keep_tokens = (
-                    self._batch(batches[index], []),
-                    kept_tokens(cfg, index, len(batches)),
-                )
-                alignment.objective = alignment.objective._replace(tokens=kinds[0])
+                batch = self._batch(batches[index], [])
+                keep_tokens = kept_tokens(cfg, index, len(batches))
                 one_pass.collect(batch, keep_tokens)
-                for kind in kinds[1:] if keep_tokens else ():
-                    alignment.objective = alignment.objective._replace(tokens=kind)
-                    for name, sums in alignment.feature_sums(batch, keep_tokens).items():
-                        others[kind][name].merge(sums)
-            return Collected(one_pass.sums, {kinds[0]: one_pass.features, **others})
+                if keep_tokens:
+                    for kind in other_kinds:
+                        sums = alignment.feature_sums(batch, keep_tokens, tokens=kind)
+                        _add(features[kind], sums)
+            return Statistics(one_pass.sums, features)
 
     def save_adapter(self, cfg: UnlearnConfig, folder: Path) -> None:
         """Find the adapter of one configuration and write it in PEFT's format."""
@@ -103,18 +105,23 @@ class Workbench:
             alignment.model.save_pretrained(str(folder))
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
 
-    def trial(self, cfg: UnlearnConfig) -> Iterator[Measured]:
-        """Find a configuration's adapter and score it: once, or with gradient steps `RUNGS` times on the way."""
+    def trial(self, cfg: UnlearnConfig) -> Generator[tuple[Measured, bool]]:
+        """Find a configuration's adapter and score it: once, or with gradient steps `RUNGS` times on the way.
+
+        Yields what was measured, and whether it was the last time.
+        """
+        rungs = RUNGS if cfg.train.steps else 1
         with self.adapted(cfg) as alignment:
-            seconds, started = 0.0, time.monotonic()
-            for strengths in self.work(cfg, alignment):
+            seconds = 0.0
+            started = time.monotonic()
+            for rung, strengths in enumerate(self.work(cfg, alignment), start=1):
                 seconds += time.monotonic() - started
-                yield Measured(self._scores(), seconds, strengths)
+                yield Measured(self._scores(), seconds, strengths), rung == rungs
                 started = time.monotonic()
 
     @contextmanager
     def adapted(self, cfg: UnlearnConfig) -> Iterator[ResidualAlignment]:
-        """The model with a configuration's adapter, which is taken off in the end."""
+        """Put a configuration's adapter on the model, and take it off in the end."""
         torch.manual_seed(cfg.seed)
         alignment = build_alignment(cfg, self.base)
         try:
@@ -126,8 +133,11 @@ class Workbench:
     def work(
         self, cfg: UnlearnConfig, alignment: ResidualAlignment
     ) -> Iterator[list[dict[str, float]]]:
-        """Solve, then train; gives the strengths tried whenever the adapter is worth scoring."""
-        alignment.targets = self._fitted(cfg, alignment)
+        """Solve, then train; yield the strengths tried whenever the adapter is worth scoring."""
+        if alignment.objective.residual == "local":
+            alignment.targets = self._targets(cfg, alignment)
+        else:  # whole blocks are aligned, for which nothing has been collected
+            alignment.fit(self._block_features(cfg, alignment))
         strengths: list[dict[str, float]] = []
         if cfg.solve.mode != "off":
             strengths = self._solve(cfg, alignment)
@@ -138,120 +148,118 @@ class Workbench:
             yield strengths
 
     def _solve(self, cfg: UnlearnConfig, alignment: ResidualAlignment) -> list[dict[str, float]]:
+        factor = self._factors(cfg.solve.utility_weight, cfg.solve.ridge)
         solver = WorkerSolver(cfg.solve, alignment, None, lambda *_: None)
-        solver.one_pass.adopt(self._factored(cfg, lora_layers(alignment.model)))
-        forget = self._batch([], [row for rows in self._rows(self.shared.forget) for row in rows])
-        holdout = [row for rows in self._rows(self.shared.holdout) for row in rows]
-        first, most = (
-            (self._first_strength(cfg), TRIALS_NEAR_BY)
-            if self._strengths
-            else (FIRST_STRENGTH, TRIALS)
+        solver.one_pass.adopt({name: factor(name) for name, _ in lora_layers(alignment.model)})
+        # All rows in one batch, so that one forward solves every module on the way.
+        forget = itertools.chain.from_iterable(self._rows(self.shared.forget_rows))
+        holdout = itertools.chain.from_iterable(self._rows(self.shared.holdout_rows))
+        first, most = FIRST_STRENGTH, TRIALS
+        if self._strengths:
+            first, most = self._first_strength(cfg), TRIALS_NEAR_BY
+        trials = solver.solve(
+            [self._batch([], list(forget))], [self._batch([], list(holdout))], first, most
         )
-        found = solver.solve([forget], [self._batch([], holdout)], first, most)
-        self._strengths += [(cfg, trial.strength) for trial in found[-1:]]
-        return [trial._asdict() for trial in found]
+        if trials:  # none where the configuration gives the strength
+            self._strengths.append((cfg, trials[-1].strength))
+        return [trial._asdict() for trial in trials]
 
     def _first_strength(self, cfg: UnlearnConfig) -> float:
-        """Where the search for the strength begins: what the most similar trial here has found, the last of equals."""
+        """Return the strength that the most similar trial here has found, the last one's of equally similar trials."""
 
-        def apart(known: tuple[UnlearnConfig, float]) -> int:
+        def differences(known: tuple[UnlearnConfig, float]) -> int:
             return len(changed_keys(known[0].model_dump(), cfg.model_dump()))
 
-        return min(reversed(self._strengths), key=apart)[1]
+        return min(reversed(self._strengths), key=differences)[1]
 
     def _train(self, cfg: UnlearnConfig, alignment: ResidualAlignment) -> Iterator[None]:
-        """The run's gradient steps in this process; pauses at each of `RUNGS` equal parts."""
-        parameters = [
-            parameter for parameter in alignment.model.parameters() if parameter.requires_grad
-        ]
+        """Take a run's gradient steps in this process; pause after each of `RUNGS` equal parts."""
+        train = cfg.train
+        parameters = [value for value in alignment.model.parameters() if value.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
-        kept, forget = self._rows(self.shared.kept), self._rows(self.shared.forget)
-        job = Job(cfg, "unlearn", cfg.train.steps, cfg.train.learning_rate, 0.0, {}, 0, None)
-        pauses = {cfg.train.steps * part // RUNGS for part in range(1, RUNGS + 1)}
-        for step in range(cfg.train.steps):
-            loss = alignment(self._batch(kept[step % len(kept)], forget[step % len(forget)])).total
-            loss.backward()
-            if cfg.train.clip_norm:
-                torch.nn.utils.clip_grad_norm_(parameters, cfg.train.clip_norm)
+        kept = itertools.cycle(self._rows(self.shared.kept_rows))
+        forget = itertools.cycle(self._rows(self.shared.forget_rows))
+        pauses = {train.steps * part // RUNGS for part in range(1, RUNGS + 1)}
+        for step in range(train.steps):
+            alignment(self._batch(next(kept), next(forget))).total.backward()
+            if train.clip_norm:
+                torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm)
             for group in optimizer.param_groups:
-                group["lr"] = job.rate(step)
+                group["lr"] = learning_rate_at(
+                    step,
+                    steps=train.steps,
+                    peak=train.learning_rate,
+                    warmup_steps=train.warmup_steps,
+                )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if step + 1 in pauses:
                 yield
 
-    def _factored(
-        self, cfg: UnlearnConfig, layers: list[tuple[str, Any]]
-    ) -> dict[str, InverseMoments]:
-        """Each module's factors, made where this process has not made them at these weights."""
-        key = (cfg.solve.utility_weight, cfg.solve.ridge)
-        if self._kept_inverses[0] != key:
-            self._kept_inverses = (key, {})
-        known, sums = self._kept_inverses[1], self._collected.sums
-        for name, _ in layers:
-            if name not in known:
-                known[name] = kept_inverse(
-                    {kind: sums[kind][name] for kind in KEPT}, solve_settings(cfg.solve)
-                )
-        return {name: known[name] for name, _ in layers}
+    def _factors_at(self, utility_weight: float, ridge: float) -> Callable[[str], InverseMoments]:
+        """Return a function that factors a module's moments at these weights, each module once."""
+        settings = solve_settings(self.shared.cfg.solve)
+        settings = settings._replace(utility_weight=utility_weight, ridge=ridge)
 
-    def _fitted(self, cfg: UnlearnConfig, alignment: ResidualAlignment) -> Targets:
-        """Targets at the modules of a trial, fitted where this process has not fitted them with these settings."""
-        if (
-            alignment.objective.residual != "local"
-        ):  # whole blocks are aligned, of which nothing has been collected
-            alignment.fit(self._block_features(cfg, alignment))
-            assert alignment.targets is not None
-            return alignment.targets
-        key = json.dumps(
-            [cfg.objective.target, cfg.objective.clusters, cfg.objective.tokens, cfg.seed]
-        )
-        known = self._targets.setdefault(key, Targets(cfg.objective.target, {}, cfg.seed))
-        missing = [name for name in alignment.taps.names if name not in known.places]
-        if missing:
-            features = self._collected.features[cfg.objective.tokens]
-            names, alignment.taps.names = alignment.taps.names, missing
-            alignment.fit(features)
-            alignment.taps.names = names
-            assert alignment.targets is not None
-            known.places.update(alignment.targets.places)
-        return known
+        @functools.cache
+        def factor(module: str) -> InverseMoments:
+            moments = {kind: self._statistics.moments[kind][module] for kind in KEPT}
+            return kept_inverse(moments, settings)
 
-    def _block_features(
-        self, cfg: UnlearnConfig, alignment: ResidualAlignment
-    ) -> dict[str, FeatureSums]:
-        total = {name: FeatureSums() for name in alignment.taps.names}
-        batches = self._rows(self.shared.kept)
+        return factor
+
+    def _targets(self, cfg: UnlearnConfig, alignment: ResidualAlignment) -> Targets:
+        """Return the targets at a trial's modules; each is fitted once for its settings."""
+        settings = cfg.objective
+        module_targets: dict[str, ModuleTarget] = {}
+        for name in alignment.taps.names:
+            module_targets[name] = self._target(
+                name, settings.target, settings.clusters, settings.tokens
+            )
+        return Targets(settings.target, module_targets, cfg.seed)
+
+    def _fit_target(self, module: str, target: str, clusters: int, tokens: str) -> ModuleTarget:
+        sums = self._statistics.features[tokens][module]
+        return fit_target(target, sums, clusters=clusters, seed=self.shared.cfg.seed)
+
+    def _block_features(self, cfg: UnlearnConfig, alignment: ResidualAlignment) -> ModuleSums:
+        total = _no_sums(alignment.taps.names)
+        batches = self._rows(self.shared.kept_rows)
         for index, rows in enumerate(batches):
             keep_tokens = kept_tokens(cfg, index, len(batches))
-            for name, sums in (
-                alignment.feature_sums(self._batch(rows, []), keep_tokens).items()
-                if keep_tokens
-                else ()
-            ):
-                total[name].merge(sums)
+            if keep_tokens:
+                _add(total, alignment.feature_sums(self._batch(rows, []), keep_tokens))
         return total
 
     def _scores(self) -> dict[str, float | None]:
-        found = [
-            row
-            for table in self.shared.scored
-            for row in self._scorer.score("trial", ray.get(table))
-        ]
-        found.sort(key=lambda row: (row[0], row[1]))
-        return summarise([Sample(**fields) for _, _, fields in found])
+        scored: list[Any] = []
+        for table in self.shared.scored_rows:
+            scored += self._scorer.score("trial", ray.get(table))
+        scored.sort(key=lambda row: (row[0], row[1]))  # by set, then by row
+        return summarise([Sample(**fields) for _, _, fields in scored])
 
     @functools.cached_property
-    def _collected(self) -> Collected:
-        return ray.get(self.shared.collected)
+    def _statistics(self) -> Statistics:
+        return ray.get(self.shared.statistics)
 
     def _rows(self, table: Any) -> list[list[Any]]:
-        """Tokenised rows, batch by batch."""
-        rows: Any = ray.get(table) if table is not None else None
+        """Return a table's rows for the model, batch by batch; none where there is no table."""
+        if table is None:
+            return []
         batches: dict[int, list[Any]] = {}
-        for record in rows.to_pylist() if rows is not None else ():
+        rows: Any = ray.get(table)
+        for record in rows.to_pylist():
             batches.setdefault(record["batch"], []).append(record)
         return [self._encoder.rows(records) for records in batches.values()]
 
     def _batch(self, kept: list[Any], forget: list[Any]) -> UnlearnBatch:
         return collate(kept, forget, self._encoder.pad_token_id).to(self.device)
+
+
+def _no_sums(modules: list[str]) -> ModuleSums:
+    return {module: FeatureSums() for module in modules}
+
+
+def _add(total: ModuleSums, sums: ModuleSums) -> None:
+    for module, module_sums in sums.items():
+        total[module].merge(module_sums)

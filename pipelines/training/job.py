@@ -27,9 +27,22 @@ class Job:
     messages: Any
 
     def rate(self, step: int) -> float:
-        """Linear warm-up to `learning_rate`, then linear to the share `final_rate` of it."""
-        warmup = min(self.cfg.train.warmup_steps, self.steps)
-        if step < warmup:
-            return self.learning_rate * (step + 1) / warmup
-        share = (step - warmup) / max(self.steps - warmup, 1)
-        return self.learning_rate * (1 - (1 - self.final_rate) * share)
+        """Return the learning rate of a step, counted from 0."""
+        return learning_rate_at(
+            step,
+            steps=self.steps,
+            peak=self.learning_rate,
+            warmup_steps=self.cfg.train.warmup_steps,
+            final_share=self.final_rate,
+        )
+
+
+def learning_rate_at(
+    step: int, *, steps: int, peak: float, warmup_steps: int, final_share: float = 0.0
+) -> float:
+    """Rise linearly to `peak` over the warm-up, then fall linearly to `final_share` of it."""
+    warmup = min(warmup_steps, steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    share = (step - warmup) / max(steps - warmup, 1)
+    return peak * (1 - (1 - final_share) * share)

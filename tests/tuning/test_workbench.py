@@ -1,6 +1,7 @@
 """The shared workbench: trials on it find what a run finds, and leave no trace for the next one."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -18,7 +19,7 @@ from tuning.contracts import RUNGS, Measured, Shared
 from tuning.prepare import share_work
 from tuning.record import TrialRecord
 from tuning.space import read_space
-from tuning.trial import on_workbenches
+from tuning.trial import shared_model
 from tuning.workbench import Workbench
 
 SPACE = {
@@ -122,16 +123,16 @@ def test_a_gradient_trial_finds_the_adapter_of_a_run(
 
 def test_trials_leave_no_trace(bench: Workbench, cfg: UnlearnConfig) -> None:
     untouched = bench._scores()
-    first = list(bench.trial(cfg))
+    first = [measured for measured, _ in bench.trial(cfg)]
     assert len(first) == 1
     for values in (
         {"adapter.rank": 2, "adapter.layers": [0, 3], "solve.utility_weight": 3.0},
         {"solve.mode": "off", "train.steps": 8, "adapter.alpha": 64, "objective.residual": "drift"},
     ):
-        for measured in bench.trial(with_values(cfg, values)):
+        for measured, _ in bench.trial(with_values(cfg, values)):
             assert measured.scores != first[0].scores
     stopped = bench.trial(with_values(cfg, {"train.steps": 8}))
-    assert next(stopped).scores != first[0].scores
+    assert next(stopped)[0].scores != first[0].scores
     stopped.close()  # as a scheduler does
     assert bench._scores() == untouched
     assert not [
@@ -139,13 +140,15 @@ def test_trials_leave_no_trace(bench: Workbench, cfg: UnlearnConfig) -> None:
         for module in bench.base.modules()
         if module._forward_hooks or module._forward_pre_hooks
     ]
-    again = list(bench.trial(cfg))
+    again = [measured for measured, _ in bench.trial(cfg)]
     assert numbers(again[0]) == pytest.approx(numbers(first[0]), rel=1e-5)
 
 
 def test_gradient_trials_are_scored_at_every_rung(bench: Workbench, cfg: UnlearnConfig) -> None:
-    found = list(bench.trial(with_values(cfg, {"train.steps": 6})))
-    assert len(found) == RUNGS
+    rungs = list(bench.trial(with_values(cfg, {"train.steps": 6})))
+    assert len(rungs) == RUNGS
+    assert [is_last for _, is_last in rungs] == [False] * (RUNGS - 1) + [True]
+    found = [measured for measured, _ in rungs]
     assert [own.cost_s for own in found] == sorted(own.cost_s for own in found)
 
 
@@ -169,7 +172,7 @@ def test_a_trial_after_the_first_tries_two_strengths_at_most(
 ) -> None:
     monkeypatch.setattr(bench, "_strengths", [])
     auto = with_values(cfg, {"solve.strength": "auto"})
-    first, second = (next(iter(bench.trial(auto))).strengths for _ in range(2))
+    first, second = (next(iter(bench.trial(auto)))[0].strengths for _ in range(2))
     assert len(first) > 2 >= len(second)
     assert first[-1]["strength"] in [own["strength"] for own in second], (
         "it begins where the first one ended"
@@ -183,7 +186,7 @@ def test_the_picks_adapter_is_solved_at_the_strength_it_was_scored_with(
     monkeypatch.setattr(
         "tuning.trial.save_adapter", lambda _shared, cfg, folder: saved.append((cfg, folder))
     )
-    way = on_workbenches(shared)
+    backend = shared_model(shared, {"before": {}})
     trial = TrialRecord(
         1,
         "finished",
@@ -194,18 +197,18 @@ def test_the_picks_adapter_is_solved_at_the_strength_it_was_scored_with(
         1.0,
         1.0,
     )
-    way.save_adapter(trial, tmp_path)
-    way.save_adapter(trial._replace(strengths=[]), tmp_path)
+    backend.save_adapter(trial, tmp_path)
+    backend.save_adapter(trial._replace(strengths=[]), tmp_path)
     assert [cfg.solve.strength for cfg, _ in saved] == [0.07, 0.1]
     assert {(cfg.adapter.rank, folder) for cfg, folder in saved} == {(3, tmp_path / "adapter")}
 
 
 def test_statistics_do_not_depend_on_who_collects_them(shared: Shared, bench: Workbench) -> None:
-    whole = ray.get(shared.collected)
+    whole: Any = ray.get(shared.statistics)
     alone = bench.collect(0, 1)
-    for kind, modules in alone.sums.items():
+    for kind, modules in alone.moments.items():
         for name, own in modules.items():
-            other = whole.sums[kind][name]
+            other = whole.moments[kind][name]
             assert own.count == other.count > 0
             torch.testing.assert_close(own.sum_DL, other.sum_DL, rtol=1e-4, atol=1e-4)
     assert {kind: set(own) for kind, own in alone.features.items()} == {
