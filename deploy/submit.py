@@ -14,11 +14,18 @@ from typing import Any, NamedTuple
 
 from pipelines.config.load import read_config
 from pipelines.config.schema import ConfigError
-from pipelines.storage.output import refuse_store
+from pipelines.preflight import Purpose, check_settings
 
 ENVIRONMENT_FILE = "environment.json"
 CODE = Path(__file__).parent.parent
-COMMANDS = ("run", "tune", "check", "finetune", "evaluate")
+# What a job may run, and what is checked of its configuration before it is sent.
+COMMANDS: dict[str, Purpose] = {
+    "run": "run",
+    "tune": "tune",
+    "check": "run",
+    "finetune": "finetune",
+    "evaluate": "evaluate",
+}
 OVERRIDE = re.compile(r"[\w.]+=")
 PACKAGES = ("rfa", "pipelines", "tuning", "deploy")
 CONSTRAINTS = "constraints.txt"
@@ -76,8 +83,7 @@ def _shipped_command(command: Sequence[str]) -> tuple[list[str], dict[str, Path]
             raise ConfigError(
                 f"{text.split('=')[0]}: holds a password, allowed: passwords in --env-file"
             )
-    if name == "tune":
-        refuse_store(cfg.output_dir)
+    check_settings(cfg, COMMANDS[name])
     if "://" not in cfg.output_dir and not Path(cfg.output_dir).is_absolute():
         raise ConfigError(
             f"output_dir: found '{cfg.output_dir}', allowed in a job: an absolute path that all nodes share, "

@@ -7,24 +7,21 @@ from typing import Any
 
 from pipelines.cluster.session import session
 from pipelines.cluster.tasks import on_every_node, on_this_node, result_of
-from pipelines.config.schema import ModelConfig, UnlearnConfig, check_strength
+from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.data.sets import Sets
-from pipelines.encoding.labelled import check_target
 from pipelines.evaluation.metrics.keys import versions
 from pipelines.evaluation.own_answers import (
     answered_only,
-    check_answered,
     drop_answers,
     with_own_answers,
 )
 from pipelines.evaluation.pool import evaluate, evaluation_work
-from pipelines.preflight import load_checked, oracle_of
+from pipelines.preflight import check_settings, oracle_of, preflight
 from pipelines.report.page import write_report
 from pipelines.storage.run_folder import RunFolder
 from pipelines.terminal import Terminal
 from pipelines.tracking.mirror import (
     Mirror,
-    check_tracking,
     describe,
     lacks_records,
     mirrored_to_mlflow,
@@ -45,16 +42,14 @@ def unlearn(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
     Raises:
         ConfigError: something the user can mend; nothing has been trained or overwritten.
     """
+    check_settings(cfg, "run")
     run = RunFolder(cfg, "run")
     if run.is_complete:
         if lacks_records(run):
             send_records(run, terminal)
         return run
-    check_strength(cfg)
-    check_tracking(cfg.tracking, run.path)
     with run.output.working_copy(), session(cfg.train, run.path / "run.log", terminal, preload):
-        sets, _ = load_checked(cfg, terminal, oracle_of(cfg, "evaluation.oracle"))
-        check_target(cfg, sets)
+        sets, _ = preflight(cfg, "run", terminal, run=run)
         run.begin(sets.inputs())
         sets = with_own_answers(cfg, sets, run.path, terminal)
         with mirrored_to_mlflow(run, terminal) as mirror:
@@ -73,13 +68,13 @@ def finetune(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
     Raises:
         ConfigError: as `unlearn`, for a set that `data` does not give, and for rows without an answer.
     """
+    check_settings(cfg, "finetune")
     run = RunFolder(cfg, "finetune")
     if run.is_complete:
         return run
     with run.output.working_copy(), session(cfg.train, run.path / "run.log", terminal, preload):
-        sets, _ = load_checked(cfg, terminal, {})
+        sets, _ = preflight(cfg, "finetune", terminal, run=run)
         rows = sets.union(cfg.finetune.sets)
-        check_answered(cfg, sets)
         run.begin(sets.inputs())
         streams = {"retain": (rows, cfg.finetune.batch_size)}
         if cfg.finetune.salient is not None:
@@ -112,9 +107,7 @@ def evaluate_model(cfg: UnlearnConfig, model: ModelConfig, terminal: Terminal) -
         TemporaryDirectory() as folder,
         session(cfg.train, Path(folder) / "run.log", terminal, preload),
     ):
-        sets, _ = load_checked(
-            cfg, terminal, {"--model": model, **oracle_of(cfg, "evaluation.oracle")}
-        )
+        sets, _ = preflight(cfg, "evaluate", terminal, model=model)
         return score(cfg, models, answered_only(sets), terminal)[0]
 
 

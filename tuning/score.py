@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
-from pipelines.config.schema import ConfigError, UnlearnConfig
+from pipelines.config.schema import ConfigError
 from pipelines.evaluation.metrics.keys import searched
 from pipelines.evaluation.metrics.membership import CHANCE
 from pipelines.evaluation.metrics.table import BY_NAME
@@ -91,21 +91,6 @@ def score_trial(scores: Scores, before: Scores, oracle: Scores | None, cost_s: f
         robustness=fmean(robustness) if robustness else 0.0,
         cost_s=cost_s,
     )
-
-
-def check_sets(cfg: UnlearnConfig) -> None:
-    """Refuse a search whose trials could not be scored.
-
-    Raises:
-        ConfigError: names the set that is missing.
-    """
-    data, has_oracle = cfg.data, cfg.evaluation.oracle is not None
-    if cfg.task == "causal_lm" and data.holdout is None and not has_oracle:
-        raise ConfigError("data.holdout: missing, required by a search without evaluation.oracle")
-    if cfg.task != "causal_lm" and data.general is None and (has_oracle or data.holdout is None):
-        raise ConfigError(
-            "data.general: missing, required by a search that scores classifiers by the attack on them"
-        )
 
 
 def _targets(scores: Scores, oracle: Scores | None) -> dict[str, float]:

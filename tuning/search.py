@@ -22,20 +22,18 @@ from pipelines.cluster.resources import stage_of
 from pipelines.cluster.session import session
 from pipelines.cluster.tasks import result_of
 from pipelines.config.load import to_yaml, with_values
-from pipelines.config.schema import ConfigError, UnlearnConfig, check_strength
-from pipelines.encoding.labelled import check_target
+from pipelines.config.schema import ConfigError, UnlearnConfig
 from pipelines.evaluation.own_answers import drop_answers, with_own_answers
-from pipelines.preflight import load_checked, oracle_of
-from pipelines.storage.output import refuse_store
+from pipelines.preflight import check_settings, preflight
 from pipelines.storage.run_folder import RunFolder
 from pipelines.terminal import Terminal
-from pipelines.tracking.mirror import Mirror, check_tracking, describe, mirrored_to_mlflow
+from pipelines.tracking.mirror import Mirror, describe, mirrored_to_mlflow
 from pipelines.training.trainer import forget_resume_points
 from tuning.contracts import RUNGS
 from tuning.page import write_page
 from tuning.prepare import reference_scores, share_work
 from tuning.record import TrialLog, TrialRecord, as_configured, scores_of
-from tuning.score import Constraint, References, check_sets, pick
+from tuning.score import Constraint, References, pick
 from tuning.space import Space, default_space, load_space, read_space
 from tuning.trial import TrialBackend, run_per_trial, shared_model
 
@@ -102,15 +100,12 @@ def search(cfg: UnlearnConfig, options: SearchOptions, terminal: Terminal) -> Se
         ConfigError: something the user can mend; nothing has been run.
         RuntimeError: no trial keeps the constraints; the page is written.
     """
-    refuse_store(cfg.output_dir)
+    check_settings(cfg, "tune")
     run = RunFolder(cfg, "tune")
     if run.manifest() and not options.resume:
         raise ConfigError(
             f"output_dir: {run.path} holds a search, allowed: a new folder, or --resume to go on with it"
         )
-    check_strength(cfg)
-    check_sets(cfg)
-    check_tracking(cfg.tracking, run.path)
     with session(cfg.train, run.path / "run.log", terminal):
         space = _space(cfg, options, run)
         trials = (
@@ -118,8 +113,7 @@ def search(cfg: UnlearnConfig, options: SearchOptions, terminal: Terminal) -> Se
             if options.method != "grid"
             else min(options.trials, 1 + len(space.points()))
         )
-        sets, _ = load_checked(cfg, terminal, oracle_of(cfg, "evaluation.oracle"))
-        check_target(cfg, sets)
+        sets, _ = preflight(cfg, "tune", terminal, run=run)
         run.begin(sets.inputs())
         (run.path / SPACE_FILE).write_text(
             yaml.safe_dump(space.tree(), sort_keys=False), encoding="utf-8"

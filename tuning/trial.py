@@ -20,6 +20,7 @@ from pipelines.cluster.tasks import result_of, this_node
 from pipelines.config.load import with_values
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.data.sets import Sets
+from pipelines.preflight import check_partitioning
 from pipelines.storage.run_folder import RunFolder
 from pipelines.terminal import Terminal
 from pipelines.unlearn import score, train
@@ -187,6 +188,7 @@ def _run(cfg: UnlearnConfig, sets: Sets) -> Measured:
     from pipelines.model.load import check_models  # transformers: not on the driver
 
     check_models(cfg, {})
+    check_partitioning(cfg, "run")
     folder = Path(cfg.output_dir)
     run = RunFolder(cfg, "run")
     terminal = Terminal()

@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipelines.config.data import ConfigError, DataConfig, Section, Task
+from pipelines.config.data import ConfigError as ConfigError
+from pipelines.config.data import DataConfig, Section, Task
 from pipelines.config.train import FinetuneConfig, TrainConfig
 
 RobustnessCheck = Literal["quantised_8bit", "quantised_4bit", "relearn"]
@@ -295,15 +296,3 @@ class UnlearnConfig(Section):
                 f"objective.residual: found {self.objective.residual}, allowed with solve.mode={self.solve.mode}: local"
             )
         return self
-
-
-def check_strength(cfg: UnlearnConfig) -> None:
-    """What unlearning needs, and making a target model does not.
-
-    Raises:
-        ConfigError: the solver's strength is to be found without a holdout set.
-    """
-    if cfg.solve.mode != "off" and cfg.solve.strength == "auto" and cfg.data.holdout is None:
-        raise ConfigError(
-            "data.holdout: missing, required by solve.strength=auto; allowed: a set, or a number there"
-        )

@@ -21,7 +21,7 @@ from pyarrow import parquet
 from ray.util import ActorPool
 
 from pipelines.cluster.tasks import on_this_node, result_of
-from pipelines.config.schema import ConfigError, UnlearnConfig
+from pipelines.config.schema import UnlearnConfig
 from pipelines.data.rows import SET_SCHEMA
 from pipelines.data.sets import Sets, dataset_of
 from pipelines.evaluation.pool import start_workers
@@ -74,20 +74,6 @@ def answered_only(sets: Sets) -> Sets:
     return replace(
         sets, utility=dataset_of([rows]), counts={**counts, "utility": left}, unanswered=0
     )
-
-
-def check_answered(cfg: UnlearnConfig, sets: Sets) -> None:
-    """What fine-tuning needs: it learns answers, and the model's own teach it nothing.
-
-    Raises:
-        ConfigError: it would learn the utility set, in which rows have no answer.
-    """
-    if sets.unanswered and "utility" in cfg.finetune.sets:
-        assert cfg.data.utility is not None
-        raise ConfigError(
-            f"data.utility.path: {cfg.data.utility.path}: {sets.unanswered} of {sets.counts['utility']} rows have no "
-            "answer, allowed for `run` only; here an answer in every row, or finetune.sets without utility"
-        )
 
 
 def _generate(

@@ -10,10 +10,9 @@ import ray
 from pipelines.cluster.resources import gpu_memory_bytes, zero_stage
 from pipelines.cluster.session import session
 from pipelines.cluster.tasks import on_this_node, result_of
-from pipelines.config.schema import ConfigError, TrainConfig, UnlearnConfig, check_strength
+from pipelines.config.schema import ConfigError, TrainConfig, UnlearnConfig
 from pipelines.data.sets import Sets
-from pipelines.encoding.labelled import check_target
-from pipelines.preflight import load_checked, oracle_of
+from pipelines.preflight import check_settings, preflight
 from pipelines.storage.run_folder import RunFolder, weight_bytes
 from pipelines.terminal import Terminal
 
@@ -63,14 +62,13 @@ def check(
     Raises:
         ConfigError: as `unlearn`; an unknown kind of GPU.
     """
+    check_settings(cfg, "run")
     if gpu is not None:
         device = planned_device(cfg.train, gpu)
         return plan_rows(cfg, device, _row_limits(cfg), price)
     run = RunFolder(cfg, "run")
-    check_strength(cfg)
     with TemporaryDirectory() as folder, session(cfg.train, Path(folder) / "run.log", terminal):
-        sets, size = load_checked(cfg, terminal, oracle_of(cfg, "evaluation.oracle"))
-        check_target(cfg, sets)
+        sets, size = preflight(cfg, "run", terminal, run=run)
         have, device = ray.cluster_resources(), present_device(cfg.train)
         needs = result_of(on_this_node(plan_rows).remote(cfg, device, _row_counts(sets), price))
     weights = weight_bytes(cfg.model.path)

@@ -94,26 +94,35 @@ class RunFolder:
         """Whether an earlier call of the same command finished this run."""
         return self.manifest().get("status") == "complete"
 
-    def begin(self, sets: Mapping[str, Any]) -> None:
-        """Write config.yaml and the manifest's first form, or check that the inputs are those the run began with.
+    def check_inputs(self, sets: Mapping[str, Any]) -> None:
+        """Refuse to continue a run with another model or other sets than it began with.
 
         `sets` gives each set's number of rows and digest.
+        """
+        old = self.manifest()
+        if not old:
+            return
+        inputs = self._inputs(sets)
+        changed = changed_keys({key: old.get(key) for key in inputs}, inputs)
+        if changed:
+            raise ConfigError(
+                f"output_dir: {self.output.url} was begun with other inputs (changed since: {changed[0]}), "
+                "allowed: a new folder, or the same inputs to continue"
+            )
+
+    def _inputs(self, sets: Mapping[str, Any]) -> dict[str, Any]:
+        path = self.cfg.model.path
+        return {"model": {"path": path, "digest": model_digest(path)}, "sets": dict(sets)}
+
+    def begin(self, sets: Mapping[str, Any]) -> None:
+        """Write config.yaml and the manifest's first form, unless the run has begun before.
+
+        `sets` gives each set's number of rows and digest, which `check_inputs` has checked.
 
         Raises:
-            ConfigError: the model or a set has changed since, or the folder cannot be written.
+            ConfigError: the folder cannot be written.
         """
-        inputs = {
-            "model": {"path": self.cfg.model.path, "digest": model_digest(self.cfg.model.path)},
-            "sets": dict(sets),
-        }
-        old = self.manifest()
-        if old:
-            changed = changed_keys({key: old.get(key) for key in inputs}, inputs)
-            if changed:
-                raise ConfigError(
-                    f"output_dir: {self.output.url} was begun with other inputs (changed since: {changed[0]}), "
-                    "allowed: a new folder, or the same inputs to continue"
-                )
+        if self.manifest():
             return
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "config.yaml", to_yaml(self.cfg))
@@ -127,7 +136,7 @@ class RunFolder:
             "machine": {"system": platform.platform(), "cpus": os.cpu_count()},
             "git_commit": _git_commit(),
             "seed": self.cfg.seed,
-            **inputs,
+            **self._inputs(sets),
         }
         write_text(self.path / "manifest.json", json.dumps(manifest, indent=2))
         try:

@@ -23,7 +23,7 @@ from ray.util.queue import Queue
 
 from pipelines.cluster.resources import stage_of, worker_environment
 from pipelines.cluster.tasks import this_node
-from pipelines.config.schema import ConfigError, UnlearnConfig
+from pipelines.config.schema import UnlearnConfig
 from pipelines.encoding.batches import ShardByRank, plan_stream
 from pipelines.encoding.labelled import build_encoder
 from pipelines.storage.filesystem import open_filesystem
@@ -70,13 +70,6 @@ class Trainer:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_S))
         filesystem, checkpoints = checkpoint_folder(cfg)
         stage = stage_of(cfg)
-        if stage == 3 and (
-            cfg.prune.method == "wanda" or (self.kind == "finetune" and cfg.finetune.salient)
-        ):
-            key = "prune.method" if cfg.prune.method == "wanda" else "finetune.salient"
-            raise ConfigError(
-                f"{key}: needs whole weights, but the model needs train.deepspeed.stage=3, allowed: without"
-            )
         messages = Queue(
             actor_options={"num_cpus": 0, "scheduling_strategy": this_node()}
         )  # outlives workers' nodes

@@ -23,7 +23,7 @@ from pipelines.cluster.resources import worker_environment
 from pipelines.cluster.session import session
 from pipelines.config.load import load_config
 from pipelines.config.schema import ModelConfig, UnlearnConfig
-from pipelines.preflight import load_checked
+from pipelines.preflight import preflight
 from pipelines.storage.run_folder import RunFolder
 from pipelines.terminal import Terminal
 from pipelines.unlearn import finetune, score, train
@@ -90,7 +90,7 @@ def make(cfg: UnlearnConfig, command: str) -> dict[str, Any]:
         return finetune(cfg, terminal).manifest()["cost"]
     if "cost" not in run.manifest():
         with session(cfg.train, run.path / "run.log", terminal):
-            sets, _ = load_checked(cfg, terminal, {})
+            sets, _ = preflight(cfg, "run", terminal, run=run)
             run.begin(sets.inputs())
             train(run, sets, None, terminal)
     return run.manifest()["cost"]
@@ -119,7 +119,7 @@ def cell(key: str, seed: int, asked: list[str]) -> dict[str, dict[str, Any]]:
             TemporaryDirectory() as scratch,
             session(cfg.train, Path(scratch) / "run.log", terminal),
         ):
-            sets, _ = load_checked(cfg, terminal, settled)
+            sets, _ = preflight(cfg, "evaluate", terminal)
             scores, _ = score(cfg, settled, sets, terminal)
         scores["retrain"] = scores.pop("oracle")
         record.write_text(json.dumps(scores, indent=1))

@@ -10,7 +10,8 @@ from pipelines.config.schema import ConfigError
 
 CONFIG = """
 model: {path: /shared/model}
-data: {forget: {path: s3://bucket/forget.jsonl}, retain: {path: s3://bucket/retain.jsonl}}
+data: {forget: {path: s3://bucket/forget.jsonl}, retain: {path: s3://bucket/retain.jsonl},
+       holdout: {path: s3://bucket/holdout.jsonl}}
 output_dir: /shared/out
 """
 
@@ -100,6 +101,17 @@ def test_secrets_travel_in_a_file_and_not_in_what_the_job_server_shows(
         (
             ["tune", "{config}", "output_dir=s3://bucket/out"],
             "output_dir: found 's3://bucket/out', allowed in a search: a folder, on",
+        ),
+        (["run", "{config}", "data.holdout=null"], "data.holdout: missing, required by solve"),
+        (["check", "{config}", "data.holdout=null"], "data.holdout: missing, required by solve"),
+        (["check", "{config}", "tracking.model_name=a/b"], "tracking.model_name: found 'a/b'"),
+        (
+            ["tune", "{config}", "data.holdout=null", "solve.strength=1"],
+            "data.holdout: missing, required by a search without evaluation.oracle",
+        ),
+        (
+            ["finetune", "{config}", "finetune.sets=[retain,general]"],
+            "finetune.sets: found general, which data does not give, allowed: forget, retain, hold",
         ),
         (
             ["run", "{config}", "tracking.uri=http://me:hunter2@host"],

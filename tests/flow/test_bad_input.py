@@ -1,5 +1,6 @@
 """Wrong input from the command line: one line, exit code 2, nothing trained, nothing overwritten."""
 
+import ast
 import json
 import shutil
 from collections.abc import Callable
@@ -9,106 +10,242 @@ from typing import NamedTuple
 import pytest
 from typer.testing import CliRunner
 
+from pipelines import preflight
 from pipelines.__main__ import app
 from pipelines.storage import run_folder as artifact
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
+ALL = ("run", "check", "tune", "finetune", "evaluate")
+TRAINING = ("run", "check", "tune", "finetune")
+UNLEARNING = ("run", "check", "tune")
+BOTH = ("run", "check")
+
+
 class Case(NamedTuple):
-    """What the user gets wrong, and what the line must say."""
+    """What the user gets wrong, what the line must say, what refuses it, and the commands that are held to it.
+
+    `run` and `check` are asked wherever one of them is: whatever `run` refuses, `check` does.
+    """
 
     name: str
     changes: list[str]
     message: str
+    refusal: str
+    commands: tuple[str, ...] = BOTH
 
 
-CASES = [
-    Case(
-        "unknown key",
-        ["train.stepz=3"],
-        "train.stepz: unknown key, allowed here: steps, learning_rate",
-    ),
-    Case(
-        "unknown section", ["trian.steps=3"], "trian: unknown key, allowed here: task, model, data"
-    ),
-    Case(
+CONFIGURATION = [
+    ("unknown key", ["train.stepz=3"], "train.stepz: unknown key, allowed here: steps, learning_"),
+    ("unknown section", ["trian.steps=3"], "trian: unknown key, allowed here: task, model, data"),
+    (
         "wrong type",
         ["train.steps=many"],
         "train.steps: found 'many', input should be a valid integer",
     ),
-    Case(
+    (
         "out of range",
         ["train.num_workers=0"],
         "train.num_workers: found 0, allowed: a number >= 1, or [min, max] with 1 <= min <= max",
     ),
-    Case(
+    (
         "wrong choice",
         ["objective.target=mean"],
         "objective.target: found 'mean', input should be 'retain_mean'",
     ),
-    Case(
-        "target without labels",
-        ["objective.target=class_mean", "data.columns.label=none"],
-        "objective.target: found class_mean, and 0 labels in the column 'none' of retain (data.columns.label)",
-    ),
-    Case(
-        "no override", ["train.steps"], "override 'train.steps': found no '=', allowed: key=value"
-    ),
-    Case(
+    (
         "nothing forgets",
         ["objective.weights.forget=0"],
         "weights.forget, weights.output and weights.task are all 0",
+    ),
+    (
+        "layers reversed",
+        ["adapter.layers=[2,1]"],
+        "allowed: [first, last] with 0 <= first <= last",
+    ),
+]
+CASES = [
+    *(Case(*case, "load_config", (*ALL, "submit")) for case in CONFIGURATION),
+    Case(
+        "no override",
+        ["train.steps"],
+        "override 'train.steps': found no '=', allowed: key=value",
+        "load_config",
+        ALL,
+    ),
+    Case(
+        "strength without holdout",
+        ["data.holdout=null"],
+        "data.holdout: missing, required by",
+        "check_strength",
+        (*UNLEARNING, "submit"),
+    ),
+    Case(
+        "tracking server",
+        ["tracking.uri=gopher://x"],
+        "tracking.uri: found 'gopher://x', allowed:",
+        "check_tracking",
+        (*UNLEARNING, "submit"),
+    ),
+    Case(
+        "registered name",
+        ["tracking.model_name=a/b"],
+        "tracking.model_name: found 'a/b', allowed: a name without / and :",
+        "check_tracking",
+        (*UNLEARNING, "submit"),
+    ),
+    Case(
+        "search on a store",
+        ["output_dir=s3://bucket/out"],
+        "output_dir: found 's3://bucket/out', allowed in a search: a folder",
+        "refuse_store",
+        ("tune",),
+    ),
+    Case(
+        "search without holdout",
+        ["data.holdout=null", "solve.strength=1"],
+        "data.holdout: missing, required by a search without evaluation.oracle",
+        "check_comparison",
+        ("tune",),
+    ),
+    Case(
+        "learned set",
+        ["finetune.sets=[retain,general]", "data.general=null"],
+        "finetune.sets: found general, which data does not give, allowed: forget, retain, utility",
+        "check_learned_sets",
+        ("finetune",),
+    ),
+    Case(
+        "workers",
+        ["train.num_workers=64"],
+        "train.num_workers: found 64 with 1 CPU each",
+        "check_resources",
+        ALL,
+    ),
+    Case(
+        "fewest workers",
+        ["train.num_workers=[64,99]"],
+        "train.num_workers: found at least 64 with 1 CPU each",
+        "check_resources",
+    ),
+    Case("GPUs", ["train.gpus_per_worker=1"], "this cluster has 0", "check_resources"),
+    Case(
+        "Wanda on parts of weights",
+        ["prune.method=wanda"],
+        "prune.method: needs unpartitioned weights, which train.deepspeed.stage=3 does not give",
+        "check_partitioning",
+        TRAINING,
+    ),
+    Case(
+        "SalUn on parts of weights",
+        ["finetune.salient=0.5", "finetune.sets=[retain]"],
+        "finetune.salient: needs unpartitioned weights, which train.deepspeed.stage=3 does not",
+        "check_partitioning",
+        ("finetune",),
+    ),
+    Case(
+        "target",
+        ["adapter.targets=[up_prj]"],
+        "adapter.targets: no linear layer ends with 'up_prj'; this model's blocks",
+        "check_models",
+        ALL,
+    ),
+    Case(
+        "layers",
+        ["adapter.layers=[2,9]"],
+        "adapter.layers: found [2, 9], allowed: 0 to 3",
+        "check_models",
+    ),
+    Case(
+        "no model folder",
+        ["model.path={folder}/nowhere"],
+        "model.path: found no folder {folder}/nowhere",
+        "check_models",
+    ),
+    Case(
+        "not a model",
+        ["model.path={folder}"],
+        "is not a model folder: found no config.json",
+        "check_models",
+    ),
+    Case(
+        "no oracle",
+        ["evaluation.oracle={folder}"],
+        "evaluation.oracle: {folder} is not a model folder",
+        "check_models",
+        (*UNLEARNING, "evaluate"),
+    ),
+    Case(
+        "no tokenizer",
+        ["model.path={folder}/dumb"],
+        "model.path: no tokenizer loads from {folder}/dumb",
+        "load_tokenizer",
     ),
     Case(
         "missing file",
         ["data.forget.path={folder}/no.jsonl"],
         "data.forget.path: {folder}/no.jsonl",
+        "load_sets",
+        ALL,
     ),
-    Case("empty file", ["data.forget.path={folder}/empty.jsonl"], "empty.jsonl"),
-    Case("broken line", ["data.forget.path={folder}/broken.jsonl"], "line 2"),
-    Case("missing column", ["data.columns.answer=reply"], "'reply'"),
-    Case("unknown request ids", ["data.forget.ids={folder}/request.jsonl"], "names 1 id that"),
-    Case("forget in retain", ["data.retain.path={data}/forget.jsonl"], "shares 6 rows with retain"),
+    Case("empty file", ["data.forget.path={folder}/empty.jsonl"], "empty.jsonl", "load_sets"),
+    Case("broken line", ["data.forget.path={folder}/broken.jsonl"], "line 2", "load_sets"),
+    Case("missing column", ["data.columns.answer=reply"], "'reply'", "load_sets"),
     Case(
-        "target",
-        ["adapter.targets=[up_prj]"],
-        "adapter.targets: no linear layer ends with 'up_prj'; this model's blocks",
+        "unknown request ids",
+        ["data.forget.ids={folder}/request.jsonl"],
+        "names 1 id that",
+        "load_sets",
     ),
-    Case("layers", ["adapter.layers=[2,9]"], "adapter.layers: found [2, 9], allowed: 0 to 3"),
     Case(
-        "layers reversed",
-        ["adapter.layers=[2,1]"],
-        "allowed: [first, last] with 0 <= first <= last",
+        "forget in retain",
+        ["data.retain.path={data}/forget.jsonl"],
+        "shares 6 rows with retain",
+        "load_sets",
     ),
-    Case("workers", ["train.num_workers=64"], "train.num_workers: found 64 with 1 CPU each"),
     Case(
-        "fewest workers",
-        ["train.num_workers=[64,99]"],
-        "train.num_workers: found at least 64 with 1 CPU each",
+        "unknown class",
+        [
+            "task=sequence_classification",
+            "data.columns.text=prompt",
+            "data.utility=null",
+            "data.general=null",
+        ],
+        "allowed: the model's classes, 0, 1, LABEL_0, LABEL_1",
+        "check_labels",
+        ALL,
     ),
-    Case("GPUs", ["train.gpus_per_worker=1"], "this cluster has 0"),
     Case(
-        "no model folder",
-        ["model.path={folder}/nowhere"],
-        "model.path: found no folder {folder}/nowhere",
+        "target without labels",
+        ["objective.target=class_mean", "data.columns.label=none"],
+        "objective.target: found class_mean, and 0 labels in the column 'none' of retain (data.columns.label)",
+        "check_target",
+        UNLEARNING,
     ),
-    Case("not a model", ["model.path={folder}"], "is not a model folder: found no config.json"),
     Case(
-        "no oracle",
-        ["evaluation.oracle={folder}"],
-        "evaluation.oracle: {folder} is not a model folder",
+        "learned set without answers",
+        ["data.utility.path={folder}/prompts.jsonl", "finetune.sets=[utility]"],
+        "2 of 2 rows have no answer, allowed for `run` only",
+        "check_answered",
+        ("finetune",),
     ),
-    Case("tracking", ["tracking.uri=gopher://x"], "tracking.uri: found 'gopher://x', allowed:"),
 ]
+ELSEWHERE = {"check_inputs"}  # needs a run that has begun: a test of its own below
+Invoke = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def invoke(overrides: list[str], tmp_path: Path) -> Callable[..., tuple[int, str]]:
-    """Runs `ray-unlearn run` in this process; gives exit code and stderr."""
+def invoke(problem: Path) -> Invoke:
+    """Runs a command, `run` unless another one is named, in this process; gives exit code and stderr."""
+    options = {
+        "tune": ["--trials", "1"],
+        "evaluate": ["--model", f"{problem}/model"],
+        "submit": ["--address", "http://127.0.0.1:1", "--", "run"],
+    }
 
-    def run(*arguments: str) -> tuple[int, str]:
-        result = CliRunner().invoke(app, ["run", *arguments])
+    def run(*arguments: str, command: str = "run") -> tuple[int, str]:
+        result = CliRunner().invoke(app, [command, *options.get(command, []), *arguments])
         assert result.stdout == ""
         return result.exit_code, result.stderr
 
@@ -118,39 +255,63 @@ def invoke(overrides: list[str], tmp_path: Path) -> Callable[..., tuple[int, str
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_a_mistake_is_one_line_and_exit_code_2(
     case: Case,
-    invoke: Callable[..., tuple[int, str]],
+    invoke: Invoke,
     overrides: list[str],
     problem: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(preflight, "stage_of", lambda _cfg: 3)  # as on GPUs too small for a model
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "broken.jsonl").write_text(
         '{"id": 1, "prompt": "a", "answer": "b"}\n{"id": 2, "prompt": \n'
     )
     (tmp_path / "request.jsonl").write_text('"author-9999-birthplace"\n')
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Why?"}\n{"prompt": "How?"}\n')
+    (tmp_path / "dumb").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "dumb" / name).symlink_to(problem / "model" / name)
     names = {"folder": tmp_path, "data": problem / "data"}
-    changes = [change.format(**names) for change in case.changes]
-    code, told = invoke("quick", *overrides, f"output_dir={tmp_path}/out", *changes)
-    assert code == 2, told
-    assert told.count("\n") == 1, told
-    assert case.message.format(**names) in told
-    left = (
-        {path.name for path in (tmp_path / "out").glob("*")}
-        if (tmp_path / "out").exists()
-        else set()
-    )
+    changes = [f"output_dir={tmp_path}/out", *(text.format(**names) for text in case.changes)]
+    lines = {}
+    for command in case.commands:
+        code, lines[command] = invoke("quick", *overrides, *changes, command=command)
+        assert code == 2, (command, lines[command])
+        assert lines[command].count("\n") == 1, (command, lines[command])
+        assert case.message.format(**names) in lines[command], command
+    assert lines.get("run") == lines.get("check"), "check refuses what run refuses, in its words"
+    left = {path.name for path in (tmp_path / "out").glob("*")}
     assert left <= {"run.log"}, "nothing of a run that never began is left"
 
 
-def test_an_unknown_preset_lists_the_presets(invoke: Callable[..., tuple[int, str]]) -> None:
+def test_every_refusal_of_the_preflight_has_its_case() -> None:
+    source = ast.parse(Path(preflight.__file__).read_text(encoding="utf-8"))
+    called = {
+        node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+        for node in ast.walk(source)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute)
+    }
+    refusals = {name for name in called if name.startswith(("check_", "refuse_", "load_"))}
+    assert refusals == {case.refusal for case in CASES if case.refusal != "load_config"} | ELSEWHERE
+
+
+def test_a_model_that_is_not_there_is_not_scored(
+    invoke: Invoke, overrides: list[str], tmp_path: Path
+) -> None:
+    arguments = ["quick", *overrides, f"output_dir={tmp_path}/out", "--model", f"{tmp_path}/none"]
+    code, told = invoke(*arguments, command="evaluate")
+    assert (code, told) == (
+        2, f"--model: found no folder {tmp_path}/none, allowed: a model folder or a hub name\n",
+    )  # fmt: skip
+
+
+def test_an_unknown_preset_lists_the_presets(invoke: Invoke) -> None:
     code, told = invoke("qick")
     assert (code, told.count("\n")) == (2, 1)
     assert told.startswith("preset 'qick': not found, allowed: demo")
 
 
-def test_a_file_that_is_no_mapping_is_refused(
-    invoke: Callable[..., tuple[int, str]], tmp_path: Path
-) -> None:
+def test_a_file_that_is_no_mapping_is_refused(invoke: Invoke, tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
     code, told = invoke(str(tmp_path / "list.yaml"))
     assert (code, told.count("\n")) == (2, 1)
@@ -158,17 +319,18 @@ def test_a_file_that_is_no_mapping_is_refused(
 
 
 def test_a_folder_with_other_files_is_refused_and_kept(
-    invoke: Callable[..., tuple[int, str]], overrides: list[str], tmp_path: Path
+    invoke: Invoke, overrides: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     code, told = invoke("quick", *overrides, f"output_dir={tmp_path}")
     assert (code, told.count("\n")) == (2, 1)
+    assert invoke("quick", *overrides, f"output_dir={tmp_path}", command="check") == (code, told)
     assert "holds other files (thesis.txt, ...), allowed: a new or empty folder" in told
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
 def test_a_full_disk_is_refused(
-    invoke: Callable[..., tuple[int, str]],
+    invoke: Invoke,
     overrides: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -179,11 +341,13 @@ def test_a_full_disk_is_refused(
     )
     code, told = invoke("quick", *overrides, f"output_dir={tmp_path}/out")
     assert (code, told.count("\n")) == (2, 1)
+    again = invoke("quick", *overrides, f"output_dir={tmp_path}/out", command="check")
+    assert again == (code, told)
     assert "GiB free, allowed: at least" in told
 
 
 def test_pickled_weights_are_refused(
-    invoke: Callable[..., tuple[int, str]], overrides: list[str], problem: Path, tmp_path: Path
+    invoke: Invoke, overrides: list[str], problem: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(problem / "model", tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
@@ -195,7 +359,7 @@ def test_pickled_weights_are_refused(
 
 
 def test_inputs_that_changed_since_a_run_began_are_refused(
-    invoke: Callable[..., tuple[int, str]], overrides: list[str], problem: Path, tmp_path: Path
+    invoke: Invoke, overrides: list[str], problem: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(problem / "data", tmp_path / "data")
     changed = [change.replace(f"{problem}/data", f"{tmp_path}/data") for change in overrides]
@@ -219,5 +383,6 @@ def test_inputs_that_changed_since_a_run_began_are_refused(
     (out / "manifest.json").write_text(json.dumps(manifest))
     code, told = invoke("quick", *changed, f"output_dir={out}")
     assert (code, told.count("\n")) == (2, 1)
+    assert invoke("quick", *changed, f"output_dir={out}", command="check") == (code, told)
     assert "was begun with other inputs (changed since: sets.forget.digest)" in told
     assert json.loads((out / "manifest.json").read_text()) == manifest

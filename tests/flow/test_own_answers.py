@@ -18,10 +18,10 @@ from pipelines.evaluation import own_answers
 from pipelines.evaluation.own_answers import (
     FILE_NAME,
     answered_only,
-    check_answered,
     holds_answers,
     with_own_answers,
 )
+from pipelines.preflight import check_answered
 from pipelines.terminal import Terminal
 
 ANSWERED = {0: "A first answer.", 3: "A second one."}

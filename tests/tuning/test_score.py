@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from pipelines.config.load import load_config
 from pipelines.config.schema import ConfigError
+from pipelines.preflight import check_comparison
 from tuning.page import best_so_far
 from tuning.score import (
     NotANumberError,
     Score,
-    check_sets,
     pareto_front,
     parse_constraints,
     pick,
@@ -161,7 +161,7 @@ def test_a_search_needs_what_its_trials_are_scored_by(
 ) -> None:
     cfg = load_config(preset, ["model.path=m", *changes])
     if missing is None:
-        check_sets(cfg)
+        check_comparison(cfg)
     else:
         with pytest.raises(ConfigError, match=f"^{missing}: missing, required by a search"):
-            check_sets(cfg)
+            check_comparison(cfg)

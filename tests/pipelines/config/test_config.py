@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from pipelines.config.load import changed_keys, describe, load_config, preset_names, to_yaml
-from pipelines.config.schema import ConfigError, UnlearnConfig, check_strength
+from pipelines.config.schema import ConfigError, UnlearnConfig
+from pipelines.preflight import check_strength
 
 
 @pytest.mark.parametrize("name", preset_names())
