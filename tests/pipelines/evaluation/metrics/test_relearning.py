@@ -66,3 +66,8 @@ def test_a_model_that_broke_on_the_way_has_none_and_not_nan() -> None:
 
 def test_with_no_row_to_score_nothing_is_known() -> None:
     assert relearn_scores({0: [], 1: []}, []) == {"relearn.steps": None}
+
+
+def test_what_differs_by_rounding_alone_was_not_lost() -> None:
+    assert steps_to_relearn({0: 0.4, 1: 0.5}, 0.4 * (1 + 1e-6)) == 0
+    assert steps_to_relearn({0: 0.4, 1: 0.5}, 0.4 * (1 + 1e-3)) == 1
