@@ -36,14 +36,15 @@ def check_settings(cfg: UnlearnConfig, purpose: Purpose) -> None:
     Raises:
         ConfigError: one line that names the key.
     """
-    if purpose == "tune":
-        refuse_store(cfg.output_dir)
-        check_comparison(cfg)
     if purpose == "finetune":
         check_learned_sets(cfg)
+    if purpose == "tune":
+        refuse_store(cfg.output_dir)
     if purpose in ("run", "tune"):
         check_strength(cfg)
         check_tracking(cfg.tracking, Path(cfg.output_dir))
+    if purpose == "tune":
+        check_comparison(cfg)
 
 
 def preflight(
