@@ -1,12 +1,15 @@
-"""The part of the command line that deals with clusters and finished artifacts."""
+"""The commands for clusters and finished runs."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipelines.config.schema import ConfigError
-from pipelines.terminal import Action, RunDir, Terminal, guarded
+from pipelines.terminal import Debug, RunDir, Terminal, reporting
+
+if TYPE_CHECKING:
+    from deploy.cluster import Cluster
 
 app = typer.Typer()
 job = typer.Typer(help="A submitted job: its state, its log, its end.", no_args_is_help=True)
@@ -15,14 +18,14 @@ Address = Annotated[
     str,
     typer.Option(
         metavar="URL",
-        help="The cluster's job server. Its token: RAY_AUTH_MODE=token, RAY_AUTH_TOKEN=... (environment).",
+        help="The cluster's job server. Its token: RAY_AUTH_MODE=token, "
+        "RAY_AUTH_TOKEN=... (environment).",
     ),
 ]
 JobId = Annotated[str, typer.Argument(metavar="JOB_ID")]
 
 
 @app.command()
-@guarded()
 def gate(
     run_dir: RunDir,
     require: Annotated[
@@ -36,13 +39,14 @@ def gate(
         list[str] | None,
         typer.Option(metavar="VERDICT", help="A verdict that may pass; repeatable. [forgotten]"),
     ] = None,
-) -> Action:
+    debug: Debug = False,
+) -> None:
     """Refuse a run whose verdict or scores miss what is required: exit code 3, one reason a line.
 
-    Without options only the verdict counts: it must be the page's "forgotten". Digests are the command verify's.
+    Without options only the verdict counts: it must be the page's "forgotten". Digests are the
+    command verify's.
     """
-
-    def action(terminal: Terminal) -> None:
+    with reporting(debug) as terminal:
         from deploy.gate import parse_requirement, reasons_to_refuse
         from pipelines.report.page import RUN_FILES
         from pipelines.storage.output import open_output
@@ -56,11 +60,8 @@ def gate(
             raise typer.Exit(3)
         terminal.say(f"Passed: {run_dir}")
 
-    return action
-
 
 @app.command()
-@guarded()
 def serve(
     run_dir: RunDir,
     host: Annotated[
@@ -73,10 +74,10 @@ def serve(
     ] = 32,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Size of a request, at most.")] = 65536,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs for the model; 0 answers on a CPU.")] = 0,
-) -> Action:
+    debug: Debug = False,
+) -> None:
     """Serve a run's merged model with Ray Serve: POST /v1/completions as OpenAI's, GET /healthz."""
-
-    def action(terminal: Terminal) -> None:
+    with reporting(debug) as terminal:
         if "://" in run_dir:
             raise ConfigError(f"RUN_DIR: found '{run_dir}', allowed: a folder with a copy of it")
         try:
@@ -86,23 +87,18 @@ def serve(
             raise ConfigError(
                 f"serve: {error}; allowed: ray-unlearn installed with its extra, cluster"
             ) from None
-        limits = {
-            "max_tokens": max_tokens,
-            "max_queue": max_queue,
-            "max_body_bytes": max_body_bytes,
-        }
-        settings = Settings(run_dir=str(Path(run_dir).resolve()), gpus=gpus, **limits)
+        settings = Settings(
+            run_dir=str(Path(run_dir).resolve()), gpus=gpus, max_tokens=max_tokens,
+            max_queue=max_queue, max_body_bytes=max_body_bytes,
+        )  # fmt: skip
         try:
             serve_run(settings, host, port, terminal)
         except KeyboardInterrupt:
             terminal.say("Stopped.")
             raise typer.Exit(130) from None
 
-    return action
-
 
 @app.command()
-@guarded()
 def submit(
     command: Annotated[list[str], typer.Argument(metavar="-- COMMAND CONFIG [KEY=VALUE]...")],
     address: Address,
@@ -124,13 +120,14 @@ def submit(
             help="Install the pinned packages on the nodes, or take what their image has."
         ),
     ] = True,
-) -> Action:
+    debug: Debug = False,
+) -> None:
     """Run a command in a cluster, as a Ray job: submit --address URL -- run CONFIG ...
 
-    Ships this installation's code and the configuration; paths in it are the cluster's. Exit code: the job's.
+    Ships this installation's code and the configuration; paths in it are the cluster's. Exit code:
+    the job's.
     """
-
-    def action(terminal: Terminal) -> None:
+    with reporting(debug) as terminal:
         from deploy.cluster import Cluster
         from deploy.submit import plan_job
 
@@ -143,34 +140,27 @@ def submit(
         terminal.say(f"Job: {job_id}")
         _follow(cluster, job_id, terminal)
 
-    return action
-
 
 @job.command()
-@guarded()
-def status(job_id: JobId, address: Address) -> Action:
+def status(job_id: JobId, address: Address, debug: Debug = False) -> None:
     """Print PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
-
-    def action(_: Terminal) -> None:
+    with reporting(debug):
         from deploy.cluster import Cluster
 
         typer.echo(str(Cluster(address).info(job_id).status))
 
-    return action
-
 
 @job.command()
-@guarded()
 def logs(
     job_id: JobId,
     address: Address,
     follow: Annotated[
         bool, typer.Option("--follow", help="On to the job's end; the exit code is the job's.")
     ] = False,
-) -> Action:
+    debug: Debug = False,
+) -> None:
     """Print a job's log."""
-
-    def action(terminal: Terminal) -> None:
+    with reporting(debug) as terminal:
         from deploy.cluster import Cluster
 
         cluster = Cluster(address)
@@ -179,36 +169,30 @@ def logs(
         else:
             typer.echo(cluster.logs(job_id), nl=False)
 
-    return action
-
 
 @job.command()
-@guarded()
-def stop(job_id: JobId, address: Address) -> Action:
+def stop(job_id: JobId, address: Address, debug: Debug = False) -> None:
     """Stop a job and wait for its end. The same submission goes on from the last resume point."""
-
-    def action(terminal: Terminal) -> None:
+    with reporting(debug) as terminal:
         from deploy.cluster import Cluster
 
-        terminal.say(
-            f"{job_id}: {'stopped' if Cluster(address).stop(job_id) else 'had ended before'}"
-        )
-
-    return action
+        was_running = Cluster(address).stop(job_id)
+        terminal.say(f"{job_id}: stopped" if was_running else f"{job_id}: had ended before")
 
 
-def _follow(cluster: Any, job_id: str, terminal: Terminal) -> None:
-    """Show a job's log to its end, and end with its exit code."""
+def _follow(cluster: "Cluster", job_id: str, terminal: Terminal) -> None:
+    """Print a job's log to its end, and exit with its code."""
     from deploy.cluster import exit_code
 
     try:
         info = cluster.follow(job_id, lambda text: typer.echo(text, nl=False))
     except KeyboardInterrupt:
-        terminal.say(
-            f"The job goes on. To stop it: ray-unlearn job stop --address {cluster.address} {job_id}"
-        )
+        stop_command = f"ray-unlearn job stop --address {cluster.address} {job_id}"
+        terminal.say(f"The job goes on. To stop it: {stop_command}")
         raise typer.Exit(130) from None
     code = exit_code(info)
-    if code and info.driver_exit_code is None:  # it never ran, so the log does not say why
-        terminal.say(f"{job_id}: {info.status}: {' '.join(str(info.message).split())[:2000]}")
+    # A job that never ran has no log that says why.
+    if code and info.driver_exit_code is None:
+        reason = " ".join(str(info.message).split())[:2000]
+        terminal.say(f"{job_id}: {info.status}: {reason}")
     raise typer.Exit(code)

@@ -1,4 +1,8 @@
-"""The command line, `ray-unlearn`. Wrong input: one line on stderr, exit code 2. A failed run: 1. Ctrl-C: 130."""
+"""The command line, `ray-unlearn`.
+
+Exit codes: 2 for wrong input, after one line on stderr; 1 for a failed run; 130 for Ctrl-C.
+Most imports stand inside the commands, so that `--help` need not wait for Ray.
+"""
 
 import json
 import sys
@@ -6,12 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 import deploy.commands
 from pipelines.config.load import describe, load_config, preset_names
 from pipelines.config.schema import ConfigError, ModelConfig
 from pipelines.data.synthetic import write_problem
-from pipelines.terminal import Action, RunDir, Terminal, guarded
+from pipelines.terminal import Debug, RunDir, reporting
 
 app = typer.Typer(
     name="ray-unlearn",
@@ -31,34 +36,41 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it, for example train.steps=50."),
 ]
-KEYS = "\b\nConfiguration keys, with their defaults:\n" + "\n".join(
-    f"  {key} = {default}\n      {meaning}" for key, default, meaning in describe()
-)
 
 
-@app.command(epilog=KEYS)
-@guarded()
-def run(config: Config, overrides: Overrides = None) -> Action:
-    """Unlearn: solve or train the adapter, merge it, evaluate before, after and oracle, write the report.
+class CommandWithKeys(TyperCommand):
+    """A command whose help ends with the configuration keys, collected when help is asked for."""
 
-    The same command continues an interrupted run. Results lie in the configuration's output_dir: adapter/ (PEFT),
-    model/ (merged), scores.json, report.html, manifest.json, MLflow's store, run.log.
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the keys with their defaults and meanings."""
+        # \b keeps the line breaks of what follows.
+        lines = ["\b", "Configuration keys, with their defaults:"]
+        for key, default, meaning in describe():
+            lines += [f"  {key} = {default}", f"      {meaning}"]
+        self.epilog = "\n".join(lines)
+        super().format_epilog(ctx, formatter)
+
+
+@app.command(cls=CommandWithKeys)
+def run(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Unlearn: solve or train the adapter, merge it, evaluate before, after and oracle,
+    write the report.
+
+    The same command continues an interrupted run. Results lie in the configuration's output_dir:
+    adapter/ (PEFT), model/ (merged), scores.json, report.html, manifest.json, MLflow's store,
+    run.log.
     """
-
-    def action(terminal: Terminal) -> None:
+    with reporting(debug) as terminal:
         cfg = load_config(config, overrides)
         from pipelines.evaluation.metrics.keys import terminal_labels
         from pipelines.unlearn import unlearn
 
-        done = unlearn(cfg, terminal)
-        terminal.scores(done.scores()["models"], terminal_labels())
-        terminal.say(f"Report: {done.output.url}/report.html")
-
-    return action
+        folder = unlearn(cfg, terminal)
+        terminal.scores(folder.scores()["models"], terminal_labels())
+        terminal.say(f"Report: {folder.output.url}/report.html")
 
 
 @app.command()
-@guarded()
 def check(
     config: Config,
     overrides: Overrides = None,
@@ -71,13 +83,15 @@ def check(
     price: Annotated[
         float, typer.Option(min=0, help="Of a GPU and hour: the table then says what a run costs.")
     ] = 0,
-) -> Action:
-    """Validate configuration, model, data and resources, and plan memory, time and cost. Trains nothing.
+    debug: Debug = False,
+) -> None:
+    """Validate configuration, model, data and resources, and plan memory, time and cost.
+    Trains nothing.
 
-    With --gpu neither the cluster nor the data are looked at, and of the model its config.json alone.
+    With --gpu neither the cluster nor the data are looked at, and of the model its config.json
+    alone.
     """
-
-    def action(terminal: Terminal) -> None:
+    with reporting(debug) as terminal:
         cfg = load_config(config, overrides)
         from pipelines.planning.check import check as check_run
 
@@ -85,25 +99,20 @@ def check(
             "What a run would do", check_run(cfg, terminal, gpu=gpu or None, price=price or None)
         )
 
-    return action
-
 
 @app.command()
-@guarded()
-def finetune(config: Config, overrides: Overrides = None) -> Action:
-    """Make a target model, or the retrain oracle, by training all parameters on the sets that finetune.sets names."""
-
-    def action(terminal: Terminal) -> None:
+def finetune(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Make a target model, or the retrain oracle, by training all parameters on the sets that
+    finetune.sets names.
+    """
+    with reporting(debug) as terminal:
         cfg = load_config(config, overrides)
         from pipelines.unlearn import finetune as train_model
 
         terminal.say(f"Model: {train_model(cfg, terminal).output.url}/model")
 
-    return action
-
 
 @app.command()
-@guarded(going_on="The same command with --resume goes on")
 def tune(
     config: Config,
     overrides: Overrides = None,
@@ -122,46 +131,44 @@ def tune(
     require: Annotated[
         list[str] | None,
         typer.Option(
-            help="A bound on the pick, as utility>=0.97 (the default); on distance, cost_s ... too. Repeatable."
+            help="A bound on the pick, as utility>=0.97 (the default); "
+            "on distance, cost_s ... too. Repeatable."
         ),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the search in output_dir.")
     ] = False,
-) -> Action:
-    """Search ranks, layers, targets, strengths and weights with Ray Tune: forgetting against kept utility.
+    debug: Debug = False,
+) -> None:
+    """Search ranks, layers, targets, strengths and weights with Ray Tune: forgetting against
+    kept utility.
 
-    The first trial is the configuration as it is. Results lie in output_dir: best.yaml (for `ray-unlearn run`), its
-    adapter/, search.html, trials.jsonl, space.yaml, MLflow's store.
+    The first trial is the configuration as it is. Results lie in output_dir: best.yaml (for
+    `ray-unlearn run`), its adapter/, search.html, trials.jsonl, space.yaml, MLflow's store.
     """
-
-    def action(terminal: Terminal) -> None:
+    with reporting(debug, going_on="The same command with --resume goes on") as terminal:
         cfg = load_config(config, overrides)
         from tuning.score import parse_constraints
         from tuning.search import SearchOptions, search
 
-        wish = SearchOptions.of(
-            trials, space, method, parse_constraints(require or ()), resume=resume
-        )
-        found = search(cfg, wish, terminal)
-        terminal.table(f"Trial {found.pick} of {len(found.trials)}", found.summary())
-        terminal.say(f"Configuration: {found.best}")
-        terminal.say(f"Page: {found.page}")
-
-    return action
+        constraints = parse_constraints(require or ())
+        options = SearchOptions.of(trials, space, method, constraints, resume=resume)
+        result = search(cfg, options, terminal)
+        terminal.table(f"Trial {result.pick} of {len(result.trials)}", result.summary())
+        terminal.say(f"Configuration: {result.best}")
+        terminal.say(f"Page: {result.page}")
 
 
 @app.command()
-@guarded()
 def evaluate(
     config: Config,
     overrides: Overrides = None,
     model: Annotated[str, typer.Option(metavar="DIR", help="The model folder to score.")] = "",
     output: Annotated[str, typer.Option(metavar="FILE", help="Where the scores go, as JSON.")] = "",
-) -> Action:
+    debug: Debug = False,
+) -> None:
     """Score any model folder on the configuration's sets, beside the oracle if there is one."""
-
-    def action(terminal: Terminal) -> None:
+    with reporting(debug) as terminal:
         if not model:
             raise ConfigError("--model: missing, allowed: a model folder")
         cfg = load_config(config, overrides)
@@ -170,22 +177,18 @@ def evaluate(
 
         scores = evaluate_model(cfg, ModelConfig(path=model), terminal)
         terminal.scores(scores, terminal_labels())
-        target = Path(
-            output or f"scores-{Path(model).resolve().parent.name}-{Path(model).name}.json"
-        )
+        if not output:
+            output = f"scores-{Path(model).resolve().parent.name}-{Path(model).name}.json"
         content = {"schema": 1, "models": scores, "versions": versions(scores.values())}
-        target.write_text(json.dumps(content, indent=2, allow_nan=False), encoding="utf-8")
-        terminal.say(f"Scores: {target}")
-
-    return action
+        text = json.dumps(content, indent=2, allow_nan=False)
+        Path(output).write_text(text, encoding="utf-8")
+        terminal.say(f"Scores: {output}")
 
 
 @app.command()
-@guarded()
-def report(run_dir: RunDir) -> Action:
+def report(run_dir: RunDir, debug: Debug = False) -> None:
     """Rebuild a run's page, report.html, from the files beside it."""
-
-    def action(terminal: Terminal) -> None:
+    with reporting(debug) as terminal:
         from pipelines.report.page import RUN_FILES, write_report
         from pipelines.storage.output import open_output
 
@@ -194,34 +197,27 @@ def report(run_dir: RunDir) -> Action:
             output.upload_file(write_report(folder))
         terminal.say(f"Report: {output.url}/report.html")
 
-    return action
-
 
 @app.command()
-@guarded()
-def verify(run_dir: RunDir) -> Action:
+def verify(run_dir: RunDir, debug: Debug = False) -> None:
     """Compare every file of a run with the digests in its manifest; exit code 1 names what differs.
 
-    The manifest itself, the page, the log and MLflow's store have no digest. A manifest is not signed: keep a copy of
-    it elsewhere if somebody might write a new one.
+    The manifest itself, the page, the log and MLflow's store have no digest. A manifest is not
+    signed: keep a copy of it elsewhere if somebody might write a new one.
     """
-
-    def action(terminal: Terminal) -> None:
+    with reporting(debug) as terminal:
         from pipelines.storage.output import open_output
         from pipelines.storage.verify import differences
 
-        found = differences(open_output(run_dir, "RUN_DIR"))
-        for line in found:
+        lines = differences(open_output(run_dir, "RUN_DIR"))
+        for line in lines:
             terminal.say(line)
-        if found:
+        if lines:
             raise typer.Exit(1)
         terminal.say(f"Verified: {run_dir}")
 
-    return action
-
 
 @app.command()
-@guarded()
 def make_data(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="New folder for the five JSONL files.")
@@ -232,28 +228,24 @@ def make_data(
         int, typer.Option(help="Authors that must be forgotten, fewer than --authors.")
     ] = 3,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
-) -> Action:
+    debug: Debug = False,
+) -> None:
     """Write a synthetic deletion problem: forget, retain, holdout, utility and general sets."""
-
-    def action(terminal: Terminal) -> None:
+    with reporting(debug) as terminal:
+        sizes = {"authors": authors, "questions": questions, "forget": forget}
         try:
-            counts = write_problem(
-                folder, authors=authors, questions=questions, seed=seed, forget=forget
-            )
+            counts = write_problem(folder, seed=seed, **sizes)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        terminal.say(
-            f"{folder}: " + ", ".join(f"{name} {rows} rows" for name, rows in counts.items())
-        )
-
-    return action
+        sets = ", ".join(f"{name} {rows} rows" for name, rows in counts.items())
+        terminal.say(f"{folder}: {sets}")
 
 
 app.add_typer(deploy.commands.app)
 
 
-def main() -> Any:
-    """Entry point of the console command."""
+def main() -> None:
+    """Run the console command."""
     app(prog_name="ray-unlearn", args=sys.argv[1:])
 
 

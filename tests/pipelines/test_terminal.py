@@ -1,0 +1,57 @@
+"""A command's exceptions become one line on stderr and an exit code; chatter goes to the log."""
+
+import os
+from pathlib import Path
+
+import pytest
+import typer
+
+from pipelines.config.schema import ConfigError
+from pipelines.terminal import reporting
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (ConfigError("seed: missing"), 2, "seed: missing"),
+        (KeyboardInterrupt(), 130, "Stopped. It goes on from the last resume point."),
+        (RuntimeError(" a reason\nand its traceback"), 1, "Failed: RuntimeError: a reason."),
+        (ValueError(), 1, "Failed: ValueError."),
+    ],
+)
+def test_an_exception_is_one_line_and_an_exit_code(
+    error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as exit_, reporting(debug=False, going_on="It goes on"):
+        raise error
+    assert exit_.value.exit_code == code
+    assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_debug_shows_the_exception_itself() -> None:
+    with pytest.raises(ConfigError, match="seed"), reporting(debug=True):
+        raise ConfigError("seed: missing")
+
+
+def test_a_command_chooses_its_own_exit_code() -> None:
+    with pytest.raises(typer.Exit) as exit_, reporting(debug=False):
+        raise typer.Exit(3)
+    assert exit_.value.exit_code == 3
+
+
+def test_a_failure_names_the_log_that_the_chatter_went_to(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "run" / "run.log"
+    with (
+        pytest.raises(typer.Exit),
+        reporting(debug=False) as terminal,
+        terminal.chatter_to(log),
+    ):
+        os.write(1, b"from a library\n")
+        os.write(2, b"and its warning\n")
+        terminal.say("for the user")
+        raise OSError("disk full")
+    assert log.read_text() == "from a library\nand its warning\n"
+    failure = f"Failed: OSError: disk full; the log is {log}."
+    assert capfd.readouterr().err == f"for the user\n{failure}\n"
