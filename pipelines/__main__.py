@@ -62,11 +62,11 @@ def run(config: Config, overrides: Overrides = None, debug: Debug = False) -> No
     """
     with reporting(debug) as terminal:
         cfg = load_config(config, overrides)
-        from pipelines.evaluation.metrics.keys import terminal_labels
+        from pipelines.evaluation.metrics.keys import terminal_titles
         from pipelines.unlearn import unlearn
 
         folder = unlearn(cfg, terminal)
-        terminal.scores(folder.scores()["models"], terminal_labels())
+        terminal.scores(folder.scores()["models"], terminal_titles())
         terminal.say(f"Report: {folder.output.url}/report.html")
 
 
@@ -172,11 +172,11 @@ def evaluate(
         if not model:
             raise ConfigError("--model: missing, allowed: a model folder")
         cfg = load_config(config, overrides)
-        from pipelines.evaluation.metrics.keys import terminal_labels, versions
+        from pipelines.evaluation.metrics.keys import terminal_titles, versions
         from pipelines.unlearn import evaluate_model
 
         scores = evaluate_model(cfg, ModelConfig(path=model), terminal)
-        terminal.scores(scores, terminal_labels())
+        terminal.scores(scores, terminal_titles())
         if not output:
             output = f"scores-{Path(model).resolve().parent.name}-{Path(model).name}.json"
         content = {"schema": 1, "models": scores, "versions": versions(scores.values())}

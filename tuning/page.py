@@ -7,9 +7,10 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from pipelines.evaluation.metrics.keys import metric_of
 from pipelines.report.curves import SOFT, svg
 from tuning.record import TrialRecord, as_configured
-from tuning.score import OF_CLASSES, Constraint, Score, pareto_front
+from tuning.score import OF_CLASSES, OWN_WORDS, Constraint, Score, pareto_front
 from tuning.space import to_optuna
 
 BLUE, GREEN, ORANGE, GREY = "#0072b2", "#009e73", "#d55e00", "#b6bcc5"
@@ -26,6 +27,8 @@ def write_page(
     """Write `search.html` into the search's folder."""
     scored = {number: own.score for number, own in sorted(trials.items()) if own.score is not None}
     front, configured = pareto_front(scored), as_configured(trials)
+    of_classes = OF_CLASSES[0] in references["before"]
+    compared = OF_CLASSES if of_classes else OWN_WORDS
     text = resources.files("tuning").joinpath("search.html.jinja").read_text(encoding="utf-8")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -37,7 +40,8 @@ def write_page(
         configured=configured,
         constraints=[str(own) for own in constraints],
         has_oracle="oracle" in references,
-        of_classes=OF_CLASSES[0] in references["before"],
+        of_classes=of_classes,
+        compared=[metric_of(key).label for key in compared],
         fields=Score._fields,
         keys=list(dict.fromkeys(key for own in trials.values() for key in own.values)),
         trade_off=_trade_off(

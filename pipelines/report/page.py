@@ -8,8 +8,10 @@ other host for anything. The verdict is `pipelines.evaluation.verdict`'s. Python
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,39 +19,17 @@ from jinja2 import Environment, StrictUndefined
 
 from pipelines.config.load import load_config
 from pipelines.config.schema import ConfigError, UnlearnConfig
+from pipelines.evaluation.metrics.keys import ROUNDINGS, metric_of
 from pipelines.evaluation.metrics.membership import chance_gap
+from pipelines.evaluation.metrics.metric import Metric
+from pipelines.evaluation.metrics.table import METRICS
 from pipelines.evaluation.verdict import MIN_GAP, RULE, Entry, verdict
 from pipelines.report.curves import loss_curves, relearn_curve
 from pipelines.storage.run_folder import read_json, read_text
 
-RUN_FILES = (
-    "config.yaml",
-    "scores.json",
-    "losses.jsonl",
-    "manifest.json",
-)  # what the page is made from
+# What the page is made from.
+RUN_FILES = ("config.yaml", "scores.json", "losses.jsonl", "manifest.json")
 KEPT_SETS = ("retain", "general", "utility")
-COST_KEYS = (
-    "solve_s",
-    "train_s",
-    "evaluate_s",
-    "tokens",
-    "tokens_per_s",
-    "peak_memory_bytes",
-    "num_workers",
-)
-MANIFEST_KEYS = (
-    "created",
-    "versions",
-    "python",
-    "machine",
-    "seed",
-    "model",
-    "mlflow",
-    "git_commit",
-    "files",
-    "strengths",
-)
 
 
 class Run(NamedTuple):
@@ -64,10 +44,12 @@ class Run(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One score of all models. `reached`: percent of the way to the oracle, or of what was there before."""
+    """One score of all models."""
 
+    group: str  # what precedes the metric in the score's key; "" for the whole model
+    metric: Metric
     values: dict[str, float | None]
-    reached: int | None
+    reached: int | None  # percent of the way to the oracle, or of what was there before
 
 
 def write_report(run_dir: Path) -> Path:
@@ -77,15 +59,13 @@ def write_report(run_dir: Path) -> Path:
         ConfigError: a file is missing or is not what `ray-unlearn run` writes.
     """
     run = read_run(run_dir)
-    text = (
-        resources.files("pipelines.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    )
-    template = Environment(
+    template = resources.files("pipelines.report").joinpath("page.html.jinja")
+    environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(text)
-    page = template.render(number=format_number, ordered=_ordered, **_view(run))
+    )
+    page = environment.from_string(template.read_text(encoding="utf-8"))
     path = run_dir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page.render(number=format_number, **_view(run)), encoding="utf-8")
     return path
 
 
@@ -97,18 +77,21 @@ def read_run(run_dir: Path) -> Run:
     models = scores.get("models")
     if not isinstance(models, dict) or not {"before", "after"} <= models.keys():
         raise ConfigError(
-            f"{run_dir / 'scores.json'}: models: found no 'before' and 'after', allowed: both, and oracle"
+            f"{run_dir / 'scores.json'}: models: found no 'before' and 'after', "
+            "allowed: both, and oracle"
         )
     path = run_dir / "losses.jsonl"
-    lines = [] if config.train.steps == 0 and not path.exists() else read_text(path).splitlines()
+    lines: list[str] = []
+    if config.train.steps or path.exists():
+        lines = read_text(path).splitlines()
     losses, torn_lines = read_losses(lines)
     return Run(config, config_text, scores, losses, torn_lines, manifest)
 
 
 def read_losses(lines: Iterable[str]) -> tuple[list[dict[str, Any]], int]:
-    """One entry a step, in order, and the number of unreadable lines.
+    """Return one entry a step, in order, and the number of unreadable lines.
 
-    A run that was killed and restarted repeats steps (the last counts) and may leave a line torn in the middle.
+    A run that was killed and restarted repeats steps (the last counts) and may leave a torn line.
     """
     steps: dict[int, dict[str, Any]] = {}
     torn_lines = 0
@@ -122,83 +105,87 @@ def read_losses(lines: Iterable[str]) -> tuple[list[dict[str, Any]], int]:
 
 
 def format_number(value: float | None) -> str:
-    """Three digits that count; an absent number is a dash."""
+    """Write a number with the three digits that count; an absent one is a dash."""
     if value is None:
         return "\u2013"
-    if value != 0 and (abs(value) < 0.001 or abs(value) >= 1e6):
+    size = abs(value)
+    if value != 0 and (size < 0.001 or size >= 1e6):
         return f"{value:.1e}"
-    digits = next(
-        (digits for limit, digits in ((1.05, 3), (10, 2), (1000, 1)) if abs(value) < limit), 0
-    )
-    return f"{value:,.{digits}f}"
-
-
-def _ordered(keys: Iterable[str], order: Iterable[str]) -> list[str]:
-    """Known keys in the given order, then the others in their own."""
-    keys, order = list(keys), list(order)
-    return [key for key in order if key in keys] + [key for key in keys if key not in order]
+    for limit, digits in ((1.05, 3), (10, 2), (1000, 1)):
+        if size < limit:
+            return f"{value:.{digits}f}"
+    return f"{value:,.0f}"
 
 
 def chance_margin(forget_rows: int, holdout_rows: int) -> float:
-    """How far from 0.5 an AUC strays by chance in 95 of 100 cases."""
+    """Return how far from 0.5 an AUC strays by chance in 95 of 100 cases."""
     return 1.96 * chance_gap(forget_rows, holdout_rows)
 
 
 def _view(run: Run) -> dict[str, Any]:
-    """All that the template shows, computed; the words are the template's."""
-    models = {
-        name: entry
-        for name in ("before", "after", "oracle")
-        if (entry := run.scores["models"].get(name))
-    }
+    """Compute all that the template shows; the words are the template's and METRICS'."""
+    models: dict[str, Entry] = {}
+    for name in ("before", "after", "oracle"):
+        if run.scores["models"].get(name):
+            models[name] = run.scores["models"][name]
     sets = run.manifest.get("sets") or {}
     rows = {name: entry["rows"] for name, entry in sets.items() if entry.get("rows")}
-    scored = {
-        name: min(count, run.config.evaluation.max_rows or count) for name, count in rows.items()
-    }
+    margin = None
+    if {"forget", "holdout"} <= rows.keys():
+        most = run.config.evaluation.max_rows or max(rows.values())
+        margin = chance_margin(min(rows["forget"], most), min(rows["holdout"], most))
+    scores = _scores(models)
     return {
         "cfg": run.config,
         "config_text": run.config_text,
-        "manifest": dict.fromkeys(MANIFEST_KEYS) | run.manifest,
+        # A key that a run did not write is None.
+        "manifest": defaultdict(lambda: None, run.manifest),
+        "cost": defaultdict(lambda: None, run.scores.get("cost") or {}),
         "sets": sets,
         "rows": rows,
         "models": list(models),
-        "groups": _groups(models),
+        "scores": scores,
+        "roundings": ROUNDINGS,
+        "decisive": [m.decisive for m in METRICS if m.decisive and m.key("forget") in scores],
         "verdict": verdict(run.scores),
         "rule": RULE,
-        "cost": dict.fromkeys(COST_KEYS) | (run.scores.get("cost") or {}),
         "curves": loss_curves(run.losses),
-        "relearning": relearn_curve(
-            {name: entry for name, entry in models.items() if name != "before"}
-        ),
+        "relearning": relearn_curve(models),
         "steps": len(run.losses),
         "torn_lines": run.torn_lines,
-        "margin": chance_margin(scored["forget"], scored["holdout"])
-        if {"forget", "holdout"} <= scored.keys()
-        else None,
+        "margin": margin,
     }
 
 
-def _groups(models: Mapping[str, Entry]) -> dict[str, dict[str, Row]]:
-    """Scores by what stands before the first dot of their key ('' for none), then by the rest of the key."""
-    groups: dict[str, dict[str, Row]] = {}
-    for key in dict.fromkeys(key for entry in models.values() for key in entry):
-        group, _, metric = key.rpartition(".") if key.count(".") < 2 else key.partition(".")
-        values = {name: entry.get(key) for name, entry in models.items()}
-        groups.setdefault(group, {})[metric] = Row(values, _reached(group, metric, values))
-    return groups
+def _scores(models: Mapping[str, Entry]) -> dict[str, Row]:
+    """Return each score by its key, in the order of METRICS; those of no metric come last."""
+    scores: dict[str, Row] = {}
+    for key in dict.fromkeys(chain(*models.values())):
+        group, dot, name = key.partition(".")
+        if not dot:
+            group, name = "", key
+        try:
+            metric = metric_of(key)
+        except KeyError:
+            # Of another version. As a distance it is drawn on no axis.
+            metric = Metric(name=name, label=name.replace("_", " "), help="", unit="distance")
+        values = {model: entry.get(key) for model, entry in models.items()}
+        scores[key] = Row(group, metric, values, _reached(group, metric, values))
+
+    def place(key: str) -> int:
+        metric = scores[key].metric
+        return METRICS.index(metric) if metric in METRICS else len(METRICS)
+
+    return {key: scores[key] for key in sorted(scores, key=place)}
 
 
-def _reached(group: str, metric: str, values: Entry) -> int | None:
-    before, after, oracle = (values.get(name) for name in ("before", "after", "oracle"))
+def _reached(group: str, metric: Metric, values: Entry) -> int | None:
+    before, after, oracle = values["before"], values["after"], values.get("oracle")
     if before is None or after is None:
         return None
     if group in ("forget", "mia") and oracle is not None and abs(before - oracle) >= MIN_GAP:
         return round(100 * (before - after) / (before - oracle))
-    if (
-        (group in KEPT_SETS or metric == "model_utility")
-        and metric not in ("loss", "perplexity")
-        and before > 0
-    ):
+    is_kept = metric.unit == "share" and (group in KEPT_SETS or group in metric.kept)
+    if is_kept and before > 0:
         return math.floor(100 * after / before + 1e-9)
     return None

@@ -194,7 +194,7 @@ def test_a_share_of_texts_is_forgotten_from_the_command_line(
     ]
     code, told = command_here("run", "rfa_text", *shared, *options)
     assert code == 0, told
-    assert "Unseen rows: accuracy" in told
+    assert "General: accuracy" in told
     results = json.loads((tmp_path / "out" / "scores.json").read_text())["models"]
     assert set(results["after"]) >= {"forget.accuracy", "mia.loss", "mia_efficacy"}
     assert results["before"]["general.accuracy"] > 0.9

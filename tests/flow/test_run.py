@@ -35,7 +35,7 @@ def run_dir(
     done = command("run", "quick", *overrides, f"output_dir={folder}/out", *settings)
     assert done.returncode == 0, done.stderr
     assert "Report:" in done.stderr
-    assert "General knowledge: probability" in done.stderr
+    assert "General: probability" in done.stderr
     assert done.stdout == ""
     return folder / "out"
 

@@ -28,6 +28,16 @@ ROUNDINGS = (
 )
 
 
+# What a key begins with, in the terminal's order, and its words there.
+TERMINAL_GROUPS = {
+    "forget": "forget",
+    "mia": "membership inference, AUC",
+    "retain": "retain",
+    "general": "general",
+    "": "",
+}
+
+
 def metric_of(key: str) -> Metric:
     """Return the metric of a score file's key, without its rounding.
 
@@ -35,7 +45,7 @@ def metric_of(key: str) -> Metric:
         KeyError: the table has no such metric.
     """
     head, _, rest = key.partition(".")
-    if head in [rounding.name for rounding in ROUNDINGS]:
+    if any(head == rounding.name for rounding in ROUNDINGS):
         return metric_of(rest)
     if head in SET_NAMES:
         return BY_NAME[rest]
@@ -46,22 +56,24 @@ def metric_of(key: str) -> Metric:
 
 def versions(models: Iterable[Mapping[str, float | None]]) -> dict[str, int]:
     """Return the version of every metric and rounding in these entries of a score file, by name."""
-    keys = {key for entry in models for key in entry}
-    found = {metric.name: metric.version for metric in map(metric_of, keys)}
-    for rounding in ROUNDINGS:
-        if any(key.startswith(f"{rounding.name}.") for key in keys):
-            found[rounding.name] = rounding.version
-    return dict(sorted(found.items()))
+    by_name: dict[str, int] = {}
+    for key in set().union(*models):
+        metric = metric_of(key)
+        by_name[metric.name] = metric.version
+        for rounding in ROUNDINGS:
+            if key.startswith(f"{rounding.name}."):
+                by_name[rounding.name] = rounding.version
+    return dict(sorted(by_name.items()))
 
 
-def terminal_labels() -> dict[str, str]:
-    """Return the keys that the terminal shows, with their labels, set by set."""
-    labels: dict[str, str] = {}
-    for group in ("forget", "mia", "retain", "general", ""):
+def terminal_titles() -> dict[str, str]:
+    """Return the keys that the terminal shows, with their titles, set by set."""
+    titles: dict[str, str] = {}
+    for group, words in TERMINAL_GROUPS.items():
         for metric in METRICS:
             if group in metric.terminal:
-                labels[metric.key(group)] = metric.terminal[group]
-    return labels
+                titles[metric.key(group)] = metric.title(words)
+    return titles
 
 
 def searched(part: str) -> list[str]:

@@ -15,11 +15,11 @@ class Metric:
     """One metric. `name` is its key in a score file, after the set where it is measured on each set."""
 
     name: str
-    label: str
+    label: str  # as inside a sentence
     help: str
-    # What a model that remembers the forget set scores; "neither" where the aim is a value of its own.
+    # What a model that remembers the forget set scores; "neither" where only the distance counts.
     remembered: Literal["higher", "lower", "neither"] = "higher"
-    # Shares lie in [0, 1], where 1 is the most; the page draws them on one axis.
+    # The page draws shares and AUCs, which lie in [0, 1].
     unit: Unit = "share"
     version: int = 1  # rises when the metric's value can change
     absent: str = "not measured, or not a finite number"  # why a score file may hold no number
@@ -34,8 +34,8 @@ class Metric:
     # Whether a model's entry has this metric of the model at all.
     applies: Callable[[RowsBySet, RowsBySet | None], bool] = gives_answers
 
-    # The terminal's label, by what precedes the metric in a key: a set, "mia", or "" for the whole model.
-    terminal: Mapping[str, str] = field(default_factory=dict[str, str])
+    # The terminal shows it for these sets, or as an attack ("mia"), or for the whole model ("").
+    terminal: tuple[str, ...] = ()
     judged: bool = False  # the verdict counts it, of the forget set where it is measured on sets
     # While it is nearer to the original nothing counts as forgotten; the words that name it then.
     decisive: str = ""
@@ -44,8 +44,13 @@ class Metric:
     is_utility: bool = False  # the search's `utility`; a verdict names it always
     # The part of the search's `distance` that it is.
     search: Literal["own words", "other words", "classes"] | None = None
-    is_verbatim: bool = False  # about the words of single answers, which nothing else must keep
+    is_verbatim: bool = False  # about the words of single answers, which no other set must keep
 
     def key(self, set_name: str) -> str:
         """Return its key in a score file: of this set, or of the whole model where it is measured on that."""
         return f"{set_name}.{self.name}" if self.of_set else self.name
+
+    def title(self, group: str = "") -> str:
+        """Return the label as the beginning of a line, after the set or attack that it is of."""
+        text = f"{group}: {self.label}" if group else self.label
+        return text[0].upper() + text[1:]

@@ -8,7 +8,7 @@ from pipelines.evaluation.metrics.formulas import attack_auc, mean_of, probabili
 from pipelines.evaluation.metrics.metric import Metric
 from pipelines.evaluation.metrics.relearning import steps_to_relearn
 
-NEEDS_ORACLE = "needs the retrained oracle"
+NEEDS_ORACLE = "compares with the retrained oracle"
 NEEDS_FACTS = "the data does not say which words are the facts"
 NEEDS_PARAPHRASES = "the data has no paraphrases"
 NEEDS_HOLDOUT = "needs a holdout set"
@@ -18,18 +18,18 @@ NEEDS_HOLDOUT = "needs a holdout set"
 METRICS = (
     Metric(
         name="extraction_strength",
-        label="Extraction strength",
-        help="share of an answer the model completes word for word from its beginning",
+        label="extraction strength",
+        help="share of an answer that the model completes word for word from its beginning",
         of_answer=lambda answer: memorization.extraction_strength(answer.body.is_argmax),
         of_set=mean_of("extraction_strength"),
-        terminal={"forget": "Forget: extraction strength"},
+        terminal=("forget",),
         judged=True,
         decisive="extraction strength",
         is_verbatim=True,
     ),
     Metric(
         name="exact_memorization",
-        label="Exact memorisation",
+        label="exact memorisation",
         help="share of an answer's tokens that are the model's first choice",
         of_answer=lambda answer: memorization.exact_memorization(answer.body.is_argmax),
         of_set=mean_of("exact_memorization"),
@@ -38,14 +38,10 @@ METRICS = (
     ),
     Metric(
         name="probability",
-        label="Probability",
+        label="probability",
         help="how likely the labelled answer is to the model, per token",
         of_set=probability_of("loss"),
-        terminal={
-            "forget": "Forget: probability of the answer",
-            "retain": "Retain: probability of the answer",
-            "general": "General knowledge: probability",
-        },
+        terminal=("forget", "retain", "general"),
         judged=True,
         kept={
             "retain": "the retained answers' probability",
@@ -57,8 +53,8 @@ METRICS = (
     ),
     Metric(
         name="probability_paraphrased",
-        label="Probability, paraphrased",
-        help="the same, put in other words",
+        label="probability, paraphrased",
+        help="probability when the question is put in other words",
         absent=NEEDS_PARAPHRASES,
         of_set=probability_of("loss_paraphrased"),
         judged=True,
@@ -67,23 +63,23 @@ METRICS = (
     ),
     Metric(
         name="fact_recall",
-        label="Fact recall",
+        label="fact recall",
         help="share of answers whose fact the model would complete word for word, "
         "given the words before it",
         absent=NEEDS_FACTS,
         of_set=mean_of("fact_recall"),
-        terminal={"forget": "Forget: fact recall", "retain": "Retain: fact recall"},
+        terminal=("forget", "retain"),
         judged=True,
         decisive="fact recall",
         search="own words",
     ),
     Metric(
         name="fact_recall_paraphrased",
-        label="Fact recall, paraphrased",
-        help="the same, asked in other words",
+        label="fact recall, paraphrased",
+        help="fact recall when the question is put in other words",
         absent=NEEDS_FACTS,
         of_set=mean_of("fact_recall_paraphrased"),
-        terminal={"forget": "Forget, asked in other words: fact recall"},
+        terminal=("forget",),
         judged=True,
         search="other words",
     ),
@@ -92,7 +88,7 @@ METRICS = (
         label="ROUGE-L",
         help="how much of the labelled answer the model says when asked; easy to fool",
         of_set=mean_of("rouge"),
-        terminal={"forget": "Forget: ROUGE-L recall", "retain": "Retain: ROUGE-L recall"},
+        terminal=("forget", "retain"),
         judged=True,
         kept={
             "retain": "the retained answers' wording",
@@ -102,15 +98,15 @@ METRICS = (
     Metric(
         name="rouge_paraphrased",
         label="ROUGE-L, paraphrased",
-        help="the same, asked in other words",
+        help="ROUGE-L when the question is put in other words",
         absent=NEEDS_PARAPHRASES,
         of_set=mean_of("rouge_paraphrased"),
-        terminal={"forget": "Forget, asked in other words: ROUGE-L"},
+        terminal=("forget",),
         judged=True,
     ),
     Metric(
         name="truth_ratio",
-        label="Truth ratio",
+        label="truth ratio",
         help="right answers against wrong ones; on the forget set 1 = cannot tell them apart, "
         "elsewhere 1 = right ones win",
         remembered="lower",
@@ -120,14 +116,10 @@ METRICS = (
     ),
     Metric(
         name="accuracy",
-        label="Accuracy",
-        help="share of rows classified rightly",
+        label="accuracy",
+        help="share of rows that are given the right class",
         of_set=mean_of("accuracy"),
-        terminal={
-            "forget": "Forget: accuracy",
-            "retain": "Retain: accuracy",
-            "general": "Unseen rows: accuracy",
-        },
+        terminal=("forget", "retain", "general"),
         judged=True,
         decisive="accuracy",
         kept={
@@ -139,8 +131,8 @@ METRICS = (
     ),
     Metric(
         name="loss",
-        label="Loss",
-        help="mean negative log-likelihood of an answer",
+        label="loss",
+        help="mean negative log-likelihood of an answer's tokens, in nats",
         remembered="lower",
         unit="nats",
         of_answer=lambda answer: likelihood.loss(answer.tokens.log_probability),
@@ -148,16 +140,16 @@ METRICS = (
     ),
     Metric(
         name="perplexity",
-        label="Perplexity",
-        help="exponential of the loss over all tokens",
+        label="perplexity",
+        help="exponential of the loss over the tokens of all answers",
         remembered="lower",
         unit="perplexity",
         of_set=formulas.perplexity,
     ),
     Metric(
         name="entropy",
-        label="Entropy",
-        help="of the next token, mean over an answer's tokens; rises where the model is unsure",
+        label="entropy",
+        help="how unsure the model is of the next token, in nats, mean over an answer's tokens",
         remembered="lower",
         unit="nats",
         of_answer=likelihood.entropy,
@@ -165,23 +157,23 @@ METRICS = (
     ),
     Metric(
         name="mia.min_k",
-        label="Min-k %",
-        help="looks at each answer's least likely tokens",
+        label="min-k %",
+        help="an attack by each answer's least likely tokens",
         unit="AUC",
         absent=NEEDS_HOLDOUT,
         of_answer=lambda answer: membership.min_k(answer.body.log_probability),
         reads="min_k",
         of_model=attack_auc("min_k"),
         applies=formulas.answers_can_be_attacked,
-        terminal={"mia": "Membership inference, min-k AUC"},
+        terminal=("mia",),
         judged=True,
         decisive="the min-k attack",
         search="own words",
     ),
     Metric(
         name="mia.min_k_plus_plus",
-        label="Min-k %++",
-        help="the same, relative to the model's own spread",
+        label="min-k %++",
+        help="min-k %, relative to the spread of the model's predictions",
         unit="AUC",
         absent=NEEDS_HOLDOUT,
         of_answer=lambda answer: membership.min_k_plus_plus(
@@ -194,8 +186,8 @@ METRICS = (
     ),
     Metric(
         name="mia.loss",
-        label="Loss",
-        help="looks at the answer's loss",
+        label="loss",
+        help="an attack by each row's loss",
         unit="AUC",
         absent=NEEDS_HOLDOUT,
         of_model=attack_auc("loss"),
@@ -204,8 +196,8 @@ METRICS = (
     ),
     Metric(
         name="mia.zlib",
-        label="Zlib",
-        help="loss relative to how far the text compresses",
+        label="zlib",
+        help="an attack by the loss relative to how far the text compresses",
         unit="AUC",
         absent=NEEDS_HOLDOUT,
         of_answer=lambda answer: membership.zlib_score(
@@ -218,17 +210,18 @@ METRICS = (
     ),
     Metric(
         name="mia.reference",  # contains the oracle itself, so the verdict does not count it
-        label="Reference",
-        help="loss relative to the oracle's",
+        label="reference",
+        help="an attack by the loss relative to the oracle's",
         unit="AUC",
         absent=NEEDS_ORACLE,
         of_model=formulas.reference_auc,
     ),
     Metric(
         name="forget_quality",
-        label="Forget quality",
-        help="Kolmogorov-Smirnov p-value against the oracle's truth ratios; under 0.05 they differ, "
-        "above it few rows may hide that they do",
+        label="forget quality",
+        help="p-value that the truth ratios are distributed as the oracle's "
+        "(Kolmogorov-Smirnov); under 0.05 they differ, above it few rows may hide that "
+        "they do",
         remembered="neither",
         unit="p-value",
         absent=NEEDS_ORACLE,
@@ -237,7 +230,7 @@ METRICS = (
     Metric(
         name="privleak",
         label="PrivLeak",
-        help="min-k attack against the oracle's, in percent; aim 0, below: remembered, "
+        help="the min-k attack against the oracle's, in percent; aim 0, below: remembered, "
         "above: over-forgotten",
         remembered="lower",
         unit="percent",
@@ -252,13 +245,13 @@ METRICS = (
         remembered="lower",
         of_model=formulas.mia_efficacy,
         applies=formulas.gives_classes,
-        terminal={"": "Attack: share of forget rows called unseen"},
+        terminal=("",),
         judged=True,
         search="classes",
     ),
     Metric(
         name="activation_distance",
-        label="Activation distance",
+        label="activation distance",
         help="between this model's and the oracle's class probabilities on the forget set; aim 0",
         remembered="neither",
         unit="distance",
@@ -267,9 +260,9 @@ METRICS = (
     ),
     Metric(
         name="feature_distance",
-        label="Feature distance",
+        label="feature distance",
         help="between the last block's features and the oracle's on the forget set, relative; "
-        "weak evidence",
+        "aim 0, weak evidence",
         remembered="neither",
         unit="distance",
         of_model=formulas.feature_distance,
@@ -277,29 +270,30 @@ METRICS = (
     ),
     Metric(
         name="model_utility",
-        label="Model utility",
-        help="harmonic mean over the retain and general sets; aim: as before",
+        label="model utility",
+        help="harmonic mean of probability, ROUGE-L and truth ratio on the retain and general "
+        "sets; aim: as before",
         remembered="neither",
         absent="needs probability, ROUGE-L and truth ratio of both the retain and the general set",
         of_model=formulas.model_utility,
-        terminal={"": "Model utility"},
+        terminal=("",),
         kept={"": "model utility"},
     ),
     Metric(
         name="relearn.probability",
-        label="Probability, relearned",
+        label="probability, relearned",
         help="probability of the half of the forget set that is not fine-tuned on",
         of_curve=probability_of("loss"),
     ),
     Metric(
         name="relearn.fact_recall",
-        label="Fact recall, relearned",
+        label="fact recall, relearned",
         help="fact recall of the half of the forget set that is not fine-tuned on",
         of_curve=mean_of("fact_recall"),
     ),
     Metric(
         name="relearn.steps",
-        label="Steps",
+        label="steps",
         help="until the probability of the other half is halfway back to the original's",
         remembered="lower",
         unit="steps",

@@ -1,3 +1,4 @@
+import html
 import json
 import re
 from pathlib import Path
@@ -6,9 +7,12 @@ from typing import Any
 import pytest
 
 from pipelines.config.schema import ConfigError
+from pipelines.evaluation.metrics import summarise
+from pipelines.evaluation.metrics.keys import metric_of
 from pipelines.evaluation.metrics.table import METRICS
 from pipelines.evaluation.verdict import verdict
 from pipelines.report.page import chance_margin, format_number, read_losses, write_report
+from tests.pipelines.evaluation.metrics.test_summary import full_samples
 
 # The scores that the verdict counts of a language model.
 FORGET_SCORES = [
@@ -304,7 +308,7 @@ def test_absent_scores_are_dashes_with_their_reason(tmp_path: Path) -> None:
         before=forget_entry(0.9, forget_quality=None), after=forget_entry(0.5, forget_quality=None)
     )
     page = write_report(write_run(tmp_path, scores)).read_text(encoding="utf-8")
-    assert '<abbr title="needs the retrained oracle">\u2013' in page
+    assert '<abbr title="compares with the retrained oracle">\u2013' in page
     assert "There was no retrained oracle." in page
 
 
@@ -398,3 +402,24 @@ def test_the_strengths_that_were_tried_are_shown_and_which_was_chosen(tmp_path: 
     assert "<h2>Strength</h2>" not in write_report(write_run(tmp_path, scores)).read_text(
         encoding="utf-8"
     )
+
+
+def test_the_words_of_a_score_are_the_tables(tmp_path: Path) -> None:
+    samples = full_samples()
+    entry = summarise(samples, samples)
+    scores = scores_of(before=entry, after=entry, oracle=entry)
+    page = html.unescape(write_report(write_run(tmp_path, scores)).read_text(encoding="utf-8"))
+    table = page.split("<h2>All scores</h2>")[1]
+    for metric in map(metric_of, entry):
+        direction = "; lower = more remembered" if metric.remembered == "lower" else ""
+        assert f"<td>{metric.title()}<small>{metric.help}{direction}</small></td>" in table
+
+
+def test_only_shares_are_kept_in_percent(tmp_path: Path) -> None:
+    entry = {"retain.probability": 0.94, "retain.entropy": 0.7, "retain.loss": 0.3}
+    page = write_report(write_run(tmp_path, scores_of(before=entry, after=entry))).read_text(
+        encoding="utf-8"
+    )
+    rows = page.split("<h2>All scores</h2>")[1].split("<tr><td>")[1:]
+    kept = {row.split("<")[0]: "100 %" in row for row in rows}
+    assert kept == {"Probability": True, "Loss": False, "Entropy": False}

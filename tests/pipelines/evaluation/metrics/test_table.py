@@ -8,7 +8,7 @@ import pytest
 import pipelines
 from pipelines.config.data import SET_NAMES
 from pipelines.evaluation.metrics import Sample, relearn_scores, summarise
-from pipelines.evaluation.metrics.keys import ROUNDINGS, metric_of, terminal_labels, versions
+from pipelines.evaluation.metrics.keys import ROUNDINGS, metric_of, terminal_titles, versions
 from pipelines.evaluation.metrics.metric import Metric
 from pipelines.evaluation.metrics.table import METRICS
 from tests.pipelines.evaluation.metrics.test_summary import full_samples
@@ -65,9 +65,9 @@ def test_every_row_has_all_that_its_readers_need(metric: Metric) -> None:
         assert (group in SET_NAMES) == (metric.of_set is not None)
 
 
-def test_names_are_unique_and_so_are_the_terminals_labels() -> None:
+def test_names_are_unique_and_so_are_the_terminals_titles() -> None:
     assert len({metric.name for metric in METRICS}) == len(METRICS)
-    assert len(set(terminal_labels().values())) == len(terminal_labels())
+    assert len(set(terminal_titles().values())) == len(terminal_titles())
 
 
 def test_no_other_module_lists_metrics() -> None:
