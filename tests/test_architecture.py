@@ -25,6 +25,7 @@ BEHIND_THE_WALL = {
     "pipelines.training.loop",
     "pipelines.training.strength",
     "pipelines.training.export",
+    "pipelines.evaluation.scorer",
     "pipelines.evaluation.text_scorer",
     "pipelines.evaluation.class_scorer",
     "pipelines.evaluation.attacks",

@@ -5,6 +5,7 @@ The driver imports none of what models take: that is in `tuning.workbench`, on t
 
 import json
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def share_work(cfg: UnlearnConfig, space: Space, sets: Sets, terminal: Terminal)
         kept_rows=rows_of(kept, cfg.train.retain_batch_size),
         forget_rows=rows_of(sets.forget, forget_batch_size),
         holdout_rows=holdout,
-        scored_rows=[piece.rows for piece in pieces_of(cfg, scored_sets(sets))],
+        scored_rows=list(chain(*pieces_of(cfg, scored_sets(sets)).values())),
     )
     return shared._replace(statistics=_collect_on_workers(shared, terminal))
 

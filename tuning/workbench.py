@@ -21,8 +21,10 @@ import torch
 from pipelines.config.load import changed_keys
 from pipelines.config.schema import UnlearnConfig
 from pipelines.encoding.labelled import build_encoder
-from pipelines.evaluation.metrics import Sample, summarise
-from pipelines.evaluation.text_scorer import Scorer
+from pipelines.evaluation.metrics import summarise
+from pipelines.evaluation.scored_model import ScoredModel
+from pipelines.evaluation.scorer import Samples
+from pipelines.evaluation.text_scorer import TextScorer
 from pipelines.model.load import build_alignment, load_base
 from pipelines.training.job import learning_rate_at
 from pipelines.training.loop import kept_tokens
@@ -37,6 +39,7 @@ from rfa.targets import FeatureSums, ModuleTarget, Targets, fit_target
 from tuning.contracts import RUNGS, Measured, Shared
 
 # Strengths that a trial tries where a similar one says where to begin: telling trials apart needs no more.
+TRIAL = ScoredModel("trial")
 TRIALS_NEAR_BY = 2
 
 ModuleSums = dict[str, FeatureSums]
@@ -69,8 +72,8 @@ class Workbench:
             torch.set_num_threads(max(1, int(cfg.train.cpus_per_worker)))
         self.base = load_base(cfg.model, cfg.train.precision).eval()
         self.base.to(self.device)  # pyright: ignore[reportArgumentType]
-        self._scorer = Scorer(cfg, {})
-        self._scorer.hold("trial", self.base)
+        self._scorer = TextScorer(cfg, {})
+        self._scorer.hold(TRIAL, self.base)
         self._encoder = build_encoder(cfg)
         self._strengths: list[tuple[UnlearnConfig, float]] = []  # that trials have found here
         # Each module's factor takes as much memory as its moments, so those of one pair of weights are kept.
@@ -232,11 +235,10 @@ class Workbench:
         return total
 
     def _scores(self) -> dict[str, float | None]:
-        scored: list[Any] = []
+        samples: Samples = {}
         for table in self.shared.scored_rows:
-            scored += self._scorer.score("trial", ray.get(table))
-        scored.sort(key=lambda row: (row[0], row[1]))  # by set, then by row
-        return summarise([Sample(**fields) for _, _, fields in scored])
+            samples |= self._scorer.score(TRIAL, ray.get(table))
+        return summarise([samples[row] for row in sorted(samples)])
 
     @functools.cached_property
     def _statistics(self) -> Statistics:

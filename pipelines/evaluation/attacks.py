@@ -14,13 +14,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pipelines.data.rows import content_hash
-from pipelines.evaluation.metrics.keys import ROUNDINGS
 from pipelines.evaluation.metrics.relearning import STEPS
 from pipelines.model.answers import AnswerTraining
 from rfa.adapters import find_blocks
 from rfa.batch import Row, collate
 
-BITS = {rounding.name: rounding.bits for rounding in ROUNDINGS}
 GROUP = 32  # inputs that share a step; of metrics.md's 4-bit forms (Robustness: quantised) the group-wise int4
 # Small beside finetune.learning_rate's 2e-4: the attack of metrics.md (Robustness: relearn_curve) uncovers, the steps
 # alone should not teach.

@@ -1,257 +1,213 @@
-"""What a worker measures of a row under a model: teacher-forced likelihoods and greedy answers, batched.
-
-A model's name may carry what is done to it once it is loaded: `after:quantised_4bit`, `after:relearn`.
+"""Score rows under a language model: teacher-forced likelihoods and greedy answers, batched.
 
 Shapes: B rows, T tokens (of a batch, or of an answer with EOS), N answer tokens, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
-from transformers import PreTrainedModel
 
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.encoding.text import Encoder
-from pipelines.evaluation.attacks import BITS, halves, quantise_blocks_, relearn_
+from pipelines.evaluation.attacks import halves, relearn_
 from pipelines.evaluation.metrics import TokenStatistics, sample_scores
 from pipelines.evaluation.metrics.forward import token_statistics
 from pipelines.evaluation.metrics.memorization import fact_recall
 from pipelines.evaluation.metrics.text import rouge_f1, rouge_recall
-from pipelines.model.load import load_base
+from pipelines.evaluation.scored_model import Relearned, ScoredModel
+from pipelines.evaluation.scorer import Samples, Scorer, samples_of
 from rfa.batch import Row, collate
-from rfa.features import BlockRunner
 
-PARAPHRASED = ("forget",)  # sets also asked in other words
-TRUTH_RATIO = (
-    "forget",
-    "retain",
-    "general",
-)  # sets whose wrong answers are weighed against the right one
-GENERATED = (
-    "forget",
-    "retain",
-    "general",
-)  # sets whose greedy answers are compared with the right one
-FACT_RECALL = {
-    "answer": "fact_recall",
-    "loss_paraphrased": "fact_recall_paraphrased",
-}  # by kind of text
-QUICK = tuple(FACT_RECALL)  # kinds of text that `evaluation.quick` leaves
+# Sets that are also asked in other words.
+PARAPHRASED = ("forget",)
+# Sets whose wrong answers are weighed against the right one.
+TRUTH_RATIO = ("forget", "retain", "general")
+# Sets whose greedy answers are compared with the right one.
+GENERATED = ("forget", "retain", "general")
+# The number that a text's fact gives, by the kind of text.
+FACT_RECALL = {"answer": "fact_recall", "loss_paraphrased": "fact_recall_paraphrased"}
 VERBATIM_TOKENS = 128  # tokens generated for plain text (open-unlearning, commit d3d7cf9)
 
 
 class Text(NamedTuple):
-    """A prompt with an answer whose likelihood is wanted, what of the row it is, and the answer's fact ('': none)."""
+    """A prompt with an answer whose likelihood is wanted, and the answer's fact ('': none)."""
 
     row: int
-    kind: str
+    kind: str  # the number that its loss is; an "answer" gives more than that
     prompt: str
     answer: str
     fact: str = ""
 
 
-class Scorer:
-    """Scores rows under one model after another, holding one at a time."""
+class Question(NamedTuple):
+    """Tokens that the model continues, and the right continuation."""
 
-    def __init__(self, cfg: UnlearnConfig, models: dict[str, ModelConfig]) -> None:
-        self.cfg, self.models = cfg, models
-        self.device = "cuda" if cfg.train.gpus_per_worker else "cpu"
-        if self.device == "cpu":
-            torch.set_num_threads(max(1, int(cfg.train.cpus_per_worker)))
-        self._loaded: tuple[str, PreTrainedModel, BlockRunner] | None = None
+    input_ids: list[int]
+    answer: str = ""
+    is_text: bool = False  # plain text, continued from its middle
+
+
+class TextScorer(Scorer):
+    """Scores rows that have an answer."""
+
+    def __init__(self, cfg: UnlearnConfig, models: Mapping[str, ModelConfig]) -> None:
+        super().__init__(cfg, models)
         self._encoder = Encoder(cfg.model, cfg.data.system_prompt, cfg.data.max_tokens)
 
-    def hold(self, name: str, model: PreTrainedModel) -> None:
-        """Score a model that is in memory, under that name, as it stands whenever rows are scored."""
-        self._loaded = name, model, BlockRunner(model)
-
-    def score(self, name: str, rows: pa.Table) -> list[tuple[str, int, dict[str, Any]]]:
-        """Set, row number and numbers of each row, under the model of that name."""
-        self._load(name)
-        records = rows.to_pylist()
-        with torch.inference_mode():
-            fields = self._score(records)
-        return [(row["set"], row["row"], own) for row, own in zip(records, fields, strict=True)]
-
     def answers(self, name: str, prompts: Sequence[str]) -> list[str]:
-        """The model's greedy answer to each prompt, as `Encoder.pair` takes it."""
-        self._load(name)
+        """Return the model's greedy answer to each prompt, as `Encoder.pair` takes it."""
+        self.load(ScoredModel(name))
+        questions = [Question(self._encoder.prompt(prompt)) for prompt in prompts]
         with torch.inference_mode():
-            found = dict(
-                self._continue(
-                    [self._encoder.prompt(prompt) for prompt in prompts], [False] * len(prompts)
-                )
-            )
+            answers = self._continue(questions)
         # Without a chat template the space between prompt and answer is not the answer's.
         space = "" if self._encoder.tokenizer.chat_template else " "
-        return [found[index].removeprefix(space) for index in range(len(prompts))]
+        return [answer.removeprefix(space) for answer in answers]
 
-    def relearn(
-        self, name: str, rows: pa.Table
-    ) -> dict[int, list[tuple[str, int, dict[str, Any]]]]:
-        """Teacher-forced numbers of one half of the rows, as `score` gives them, by steps taken on the other half."""
+    def relearn(self, name: str, rows: pa.Table) -> dict[ScoredModel, Samples]:
+        """Return one half's teacher-forced numbers after each of STEPS on the other half."""
         learned, held_out = halves(rows.to_pylist())
         if not held_out:
             return {}
-        model = self._load(name)
-        encoded = [
-            Row(*self._encoder.pair(str(row["prompt"]), str(row["answer"]))) for row in learned
-        ]
-        answers = [_answer(index, row) for index, row in enumerate(held_out)]
-        found: dict[int, list[tuple[str, int, dict[str, Any]]]] = {}
-        for step in relearn_(model, encoded, self._pad, self.cfg.seed):
+        self.load(ScoredModel(name, Relearned(0)))
+        encoded = [Row(*self._encoder.pair(row["prompt"], row["answer"])) for row in learned]
+        texts = [_answer(index, row) for index, row in enumerate(held_out)]
+        samples: dict[ScoredModel, Samples] = {}
+        pad_token_id = self._encoder.pad_token_id
+        network: Any = self.runner.model
+        for step in relearn_(network, encoded, pad_token_id, self.cfg.seed):
             with torch.no_grad():
-                fields = self._likelihoods(held_out, answers)
-            found[step] = [
-                (row["set"], row["row"], own) for row, own in zip(held_out, fields, strict=True)
-            ]
-        self._loaded = None  # it is no longer the model of that name
-        return found
+                numbers = self._likelihoods(len(held_out), texts)
+            samples[ScoredModel(name, Relearned(step))] = samples_of(held_out, numbers)
+        self.release()
+        return samples
 
-    def _load(self, name: str) -> PreTrainedModel:
-        if self._loaded is None or self._loaded[0] != name:
-            self._loaded = None  # the old model goes before the new one comes
-            own_name, _, change = name.partition(":")
-            # The small steps of relearning would be lost in bf16's 8 bits.
-            precision = "fp32" if change == "relearn" else self.cfg.train.precision
-            spread = self.device == "cuda" and torch.cuda.device_count() > 1
-            model = load_base(self.models[own_name], precision, spread=spread).eval()
-            if not spread:
-                model.to(self.device)  # pyright: ignore[reportArgumentType]
-            if change in BITS:
-                quantise_blocks_(model, BITS[change])
-            self._loaded = name, model, BlockRunner(model)
-        return self._loaded[1]
+    def _score(self, rows: pa.Table) -> Samples:
+        records = rows.to_pylist()
+        is_quick = self.cfg.evaluation.quick
+        texts: list[Text] = []
+        for index, row in enumerate(records):
+            texts += _texts(index, row, is_quick)
+        numbers = self._likelihoods(len(records), texts)
+        if not is_quick:
+            asked: dict[int, Question] = {}
+            asked_in_other_words: dict[int, Question] = {}
+            for index, row in enumerate(records):
+                if row["set"] in GENERATED:
+                    asked[index] = self._question(row, "prompt")
+                if row["set"] in PARAPHRASED and row["paraphrased_prompt"]:
+                    asked_in_other_words[index] = self._question(row, "paraphrased_prompt")
+            for index, score in self._rouge(asked):
+                numbers[index]["rouge"] = score
+            for index, score in self._rouge(asked_in_other_words):
+                numbers[index]["rouge_paraphrased"] = score
+        return samples_of(records, numbers)
 
-    def _score(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        quick = self.cfg.evaluation.quick
-        texts = [text for index, row in enumerate(rows) for text in _texts(index, row)]
-        found = self._likelihoods(rows, [text for text in texts if not quick or text.kind in QUICK])
-        if quick:
-            return found
-        asked = [index for index, row in enumerate(rows) if row["set"] in GENERATED]
-        for index, value in self._rouge(rows, asked, "prompt"):
-            found[index]["rouge"] = value
-        asked = [
-            i
-            for i, row in enumerate(rows)
-            if row["set"] in PARAPHRASED and row["paraphrased_prompt"]
-        ]
-        for index, value in self._rouge(rows, asked, "paraphrased_prompt"):
-            found[index]["rouge_paraphrased"] = value
-        return found
-
-    def _likelihoods(
-        self, rows: Sequence[dict[str, Any]], texts: list[Text]
-    ) -> list[dict[str, Any]]:
-        """The teacher-forced numbers of each row, from its texts."""
-        found: list[dict[str, Any]] = [{"set_name": str(row["set"])} for row in rows]
-        for text, statistics in self._statistics(texts):
-            own = found[text.row]
+    def _likelihoods(self, num_rows: int, texts: list[Text]) -> list[dict[str, Any]]:
+        """Return the teacher-forced numbers of each row, from its texts."""
+        numbers: list[dict[str, Any]] = [{} for _ in range(num_rows)]
+        for text, statistics in zip(texts, self._statistics(texts), strict=True):
+            row = numbers[text.row]
             scores = sample_scores(statistics, text.answer)
             if text.kind == "answer":
-                own.update(scores)
-            elif text.kind == "perturbed":
-                own.setdefault("perturbed_losses", []).append(scores["loss"])
+                row.update(scores)
+            elif text.kind == "perturbed_losses":
+                row.setdefault(text.kind, []).append(scores["loss"])
             else:
-                own[text.kind] = scores["loss"]
+                row[text.kind] = scores["loss"]
             if text.fact:
                 is_fact_T = self._encoder.fact_tokens(text.prompt, text.answer, text.fact)
-                own[FACT_RECALL[text.kind]] = fact_recall(statistics.is_argmax, is_fact_T)
-        return found
+                row[FACT_RECALL[text.kind]] = fact_recall(statistics.is_argmax, is_fact_T)
+        return numbers
 
-    def _statistics(self, texts: list[Text]) -> Iterator[tuple[Text, TokenStatistics]]:
-        """Token statistics of each text, in the order given; batches are of like length."""
-        encoded = [self._encoder.pair(text.prompt, text.answer) for text in texts]
-        results: dict[int, TokenStatistics] = {}
-        for chosen in self._by_length([len(ids) for ids, _ in encoded]):
-            batch = collate([Row(*encoded[index]) for index in chosen], [], self._pad).to(
-                self.device
-            )
-            assert self._loaded is not None
-            logits_NV = self._loaded[2](batch, logits_at_BT=batch.answer_BT).logits_NV
+    def _statistics(self, texts: list[Text]) -> list[TokenStatistics]:
+        """Return the token statistics of each text's answer."""
+        rows = [Row(*self._encoder.pair(text.prompt, text.answer)) for text in texts]
+        statistics: dict[int, TokenStatistics] = {}
+        for indices in self._by_length(rows):
+            batch = collate([rows[index] for index in indices], [], self._encoder.pad_token_id)
+            batch = batch.to(self.device)
+            logits_NV = self.runner(batch, logits_at_BT=batch.answer_BT).logits_NV
             assert logits_NV is not None
-            label_N = batch.expected(batch.answer_BT)
-            parts = token_statistics(logits_NV, label_N).split(batch.answer_BT.sum(1).tolist())
-            results.update(zip(chosen, parts, strict=True))
-        return ((text, results[index]) for index, text in enumerate(texts))
+            of_batch = token_statistics(logits_NV, batch.expected(batch.answer_BT))
+            of_rows = of_batch.split(batch.answer_BT.sum(1).tolist())
+            statistics.update(zip(indices, of_rows, strict=True))
+        return [statistics[index] for index in range(len(texts))]
 
-    def _rouge(
-        self, rows: Sequence[dict[str, Any]], asked: list[int], column: str
-    ) -> Iterator[tuple[int, float]]:
-        """ROUGE-L of greedy answers: recall for questions, F1 of the second half for plain text."""
-        questions = [self._question(rows[index], column) for index in asked]
-        is_text = [rows[index]["prompt"] == "" for index in asked]
-        for i, answer in self._continue([ids for ids, _ in questions], is_text):
-            yield asked[i], (rouge_f1 if is_text[i] else rouge_recall)(answer, questions[i][1])
-
-    def _continue(self, prompts: list[list[int]], is_text: list[bool]) -> Iterator[tuple[int, str]]:
-        """Index and greedy continuation of each prompt; batches are of like length."""
-        for chosen in self._by_length([len(ids) for ids in prompts]):
-            found = self._generate([prompts[i] for i in chosen], [is_text[i] for i in chosen])
-            yield from zip(chosen, found, strict=True)
-
-    def _question(self, row: dict[str, Any], column: str) -> tuple[list[int], str]:
-        """Tokens the model continues, and the right continuation."""
+    def _question(self, row: Mapping[str, Any], column: str) -> Question:
+        """Return what the model is asked; of plain text, to continue its first half."""
         if row["prompt"]:
-            return self._encoder.prompt(str(row[column])), str(row["answer"])
-        ids, _ = self._encoder.pair("", str(row["answer"]))
+            return Question(self._encoder.prompt(row[column]), row["answer"])
+        ids, _ = self._encoder.pair("", row["answer"])
         half = max(1, len(ids) // 2)
-        return ids[:half], self._decode(ids[half:])
+        return Question(ids[:half], self._decode(ids[half:]), is_text=True)
 
-    def _generate(self, prompts: list[list[int]], is_text: list[bool]) -> list[str]:
-        assert self._loaded is not None
-        width = max(len(ids) for ids in prompts)
-        input_ids_BT = torch.full((len(prompts), width), self._pad)
+    def _rouge(self, questions: Mapping[int, Question]) -> Iterator[tuple[int, float]]:
+        """Yield ROUGE-L of greedy answers by row: recall for questions, F1 for plain text."""
+        answers = self._continue(list(questions.values()))
+        for (index, question), answer in zip(questions.items(), answers, strict=True):
+            rouge = rouge_f1 if question.is_text else rouge_recall
+            yield index, rouge(answer, question.answer)
+
+    def _continue(self, questions: list[Question]) -> list[str]:
+        """Return the greedy continuation of each question."""
+        answers: dict[int, str] = {}
+        for indices in self._by_length(questions):
+            answers.update(
+                zip(indices, self._generate([questions[i] for i in indices]), strict=True)
+            )
+        return [answers[index] for index in range(len(questions))]
+
+    def _generate(self, questions: list[Question]) -> list[str]:
+        pad_token_id = self._encoder.pad_token_id
+        width = max(len(question.input_ids) for question in questions)
+        input_ids_BT = torch.full((len(questions), width), pad_token_id)
         attention_BT = torch.zeros_like(input_ids_BT)
-        for index, ids in enumerate(
-            prompts
-        ):  # padded on the left: all answers begin at the same place
-            input_ids_BT[index, width - len(ids) :] = torch.tensor(ids)
-            attention_BT[index, width - len(ids) :] = 1
+        # Padded on the left, so that all answers begin at the same position.
+        for index, question in enumerate(questions):
+            start = width - len(question.input_ids)
+            input_ids_BT[index, start:] = torch.tensor(question.input_ids)
+            attention_BT[index, start:] = 1
         longest = self.cfg.evaluation.max_new_tokens
-        out_BT = self._loaded[1].generate(  # pyright: ignore[reportCallIssue]
+        if all(question.is_text for question in questions):
+            longest = min(longest, VERBATIM_TOKENS)
+        network: Any = self.runner.model
+        out_BT = network.generate(
             input_ids=input_ids_BT.to(self.device),
             attention_mask=attention_BT.to(self.device),
-            max_new_tokens=min(longest, VERBATIM_TOKENS) if all(is_text) else longest,
+            max_new_tokens=longest,
             do_sample=False,
             eos_token_id=self._encoder.tokenizer.eos_token_id,
-            pad_token_id=self._pad,
+            pad_token_id=pad_token_id,
         )
         return [self._decode(ids) for ids in out_BT[:, width:].tolist()]
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._encoder.tokenizer.decode(ids, skip_special_tokens=True))
 
-    @property
-    def _pad(self) -> int:
-        return int(self._encoder.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
-
-    def _by_length(self, lengths: list[int]) -> Iterator[list[int]]:
-        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    def _by_length(self, rows: Sequence[Row] | Sequence[Question]) -> Iterator[list[int]]:
+        """Yield the indices of rows in batches of similar length, which need the least padding."""
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
         size = self.cfg.evaluation.batch_size
-        return (order[start : start + size] for start in range(0, len(order), size))
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
 
 
-def _answer(index: int, row: dict[str, Any]) -> Text:
-    return Text(index, "answer", str(row["prompt"]), str(row["answer"]), str(row["fact"]))
+def _answer(index: int, row: Mapping[str, Any]) -> Text:
+    return Text(index, "answer", row["prompt"], row["answer"], row["fact"])
 
 
-def _texts(index: int, row: dict[str, Any]) -> Iterator[Text]:
-    """The texts of one row whose likelihoods are wanted."""
-    prompt, answer, fact, name = (
-        str(row["prompt"]),
-        str(row["answer"]),
-        str(row["fact"]),
-        row["set"],
-    )
+def _texts(index: int, row: Mapping[str, Any], is_quick: bool) -> Iterator[Text]:
+    """Yield the texts of one row whose likelihoods are wanted."""
     yield _answer(index, row)
-    if name in PARAPHRASED and row["paraphrased_prompt"]:
-        yield Text(index, "loss_paraphrased", str(row["paraphrased_prompt"]), answer, fact)
-    if name in TRUTH_RATIO and len(row["perturbed_answers"]):
-        if row["paraphrased_answer"]:
-            yield Text(index, "correct_loss", prompt, str(row["paraphrased_answer"]))
-        for wrong in row["perturbed_answers"]:
-            yield Text(index, "perturbed", prompt, str(wrong))
+    if row["set"] in PARAPHRASED and row["paraphrased_prompt"]:
+        prompt, answer = row["paraphrased_prompt"], row["answer"]
+        yield Text(index, "loss_paraphrased", prompt, answer, row["fact"])
+    if is_quick or row["set"] not in TRUTH_RATIO or not row["perturbed_answers"]:
+        return
+    if row["paraphrased_answer"]:
+        yield Text(index, "correct_loss", row["prompt"], row["paraphrased_answer"])
+    for wrong in row["perturbed_answers"]:
+        yield Text(index, "perturbed_losses", row["prompt"], wrong)

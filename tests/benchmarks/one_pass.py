@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
+import pyarrow as pa
 import ray
 import torch
 import torch.nn.functional as F
@@ -29,14 +30,16 @@ from transformers import PreTrainedModel
 
 from pipelines.config.load import load_config
 from pipelines.config.schema import ModelConfig
+from pipelines.data.rows import SET_SCHEMA
 from pipelines.data.sets import load_sets
+from pipelines.encoding.text import Encoder
 from pipelines.evaluation.metrics import Sample, summarise
-from pipelines.evaluation.text_scorer import Scorer, _texts
+from pipelines.evaluation.scored_model import ScoredModel
+from pipelines.evaluation.text_scorer import TextScorer
 from pipelines.model.load import attach_adapter, load_base
 from pipelines.training.strength import WorkerSolver
 from rfa.adapters import ADAPTER, adapters_off
 from rfa.batch import Row, UnlearnBatch, collate
-from rfa.features import BlockRunner
 from rfa.objective import Objective, ResidualAlignment, Weights
 
 RETAIN_ROWS, FORGET_ROWS = 16, 8  # in one gradient step
@@ -74,19 +77,21 @@ class Problem:
             name: rows.take_all() for name, rows in load_sets(cfg.data).items()
         }
         ray.shutdown()
-        self.scorer = Scorer(cfg, {})
+        self.scorer = TextScorer(load_config(source, [*overrides, "evaluation.quick=true"]), {})
         torch.set_num_threads(2)
-        self.pad = self.scorer._pad
-        self.scored = {
-            name: self._thinned(rows) for name, rows in self.rows.items() if name != "utility"
-        }
+        self.encoder = Encoder(cfg.model, cfg.data.system_prompt, cfg.data.max_tokens)
+        self.pad = self.encoder.pad_token_id
+        self.scored: list[pa.Table] = []
+        for name, rows in self.rows.items():
+            if name != "utility":
+                self.scored.append(pa.Table.from_pylist(self._thinned(rows), schema=SET_SCHEMA))
 
     def _thinned(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         limit = min(self.cfg.evaluation.max_rows or len(rows), len(rows))
         return [rows[index * len(rows) // limit] for index in range(limit)]
 
     def tokens(self, name: str) -> list[Row]:
-        encoder = self.scorer._encoder
+        encoder = self.encoder
         rows = [
             Row(*encoder.pair(row["prompt"], row["answer"]), index, utility=name == "utility")
             for index, row in enumerate(self.rows[name])
@@ -99,15 +104,10 @@ class Problem:
         return [row._replace(fact=fact) for row, fact in zip(rows, facts, strict=True)]
 
     def score(self, model: PreTrainedModel) -> dict[str, float | None]:
-        self.scorer._loaded = ("", model, BlockRunner(model))
+        self.scorer.hold(ScoredModel("model"), model)
         samples: list[Sample] = []
-        for rows in self.scored.values():
-            plain = [{**row, "perturbed_answers": []} for row in rows]
-            with torch.inference_mode():
-                found = self.scorer._likelihoods(
-                    plain, [text for index, row in enumerate(plain) for text in _texts(index, row)]
-                )
-            samples += [Sample(**{**own, "perturbed_losses": ()}) for own in found]
+        for rows in self.scored:
+            samples += self.scorer.score(ScoredModel("model"), rows).values()
         return summarise(samples)
 
     def kept_batches(self) -> list[UnlearnBatch]:

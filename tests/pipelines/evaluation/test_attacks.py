@@ -14,7 +14,8 @@ from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.encoding.text import Encoder
 from pipelines.evaluation.attacks import halves, quantise_, quantise_blocks_, relearn_
 from pipelines.evaluation.metrics.relearning import STEPS
-from pipelines.evaluation.text_scorer import Scorer
+from pipelines.evaluation.scored_model import CHANGES, Relearned, ScoredModel
+from pipelines.evaluation.text_scorer import TextScorer
 from pipelines.model.answers import AnswerTraining
 from pipelines.model.load import load_base
 from rfa.batch import Row, collate
@@ -100,13 +101,15 @@ def test_layers_that_hold_their_weight_transposed_are_rounded_along_their_inputs
     assert torch.equal(layer.weight, expected_OI.T)
 
 
-def test_a_rounded_model_is_loaded_by_its_name(
+def test_a_model_is_rounded_after_it_is_loaded(
     cfg: UnlearnConfig, rows: list[dict[str, Any]]
 ) -> None:
-    scorer = Scorer(cfg, {"after": ModelConfig(path=cfg.model.path)})
+    scorer = TextScorer(cfg, {"after": ModelConfig(path=cfg.model.path)})
     table = pa.Table.from_pylist(rows)
-    names = ("after", "after:quantised_8bit", "after:quantised_4bit", "after")
-    losses = [scorer.score(name, table)[0][2]["loss"] for name in names]
+    changes = (None, CHANGES["quantised_8bit"], CHANGES["quantised_4bit"], None)
+    losses: list[float] = []
+    for change in changes:
+        losses.append(scorer.score(ScoredModel("after", change), table)["forget", 0]["loss"])
     assert losses[0] == losses[3], "the model itself is loaded anew"
     assert 0 < abs(losses[1] - losses[0]) < abs(losses[2] - losses[0])
 
@@ -125,10 +128,8 @@ def test_the_halves_are_every_second_row_by_number_and_share_no_words() -> None:
 def test_a_single_row_leaves_nothing_to_score(
     cfg: UnlearnConfig, rows: list[dict[str, Any]]
 ) -> None:
-    assert (
-        Scorer(cfg, {"after": cfg.model}).relearn("after:relearn", pa.Table.from_pylist(rows[:1]))
-        == {}
-    )
+    scorer = TextScorer(cfg, {"after": cfg.model})
+    assert scorer.relearn("after", pa.Table.from_pylist(rows[:1])) == {}
 
 
 def test_relearning_makes_the_learned_rows_more_probable(
@@ -150,19 +151,20 @@ def test_relearning_makes_the_learned_rows_more_probable(
 def test_relearning_scores_the_other_half_and_starts_from_the_model(
     cfg: UnlearnConfig, rows: list[dict[str, Any]]
 ) -> None:
-    scorer = Scorer(cfg, {"after": ModelConfig(path=cfg.model.path)})
+    scorer = TextScorer(cfg, {"after": ModelConfig(path=cfg.model.path)})
     table = pa.Table.from_pylist(rows)
-    curve = scorer.relearn("after:relearn", table)
-    assert tuple(curve) == STEPS
-    assert all([number for _, number, _ in found] == [1, 3, 5] for found in curve.values())
-    whole = {number: own for _, number, own in scorer.score("after", table)}
-    for _, number, own in curve[0]:
-        assert own == pytest.approx({key: whole[number][key] for key in own})
-        assert {"loss", "fact_recall"} < own.keys()
-    assert curve[50] != curve[0]
-    assert scorer.relearn("after:relearn", table) == curve, (
-        "the second time begins where the first did"
-    )
+    curve = scorer.relearn("after", table)
+    assert list(curve) == [ScoredModel("after", Relearned(step)) for step in STEPS]
+    for samples in curve.values():
+        assert list(samples) == [("forget", 1), ("forget", 3), ("forget", 5)]
+    unchanged = scorer.score(ScoredModel("after"), table)
+    start, *_, end = curve.values()
+    for row, sample in start.items():
+        for name in sample.keys() - {"set_name"}:
+            assert sample[name] == pytest.approx(unchanged[row][name])
+        assert {"loss", "fact_recall"} < sample.keys()
+    assert start != end
+    assert scorer.relearn("after", table) == curve, "the second time begins where the first did"
 
 
 def test_relearning_computes_in_fp32_whatever_the_precision(
@@ -176,5 +178,5 @@ def test_relearning_computes_in_fp32_whatever_the_precision(
 
     monkeypatch.setattr("pipelines.evaluation.text_scorer.relearn_", look)
     half = cfg.model_copy(update={"train": cfg.train.model_copy(update={"precision": "bf16"})})
-    Scorer(half, {"after": cfg.model}).relearn("after:relearn", pa.Table.from_pylist(rows))
+    TextScorer(half, {"after": cfg.model}).relearn("after", pa.Table.from_pylist(rows))
     assert seen == {torch.float32}

@@ -14,7 +14,8 @@ from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.encoding.text import Encoder
 from pipelines.evaluation.metrics import TokenStatistics
 from pipelines.evaluation.metrics.text import rouge_recall
-from pipelines.evaluation.text_scorer import Scorer, Text
+from pipelines.evaluation.scored_model import ScoredModel
+from pipelines.evaluation.text_scorer import Text, TextScorer
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +37,11 @@ def rows(problem: Path) -> list[dict[str, Any]]:
 
 def score(cfg: UnlearnConfig, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     columns = ("set", "row", "prompt", "answer", "paraphrased_prompt", "paraphrased_answer", "fact")
-    table = pa.Table.from_pylist(
-        [{name: row[name] for name in (*columns, "perturbed_answers")} for row in rows]
-    )
-    return [
-        fields
-        for _, _, fields in Scorer(cfg, {"m": ModelConfig(path=cfg.model.path)}).score("m", table)
-    ]
+    names = [*columns, "perturbed_answers"]
+    numbered = [{**row, "row": number} for number, row in enumerate(rows)]
+    scorer = TextScorer(cfg, {"m": ModelConfig(path=cfg.model.path)})
+    table = pa.Table.from_pylist(numbered).select(names)
+    return list(scorer.score(ScoredModel("m"), table).values())
 
 
 def plain_loss(cfg: UnlearnConfig, prompt: str, answer: str) -> float:
@@ -106,14 +105,14 @@ def test_fact_recall_counts_the_tokens_of_the_fact_and_no_others(
 ) -> None:
     fact_tokens = Encoder(cfg.model, None, 128).fact_tokens
 
-    def only_the_fact_then_all_but_the_fact(_: Scorer, texts: list[Text]) -> Any:
+    def only_the_fact_then_all_but_the_fact(_: TextScorer, texts: list[Text]) -> Any:
         for text in texts:
             is_fact_T = fact_tokens(text.prompt, text.answer, rows[1]["fact"])
             zeros_T = np.zeros(len(is_fact_T))
             is_argmax_T = is_fact_T if text.kind == "answer" else ~is_fact_T
-            yield text, TokenStatistics(zeros_T, is_argmax_T, zeros_T, zeros_T)
+            yield TokenStatistics(zeros_T, is_argmax_T, zeros_T, zeros_T)
 
-    monkeypatch.setattr(Scorer, "_statistics", only_the_fact_then_all_but_the_fact)
+    monkeypatch.setattr(TextScorer, "_statistics", only_the_fact_then_all_but_the_fact)
     [found] = score(cfg, [rows[1]])
     assert (found["fact_recall"], found["fact_recall_paraphrased"]) == (1.0, 0.0)
     assert 0 < found["exact_memorization"] < 1

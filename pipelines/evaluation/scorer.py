@@ -1,0 +1,94 @@
+"""What scorers of texts and of classes share: one model at a time, on a worker's device.
+
+Rows come in, numbers go out: a `Sample` holds no text.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import torch
+from transformers import PreTrainedModel
+
+from pipelines.config.schema import ModelConfig, UnlearnConfig
+from pipelines.evaluation.attacks import quantise_blocks_
+from pipelines.evaluation.metrics import Sample
+from pipelines.evaluation.metrics.keys import Rounding
+from pipelines.evaluation.scored_model import Relearned, ScoredModel
+from pipelines.model.load import load_base
+from rfa.features import BlockRunner
+
+Samples = dict[tuple[str, int], Sample]  # by set and row number
+
+
+class Scorer(ABC):
+    """Scores rows under one model after another, holding one at a time."""
+
+    def __init__(self, cfg: UnlearnConfig, models: Mapping[str, ModelConfig]) -> None:
+        self.cfg, self.models = cfg, models
+        self.device = "cuda" if cfg.train.gpus_per_worker else "cpu"
+        if self.device == "cpu":
+            torch.set_num_threads(max(1, int(cfg.train.cpus_per_worker)))
+        self._loaded: tuple[ScoredModel, BlockRunner] | None = None
+
+    def hold(self, model: ScoredModel, network: PreTrainedModel) -> None:
+        """Take a model that is in memory, to score it as it stands whenever rows come."""
+        self._loaded = model, BlockRunner(network)
+
+    def score(self, model: ScoredModel, rows: pa.Table) -> Samples:
+        """Return the numbers of each row under a model."""
+        self.load(model)
+        with torch.inference_mode():
+            return self._score(rows)
+
+    @abstractmethod
+    def _score(self, rows: pa.Table) -> Samples:
+        """Return the numbers of each row under the loaded model."""
+
+    def relearn(self, name: str, rows: pa.Table) -> dict[ScoredModel, Samples]:
+        """Return the numbers of some rows after each step of relearning the others."""
+        raise NotImplementedError("only language models are relearned")
+
+    def answers(self, name: str, prompts: Sequence[str]) -> list[str]:
+        """Return the model's greedy answer to each prompt."""
+        raise NotImplementedError("only language models answer")
+
+    @property
+    def runner(self) -> BlockRunner:
+        """The loaded model."""
+        assert self._loaded is not None, "rows are scored under a model that is loaded"
+        return self._loaded[1]
+
+    def load(self, model: ScoredModel) -> None:
+        """Load a model and make its change, unless it is the one that is held."""
+        if self._loaded is not None and self._loaded[0] == model:
+            return
+        self._loaded = None  # frees the old model before the new one takes memory
+        # The small steps of relearning would be lost in bf16's 8 bits.
+        relearns = isinstance(model.change, Relearned)
+        precision = "fp32" if relearns else self.cfg.train.precision
+        task = self.cfg.task
+        spread = task == "causal_lm" and self.device == "cuda" and torch.cuda.device_count() > 1
+        config = self.models[model.name]
+        network = load_base(config, precision, task=task, spread=spread).eval()
+        if not spread:
+            network.to(self.device)  # pyright: ignore[reportArgumentType]
+        if isinstance(model.change, Rounding):
+            quantise_blocks_(network, model.change.bits)
+        self._loaded = model, BlockRunner(network)
+
+    def release(self) -> None:
+        """Forget the loaded model, which training has changed."""
+        self._loaded = None
+
+
+def samples_of(
+    records: Iterable[Mapping[str, Any]], numbers: Iterable[Mapping[str, Any]]
+) -> Samples:
+    """Return the numbers of each record as its sample."""
+    samples: Samples = {}
+    for record, fields in zip(records, numbers, strict=True):
+        key = str(record["set"]), int(record["row"])
+        samples[key] = Sample(set_name=key[0], **fields)
+    return samples
