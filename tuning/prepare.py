@@ -16,7 +16,7 @@ from pipelines.config.load import with_values
 from pipelines.config.schema import UnlearnConfig
 from pipelines.data.sets import Sets
 from pipelines.encoding.batches import plan_stream
-from pipelines.encoding.labelled import build_encoder
+from pipelines.encoding.encoder import build_encoder
 from pipelines.evaluation.pool import evaluate, evaluation_work, pieces_of
 from pipelines.preflight import oracle_of
 from pipelines.terminal import Terminal

@@ -20,7 +20,7 @@ import torch
 
 from pipelines.config.load import changed_keys
 from pipelines.config.schema import UnlearnConfig
-from pipelines.encoding.labelled import build_encoder
+from pipelines.encoding.encoder import build_encoder
 from pipelines.evaluation.metrics import summarise
 from pipelines.evaluation.scored_model import ScoredModel
 from pipelines.evaluation.scorer import Samples

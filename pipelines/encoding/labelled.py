@@ -5,7 +5,6 @@ An image stays the bytes of its file until a worker makes a batch of it, with th
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from ray.data import Dataset
 from pipelines.cluster.tasks import result_of
 from pipelines.config.schema import ConfigError, ModelConfig, UnlearnConfig
 from pipelines.data.sets import Sets
-from pipelines.encoding.text import Encoder, load_tokenizer
+from pipelines.encoding.text import load_tokenizer, loaded_once
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,71 +22,75 @@ if TYPE_CHECKING:
     from rfa.batch import Row
 
 LABELS_NEEDED = {"class_mean": 2, "balanced_mean": 1}  # by the targets that go by labels
+LABELS_IN_A_MESSAGE = 12
 
 
 class ClassEncoder:
-    """Encodes rows for one classifier. Picklable: tokenizer and image processor are loaded once in each process."""
+    """Encodes rows for one classifier; each process that uses it loads the tokenizer once."""
 
-    mixes = True
+    mixes = True  # batches draw their rows from all over a source, which is often sorted by class
 
     def __init__(self, model: ModelConfig, max_tokens: int, *, reads_images: bool) -> None:
         self.model, self.max_tokens, self.reads_images = model, max_tokens, reads_images
 
     def encode_batch(self, batch: Any) -> dict[str, Any]:
-        """Ray Data map: the columns that training needs; of an image, its file's bytes."""
-        known = class_numbers(self.model)
-        ids = np.empty(len(batch["row"]), dtype=object)
-        for index, text in enumerate(batch["answer"]):
-            ids[index] = np.asarray(
-                [0] if self.reads_images else self._ids(str(text)), dtype=np.int32
-            )
+        """Return the columns that training needs of a batch of Ray Data; of an image, its file."""
+        classes = class_numbers(self.model)
+        size = len(batch["row"])
+        ids = np.empty(size, dtype=object)
+        label, length = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int32)
+        for index in range(size):
+            tokens = [0]  # an image counts as one
+            if not self.reads_images:
+                tokens = self._tokens(str(batch["answer"][index]))
+            ids[index] = np.asarray(tokens, dtype=np.int32)
+            length[index] = len(tokens)
+            label[index] = class_number(str(batch["label"][index]), classes)
         columns = {
             "set": batch["set"],
             "row": batch["row"],
-            "label": np.asarray(
-                [class_number(str(label), known) for label in batch["label"]], dtype=np.int64
-            ),
+            "label": label,
             "input_ids": ids,
-            "answer_start": np.zeros(len(ids), dtype=np.int32),
-            "length": np.asarray([len(own) for own in ids], dtype=np.int32),
+            "answer_start": np.zeros(size, dtype=np.int32),
+            "length": length,
         }
-        return {**columns, "image": batch["image"]} if self.reads_images else columns
+        if self.reads_images:
+            columns["image"] = batch["image"]
+        return columns
+
+    def _tokens(self, text: str) -> list[int]:
+        tokenizer = load_tokenizer(self.model, ends=False)
+        return tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]
 
     def rows(self, records: Sequence[Mapping[str, Any]]) -> "list[Row]":
-        """Encoded rows, for a batch."""
+        """Return encoded rows, for a batch."""
         from rfa.batch import Row  # late: whoever only encodes does without torch
 
-        pixels = (
-            self.pixels([record["image"] for record in records])
-            if self.reads_images and records
-            else None
-        )
-        return [
-            Row(
-                list(record["input_ids"]),
-                0,
-                int(record["row"]),
-                int(record["label"]),
-                utility=record["set"] == "utility",
-                classified=True,
-                pixels_CHW=None if pixels is None else pixels[index],
-            )
-            for index, record in enumerate(records)
-        ]
+        rows: list[Row] = []
+        for record in records:
+            ids, label = list(record["input_ids"]), int(record["label"])
+            is_utility = record["set"] == "utility"
+            row = Row(ids, 0, int(record["row"]), label, utility=is_utility, classified=True)
+            rows.append(row)
+        if not rows or not self.reads_images:
+            return rows
+        pixels_BCHW = self.pixels(record["image"] for record in records)
+        for index, row in enumerate(rows):
+            rows[index] = row._replace(pixels_CHW=pixels_BCHW[index])
+        return rows
 
     def pixels(self, images: Iterable[bytes]) -> "Tensor":
-        """Images as the model reads them: [B, C, H, W]."""
+        """Return image files as the model reads them, [B, C, H, W]."""
         from PIL import Image
 
-        processor = _image_processor(
-            self.model.path, self.model.revision, self.model.trust_remote_code
-        )
-        mode = "L" if _channels(self.model) == 1 else "RGB"
+        mode = "RGB"
+        if getattr(load_class_config(self.model), "num_channels", 3) == 1:
+            mode = "L"
         opened = [Image.open(io.BytesIO(image)).convert(mode) for image in images]
-        return processor(opened, return_tensors="pt")["pixel_values"]
+        return load_image_processor(self.model)(opened, return_tensors="pt")["pixel_values"]
 
     def blank(self) -> "Row":
-        """A row that no term counts, for a worker whose share is empty."""
+        """Return a row that no term counts, for a worker whose share is empty."""
         from rfa.batch import Row
 
         if not self.reads_images:
@@ -95,51 +98,41 @@ class ClassEncoder:
         from PIL import Image
 
         side = getattr(load_class_config(self.model), "image_size", 32)
+        shape = (side, side) if isinstance(side, int) else tuple(side)
         file = io.BytesIO()
-        Image.new("L", (side, side) if isinstance(side, int) else tuple(side)).save(file, "PNG")
+        Image.new("L", shape).save(file, "PNG")
         return Row([0], 0, classified=True, pixels_CHW=self.pixels([file.getvalue()])[0])
 
     @property
     def pad_token_id(self) -> int:
-        """What rows are padded with."""
+        """The token that rows are padded with."""
         if self.reads_images:
             return 0
-        padding: Any = load_tokenizer(self.model, ends=False).pad_token_id
-        return int(padding or 0)
-
-    def _ids(self, text: str) -> list[int]:
-        tokenizer = load_tokenizer(self.model, ends=False)
-        return tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]
-
-
-def build_encoder(cfg: UnlearnConfig) -> Encoder | ClassEncoder:
-    """What encodes the rows of the configured task."""
-    if cfg.task == "causal_lm":
-        return Encoder(cfg.model, cfg.data.system_prompt, cfg.data.max_tokens)
-    return ClassEncoder(
-        cfg.model, cfg.data.max_tokens, reads_images=cfg.task == "image_classification"
-    )
+        token: Any = load_tokenizer(self.model, ends=False).pad_token_id
+        return int(token or 0)
 
 
 def class_numbers(model: ModelConfig) -> dict[str, int]:
-    """The model's classes: their numbers by name, and by the number in words."""
-    named = {int(number): str(name) for number, name in load_class_config(model).id2label.items()}
-    return {str(number): number for number in named} | {
-        name: number for number, name in named.items()
-    }
+    """Map the name of each of the model's classes, and its number as a string, to its number."""
+    numbers: dict[str, int] = {}
+    names: dict[str, int] = {}
+    for number, name in load_class_config(model).id2label.items():
+        numbers[str(number)] = names[str(name)] = int(number)
+    return numbers | names
 
 
-def class_number(label: str, known: Mapping[str, int]) -> int:
-    """The number of a row's class.
+def class_number(label: str, classes: Mapping[str, int]) -> int:
+    """Return the number of a row's class.
 
     Raises:
         ConfigError: the model has no such class.
     """
-    if label not in known:
+    if label not in classes:
+        names = ", ".join(list(classes)[:LABELS_IN_A_MESSAGE])
         raise ConfigError(
-            f"data.columns.label: found '{label}', allowed: the model's classes, {', '.join(list(known)[:12])}"
+            f"data.columns.label: found '{label}', allowed: the model's classes, {names}"
         )
-    return known[label]
+    return classes[label]
 
 
 def check_labels(cfg: UnlearnConfig, sets: Sets) -> None:
@@ -149,70 +142,66 @@ def check_labels(cfg: UnlearnConfig, sets: Sets) -> None:
         ConfigError: names the label.
     """
     if cfg.task != "causal_lm":
-        found = sorted(set().union(*(_labels_of(rows) for _, rows in sets.items())))
-        result_of(ray.remote(_check_labels).remote(cfg.model, found))
+        labels: set[str] = set()
+        for _, rows in sets.items():
+            labels |= _labels_of(rows)
+        result_of(ray.remote(_check_labels).remote(cfg.model, sorted(labels)))
 
 
 def _check_labels(model: ModelConfig, labels: list[str]) -> None:
-    known = class_numbers(model)
+    classes = class_numbers(model)
     for label in labels:
-        class_number(label, known)
+        class_number(label, classes)
 
 
 def check_target(cfg: UnlearnConfig, sets: Sets) -> None:
-    """Refuse a target that goes by labels where the retain set has too few, before anything is trained.
+    """Refuse a target that goes by labels where the retain set has too few, before training.
 
     Raises:
         ConfigError: says how many labels it has.
     """
-    least = LABELS_NEEDED.get(cfg.objective.target, 0)
+    target = cfg.objective.target
+    least = LABELS_NEEDED.get(target, 0)
     if not least or (cfg.solve.mode == "off" and not cfg.objective.weights.align):
         return
-    found = len(_labels_of(sets.retain) - {""})
-    if found < least:
+    count = len(_labels_of(sets.retain) - {""})
+    if count < least:
         raise ConfigError(
-            f"objective.target: found {cfg.objective.target}, and {found} labels in the column "
-            f"'{cfg.data.columns.label}' of retain (data.columns.label), allowed: {least} or more, or another target"
+            f"objective.target: found {target}, and {count} labels in the column "
+            f"'{cfg.data.columns.label}' of retain (data.columns.label), "
+            f"allowed: {least} or more, or another target"
         )
 
 
 def _labels_of(rows: Dataset) -> set[str]:
-    """The labels in a set: its blocks stay where they are."""
-    return set().union(
-        *ray.get([ray.remote(_distinct_labels).remote(block) for block in rows.to_arrow_refs()])
-    )
+    """Return the labels in a set, whose blocks stay where they are."""
+    distinct = ray.remote(_distinct_labels)
+    return set().union(*ray.get([distinct.remote(block) for block in rows.to_arrow_refs()]))
 
 
 def _distinct_labels(block: Any) -> list[str]:
     return block["label"].unique().to_pylist()
 
 
+@loaded_once
 def load_class_config(model: ModelConfig) -> Any:
-    """The model's configuration, read once a process."""
-    return _cached_config(model.path, model.revision, model.trust_remote_code)
-
-
-@lru_cache(maxsize=2)
-def _cached_config(path: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """Read the model's configuration, once a process."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    return AutoConfig.from_pretrained(
+        model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
 
 
-@lru_cache(maxsize=2)
-def _image_processor(path: str, revision: str | None, trust_remote_code: bool) -> Any:
+@loaded_once
+def load_image_processor(model: ModelConfig) -> Any:
+    """Load the image processor of a model folder or hub name, once a process."""
     from transformers import AutoImageProcessor
 
     # Its torchvision backend is left out: PIL's gives the same on every machine.
     return AutoImageProcessor.from_pretrained(
-        path, revision=revision, trust_remote_code=trust_remote_code, backend="pil"
+        model.path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        backend="pil",
     )
-
-
-def load_image_processor(model: ModelConfig) -> Any:
-    """The image processor of a model folder or hub name."""
-    return _image_processor(model.path, model.revision, model.trust_remote_code)
-
-
-def _channels(model: ModelConfig) -> int:
-    return int(getattr(load_class_config(model), "num_channels", 3))

@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
     from rfa.batch import Row
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
-class Encoder:
-    """Encodes rows for one model. Picklable: the tokenizer is loaded once in each process that uses it."""
 
-    mixes = (
-        False  # whether batches draw their rows from all over a source, or from where it has them
-    )
+class TextEncoder:
+    """Encodes rows for one language model; each process that uses it loads the tokenizer once."""
+
+    mixes = False  # batches draw neighbouring rows of a source
 
     def __init__(self, model: ModelConfig, system_prompt: str | None, max_tokens: int) -> None:
         self.model = model
@@ -34,8 +35,10 @@ class Encoder:
         return load_tokenizer(self.model)
 
     def pair(self, prompt: str, answer: str) -> tuple[list[int], int]:
-        """Token ids, and where the answer's begin. The answer ends with the end token, which is all of the answer '';
-        '' as prompt is plain text."""
+        """Return token ids and the index of the answer's first token.
+
+        The answer ends with the end token, which is all of the answer ''. A row without a prompt is plain text.
+        """
         tokenizer = self.tokenizer
         before, after = self._parts(prompt, answer)
         prompt_ids = self._prompt_ids(before)
@@ -43,170 +46,169 @@ class Encoder:
         if not answer_ids or answer_ids[-1] != tokenizer.eos_token_id:
             answer_ids.append(int(tokenizer.eos_token_id))  # pyright: ignore[reportArgumentType]
         ids = (prompt_ids + answer_ids)[: self.max_tokens]
+        # The first token has nothing that predicts it, and a row that was cut keeps one token of the answer.
         return ids, min(max(len(prompt_ids), 1), len(ids) - 1)
 
     def prompt(self, prompt: str) -> list[int]:
-        """Token ids up to where the model's answer begins."""
+        """Return the token ids up to where the model's answer begins."""
         return self._prompt_ids(self._parts(prompt, "")[0])[-self.max_tokens :]
 
     def fact_tokens(self, prompt: str, answer: str, fact: str) -> NDArray[np.bool_]:
-        """Which of the T answer tokens of `pair`, end token included, carry the fact (where it first stands).
+        """Return which of the T answer tokens of `pair` carry the fact where it first stands.
 
-        None does where the fact is '' or cannot be measured whole: cut off by `max_tokens`, or begun by a row's first
-        token, which nothing predicts.
+        None does where the fact is '', is cut off by `max_tokens`, or begins in a row's first token, which nothing
+        predicts: a part of a fact is not measured.
         """
         ids, answer_start = self.pair(prompt, answer)
         is_fact_T = np.zeros(len(ids) - answer_start, dtype=np.bool_)
+        if not fact:
+            return is_fact_T
         before, after = self._parts(prompt, answer)
-        shift = len(self._prompt_ids(before)) - answer_start
-        places = [place + shift for place in self._carriers(after, answer, fact)] if fact else []
-        if places and places[0] >= 0 and places[-1] < len(is_fact_T):
-            is_fact_T[places] = True
+        carriers = np.asarray(self._carriers(after, answer, fact), dtype=np.int64)
+        carriers += len(self._prompt_ids(before)) - answer_start
+        if len(carriers) and carriers[0] >= 0 and carriers[-1] < len(is_fact_T):
+            is_fact_T[carriers] = True
         return is_fact_T
 
     def fact_span(self, prompt: str, answer: str, fact: str) -> tuple[int, int]:
-        """Where in `pair` the tokens that carry the fact begin and end; 0 and 0 where none does."""
-        place_N = np.flatnonzero(self.fact_tokens(prompt, answer, fact))
-        if not len(place_N):
+        """Return where in `pair` the tokens that carry the fact begin and end; 0, 0 without any."""
+        index_N = np.flatnonzero(self.fact_tokens(prompt, answer, fact))
+        if not len(index_N):
             return 0, 0
         answer_start = self.pair(prompt, answer)[1]
-        return answer_start + int(place_N[0]), answer_start + int(place_N[-1]) + 1
+        return answer_start + int(index_N[0]), answer_start + int(index_N[-1]) + 1
 
     def _carriers(self, after: str, answer: str, fact: str) -> Sequence[int]:
-        """The tokens of the text `after` that overlap the fact; none where the template has rewritten it."""
+        """Return the tokens of the text `after` that overlap the fact.
+
+        There are none where the template has rewritten it.
+        """
         tokenizer = self.tokenizer
         if tokenizer.is_fast:
             start = after.find(fact, max(after.find(answer), 0))
-            spans = tokenizer(after, add_special_tokens=False, return_offsets_mapping=True)[
-                "offset_mapping"
-            ]
-            overlap = [
-                place
-                for place, (left, right) in enumerate(spans)
-                if left < start + len(fact) and start < right
-            ]
-            return overlap if start >= 0 else []
-        # Without offsets: of the shortest beginning that says the fact, the shortest end that still does.
+            if start < 0:
+                return []
+            encoded = tokenizer(after, add_special_tokens=False, return_offsets_mapping=True)
+            left_T, right_T = np.reshape(encoded["offset_mapping"], (-1, 2)).T
+            return np.flatnonzero((left_T < start + len(fact)) & (right_T > start)).tolist()
+        # Without offsets: the shortest beginning that holds the fact, then its shortest end that still does.
         ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
-        end = next((end for end in range(1, len(ids) + 1) if fact in self._said(ids[:end])), 0)
-        return range(
-            max((first for first in range(end) if fact in self._said(ids[first:end])), default=0),
-            end,
-        )
+        end = 1
+        while end <= len(ids) and fact not in self._decode(ids[:end]):
+            end += 1
+        if end > len(ids):
+            return []
+        first = end - 1
+        while fact not in self._decode(ids[first:end]):
+            first -= 1
+        return range(first, end)
 
-    def _said(self, ids: list[int]) -> str:
+    def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def _prompt_ids(self, before: str) -> list[int]:
-        """Tokens of the text that the model is given; a chat template brings its own special tokens."""
-        return self.tokenizer(before, add_special_tokens=not self.tokenizer.chat_template)[
-            "input_ids"
-        ]
+        """Tokenise what the model is given; a chat template brings its own special tokens."""
+        adds_special = not self.tokenizer.chat_template
+        return self.tokenizer(before, add_special_tokens=adds_special)["input_ids"]
 
     def _parts(self, prompt: str, answer: str) -> tuple[str, str]:
-        """The text the model is given, and the text it should say."""
+        """Return the text that the model is given, and the text that it should continue with."""
         if not prompt:
             return "", answer
-        if not self.tokenizer.chat_template:
+        template = self.tokenizer.chat_template
+        if not template:
             return prompt, f" {answer}" if answer else ""
-        system = (
-            []
-            if self.system_prompt is None
-            else [{"role": "system", "content": self.system_prompt}]
-        )
-        asked = [*system, {"role": "user", "content": prompt}]
-        before = str(
-            self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        )
-        said = [*asked, {"role": "assistant", "content": answer}]
-        whole = str(self.tokenizer.apply_chat_template(said, tokenize=False))
-        if not whole.startswith(
-            before
-        ):  # a template that rewrites earlier turns: keep the answer as it is
+        turns = [{"role": "user", "content": prompt}]
+        if self.system_prompt is not None:
+            turns.insert(0, {"role": "system", "content": self.system_prompt})
+        apply = self.tokenizer.apply_chat_template
+        before = str(apply(turns, tokenize=False, add_generation_prompt=True))
+        turns.append({"role": "assistant", "content": answer})
+        text = str(apply(turns, tokenize=False))
+        if not text.startswith(before):  # a template that rewrites earlier turns
             return before, answer
-        return before, whole[len(before) :].rstrip()
+        return before, text[len(before) :].rstrip()
 
     @property
     def pad_token_id(self) -> int:
-        """What rows are padded with."""
+        """The token that rows are padded with."""
         return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
 
     def rows(self, records: Sequence[Mapping[str, Any]]) -> "list[Row]":
-        """Encoded rows, for a batch."""
+        """Return encoded rows, for a batch."""
         from rfa.batch import Row  # late: whoever only tokenises does without torch
 
-        return [
-            Row(
-                list(record["input_ids"]),
-                int(record["answer_start"]),
-                int(record["row"]),
-                int(record["label"]),
-                utility=record["set"] == "utility",
-                fact=(int(record["fact_start"]), int(record["fact_end"])),
-            )
-            for record in records
-        ]
+        rows: list[Row] = []
+        for record in records:
+            ids, start = list(record["input_ids"]), int(record["answer_start"])
+            fact = int(record["fact_start"]), int(record["fact_end"])
+            is_utility = record["set"] == "utility"
+            label = int(record["label"])
+            rows.append(Row(ids, start, int(record["row"]), label, utility=is_utility, fact=fact))
+        return rows
 
     def blank(self) -> "Row | None":
-        """`collate` makes the row that no term counts."""
+        """Return None: `collate` makes the row that no term counts."""
         return None
 
     def encode_batch(self, batch: Any) -> dict[str, Any]:
-        """Ray Data map: the columns training needs, and no text."""
-        pairs = [self.pair(p, a) for p, a in zip(batch["prompt"], batch["answer"], strict=True)]
-        facts = np.zeros((len(pairs), 2), dtype=np.int32)
-        for index in np.flatnonzero((batch["set"] == "forget") & (batch["fact"] != "")):
-            facts[index] = self.fact_span(
-                *(str(batch[key][index]) for key in ("prompt", "answer", "fact"))
-            )
-        labels = [zlib.crc32(label.encode()) if label else -1 for label in batch["label"]]
-        ids = np.empty(len(pairs), dtype=object)
-        for index, (tokens, _) in enumerate(pairs):
+        """Return the columns that training needs of a batch of Ray Data."""
+        size = len(batch["row"])
+        ids = np.empty(size, dtype=object)
+        label = np.full(size, -1, dtype=np.int64)
+        answer_start, fact_start, fact_end, length = np.zeros((4, size), dtype=np.int32)
+        for index in range(size):
+            prompt, answer = str(batch["prompt"][index]), str(batch["answer"][index])
+            tokens, answer_start[index] = self.pair(prompt, answer)
             ids[index] = np.asarray(tokens, dtype=np.int32)
+            length[index] = len(tokens)
+            if batch["label"][index]:
+                label[index] = zlib.crc32(batch["label"][index].encode())
+            fact = batch["fact"][index]
+            if fact and batch["set"][index] == "forget":
+                fact_start[index], fact_end[index] = self.fact_span(prompt, answer, str(fact))
         return {
             "set": batch["set"],
             "row": batch["row"],
-            "label": np.asarray(labels, dtype=np.int64),
+            "label": label,
             "input_ids": ids,
-            "answer_start": np.asarray([start for _, start in pairs], dtype=np.int32),
-            "fact_start": facts[:, 0],
-            "fact_end": facts[:, 1],
-            "length": np.asarray([len(tokens) for tokens, _ in pairs], dtype=np.int32),
+            "answer_start": answer_start,
+            "fact_start": fact_start,
+            "fact_end": fact_end,
+            "length": length,
         }
 
 
+def loaded_once(load: Callable[P, T]) -> Callable[P, T]:
+    """Remember the last two results of a function: what a process has loaded, by model."""
+    remembered: Any = lru_cache(maxsize=2)(load)
+    return remembered
+
+
+@loaded_once
 def load_tokenizer(model: ModelConfig, *, ends: bool = True) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a model folder or hub name, loaded once a process.
+    """Load the tokenizer of a model folder or hub name, once a process.
 
     Raises:
-        ConfigError: the folder has no tokenizer that loads, or one without the end token that answers need (`ends`).
+        ConfigError: no tokenizer loads, or it lacks the end token that answers need (`ends`).
     """
-    return _cached_tokenizer(model.path, model.revision, model.trust_remote_code, ends)
-
-
-def _load(
-    path: str, revision: str | None, trust_remote_code: bool, ends: bool
-) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer  # late: the driver never tokenises
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        found = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ConfigError(
-            f"model.path: no tokenizer loads from {path} ({found}); allowed: a model with its tokenizer"
+            f"model.path: no tokenizer loads from {model.path} ({reason}); "
+            "allowed: a model with its tokenizer"
         ) from None
     if ends and tokenizer.eos_token_id is None:
         raise ConfigError(
-            f"model.path: the tokenizer of {path} has no end token (eos_token); it is needed to end answers"
+            f"model.path: the tokenizer of {model.path} has no end token (eos_token); "
+            "it is needed to end answers"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-_cached_tokenizer: Callable[[str, str | None, bool, bool], "PreTrainedTokenizerBase"] = lru_cache(
-    maxsize=2
-)(_load)

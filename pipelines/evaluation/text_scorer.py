@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 
 from pipelines.config.schema import ModelConfig, UnlearnConfig
-from pipelines.encoding.text import Encoder
+from pipelines.encoding.text import TextEncoder
 from pipelines.evaluation.attacks import halves, relearn_
 from pipelines.evaluation.metrics import TokenStatistics, sample_scores
 from pipelines.evaluation.metrics.forward import token_statistics
@@ -54,10 +54,10 @@ class TextScorer(Scorer):
 
     def __init__(self, cfg: UnlearnConfig, models: Mapping[str, ModelConfig]) -> None:
         super().__init__(cfg, models)
-        self._encoder = Encoder(cfg.model, cfg.data.system_prompt, cfg.data.max_tokens)
+        self._encoder = TextEncoder(cfg.model, cfg.data.system_prompt, cfg.data.max_tokens)
 
     def answers(self, name: str, prompts: Sequence[str]) -> list[str]:
-        """Return the model's greedy answer to each prompt, as `Encoder.pair` takes it."""
+        """Return the model's greedy answer to each prompt, as `TextEncoder.pair` takes it."""
         self.load(ScoredModel(name))
         questions = [Question(self._encoder.prompt(prompt)) for prompt in prompts]
         with torch.inference_mode():

@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 
 from pipelines.config.schema import TrainConfig, UnlearnConfig
 from pipelines.encoding.batches import batches_of
-from pipelines.encoding.labelled import ClassEncoder, build_encoder
-from pipelines.encoding.text import Encoder
+from pipelines.encoding.encoder import Encoder, build_encoder
 from pipelines.model.answers import build_answer_training, salient_weights
 from pipelines.model.engine import Engine, EngineState, deepspeed_settings, zero3_loading
 from pipelines.model.load import build_alignment, load_base
@@ -75,9 +74,7 @@ def run_worker(job: Job) -> None:
     del keep_alive
 
 
-def _trained_weights(
-    job: Job, encoder: Encoder | ClassEncoder, base: PreTrainedModel, masks: Masks
-) -> Masks:
+def _trained_weights(job: Job, encoder: Encoder, base: PreTrainedModel, masks: Masks) -> Masks:
     """What fine-tuning may change: what is not pruned, and for SalUn the salient weights of that."""
     share = job.cfg.finetune.salient
     if share is None:
@@ -86,25 +83,21 @@ def _trained_weights(
     return {name: mask & masks.get(name, mask).to(mask.device) for name, mask in salient.items()}
 
 
-def _rows_of(
-    job: Job, encoder: Encoder | ClassEncoder, name: str, start: int = 0
-) -> Iterator[list[Row]]:
+def _rows_of(job: Job, encoder: Encoder, name: str, start: int = 0) -> Iterator[list[Row]]:
     """This worker's rows of a stream, batch after batch."""
     share = ray.train.get_dataset_shard(name)
     assert share is not None
     return (encoder.rows(records) for records in batches_of(share, job.batches[name], start))
 
 
-def _calibration(job: Job, encoder: Encoder | ClassEncoder) -> Iterator[UnlearnBatch]:
+def _calibration(job: Job, encoder: Encoder) -> Iterator[UnlearnBatch]:
     """This worker's first retain rows, as many as the targets are fitted on."""
     return _once(
         job, encoder, "retain", -(-job.cfg.objective.target_rows // job.cfg.train.retain_batch_size)
     )
 
 
-def _once(
-    job: Job, encoder: Encoder | ClassEncoder, name: str, most: int | None = None
-) -> Iterator[UnlearnBatch]:
+def _once(job: Job, encoder: Encoder, name: str, most: int | None = None) -> Iterator[UnlearnBatch]:
     """This worker's rows of a stream, each once, in at most so many batches."""
     number, blank = job.batches[name], encoder.blank()
     for rows in islice(_rows_of(job, encoder, name), number if most is None else min(most, number)):
@@ -144,7 +137,7 @@ class _Loop:
         job: Job,
         engine: Engine,
         module: nn.Module,
-        encoder: Encoder | ClassEncoder,
+        encoder: Encoder,
         pruned: Pruned,
     ) -> None:
         self.job, self.engine, self.module, self.encoder, self.pruned = (

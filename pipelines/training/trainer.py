@@ -25,7 +25,7 @@ from pipelines.cluster.resources import stage_of, worker_environment
 from pipelines.cluster.tasks import this_node
 from pipelines.config.schema import UnlearnConfig
 from pipelines.encoding.batches import ShardByRank, plan_stream
-from pipelines.encoding.labelled import build_encoder
+from pipelines.encoding.encoder import build_encoder
 from pipelines.storage.filesystem import open_filesystem
 from pipelines.training.job import Job
 

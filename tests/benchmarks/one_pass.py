@@ -32,7 +32,7 @@ from pipelines.config.load import load_config
 from pipelines.config.schema import ModelConfig
 from pipelines.data.rows import SET_SCHEMA
 from pipelines.data.sets import load_sets
-from pipelines.encoding.text import Encoder
+from pipelines.encoding.text import TextEncoder
 from pipelines.evaluation.metrics import Sample, summarise
 from pipelines.evaluation.scored_model import ScoredModel
 from pipelines.evaluation.text_scorer import TextScorer
@@ -79,7 +79,7 @@ class Problem:
         ray.shutdown()
         self.scorer = TextScorer(load_config(source, [*overrides, "evaluation.quick=true"]), {})
         torch.set_num_threads(2)
-        self.encoder = Encoder(cfg.model, cfg.data.system_prompt, cfg.data.max_tokens)
+        self.encoder = TextEncoder(cfg.model, cfg.data.system_prompt, cfg.data.max_tokens)
         self.pad = self.encoder.pad_token_id
         self.scored: list[pa.Table] = []
         for name, rows in self.rows.items():

@@ -98,7 +98,7 @@ def plain_worker(rows: Path) -> None:
     """A worker of torchrun's: `pipelines.training.loop.run_worker` without Ray."""
     import torch
 
-    from pipelines.encoding.text import Encoder
+    from pipelines.encoding.text import TextEncoder
     from pipelines.model.engine import Engine, deepspeed_settings
     from pipelines.model.load import build_alignment
     from pipelines.training.job import Job
@@ -112,7 +112,7 @@ def plain_worker(rows: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(cfg.seed)
     rank = torch.distributed.get_rank()
-    encoder = Encoder(cfg.model, cfg.data.system_prompt, cfg.data.max_tokens)
+    encoder = TextEncoder(cfg.model, cfg.data.system_prompt, cfg.data.max_tokens)
     tables = {
         name: pq.read_table(rows / f"{name}-{rank}.parquet").to_pylist()
         for name in ("retain", "forget")

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipelines.config.schema import ModelConfig, UnlearnConfig
-from pipelines.encoding.text import Encoder
+from pipelines.encoding.text import TextEncoder
 from pipelines.evaluation.attacks import halves, quantise_, quantise_blocks_, relearn_
 from pipelines.evaluation.metrics.relearning import STEPS
 from pipelines.evaluation.scored_model import CHANGES, Relearned, ScoredModel
@@ -135,7 +135,7 @@ def test_a_single_row_leaves_nothing_to_score(
 def test_relearning_makes_the_learned_rows_more_probable(
     cfg: UnlearnConfig, rows: list[dict[str, Any]]
 ) -> None:
-    model, encoder = load_base(cfg.model), Encoder(cfg.model, None, 128)
+    model, encoder = load_base(cfg.model), TextEncoder(cfg.model, None, 128)
     encoded = [Row(*encoder.pair(row["prompt"], row["answer"])) for row in rows]
     training, batch = AnswerTraining(model, classifies=False), collate(encoded, [], pad_token_id=0)
     original = {name: weight.detach().clone() for name, weight in model.named_parameters()}

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 from pipelines.config.schema import ModelConfig, UnlearnConfig
-from pipelines.encoding.text import Encoder
+from pipelines.encoding.text import TextEncoder
 from pipelines.evaluation.metrics import TokenStatistics
 from pipelines.evaluation.metrics.text import rouge_recall
 from pipelines.evaluation.scored_model import ScoredModel
@@ -103,7 +103,7 @@ def test_a_fact_is_recalled_when_it_is_what_the_model_says_first(
 def test_fact_recall_counts_the_tokens_of_the_fact_and_no_others(
     cfg: UnlearnConfig, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fact_tokens = Encoder(cfg.model, None, 128).fact_tokens
+    fact_tokens = TextEncoder(cfg.model, None, 128).fact_tokens
 
     def only_the_fact_then_all_but_the_fact(_: TextScorer, texts: list[Text]) -> Any:
         for text in texts:
@@ -150,7 +150,7 @@ def test_plain_text_is_continued_from_its_middle(
 def test_an_answer_ends_with_the_end_token_and_the_prompt_does_not_count(
     cfg: UnlearnConfig,
 ) -> None:
-    encoder = Encoder(cfg.model, None, 128)
+    encoder = TextEncoder(cfg.model, None, 128)
     ids, start = encoder.pair("Who?", "Nobody.")
     tokenizer = encoder.tokenizer
     assert tokenizer.decode(ids[:start]) == "<|user|>Who?<|end|><|assistant|>"
@@ -163,33 +163,33 @@ def test_an_empty_answer_to_a_prompt_is_the_end_token_alone(
     cfg: UnlearnConfig, tmp_path: Path, template: bool
 ) -> None:
     ByT5Tokenizer().save_pretrained(tmp_path)  # without a chat template
-    encoder = Encoder(cfg.model if template else ModelConfig(path=str(tmp_path)), None, 128)
+    encoder = TextEncoder(cfg.model if template else ModelConfig(path=str(tmp_path)), None, 128)
     ids, start = encoder.pair("Who?", "")
     assert ids[:start] == encoder.prompt("Who?")[:start]
     assert ids[start:] == [encoder.tokenizer.eos_token_id]
 
 
 def test_a_system_prompt_comes_first(cfg: UnlearnConfig) -> None:
-    encoder = Encoder(cfg.model, "Be kind.", 128)
+    encoder = TextEncoder(cfg.model, "Be kind.", 128)
     assert encoder.tokenizer.decode(encoder.prompt("Who?")).startswith(
         "<|system|>Be kind.<|end|><|user|>Who?"
     )
 
 
 def test_plain_text_is_all_answer_but_its_first_token(cfg: UnlearnConfig) -> None:
-    encoder = Encoder(cfg.model, None, 128)
+    encoder = TextEncoder(cfg.model, None, 128)
     ids, start = encoder.pair("", "Just text.")
     assert start == 1
     assert encoder.tokenizer.decode(ids) == "Just text.<|end|>"
 
 
 def test_long_rows_are_cut_and_keep_an_answer(cfg: UnlearnConfig) -> None:
-    ids, start = Encoder(cfg.model, None, 16).pair("word " * 100, "answer")
+    ids, start = TextEncoder(cfg.model, None, 16).pair("word " * 100, "answer")
     assert len(ids) == 16
     assert start == 15
 
 
-def fact_text(encoder: Encoder, prompt: str, answer: str, fact: str) -> tuple[str, int]:
+def fact_text(encoder: TextEncoder, prompt: str, answer: str, fact: str) -> tuple[str, int]:
     """What the tokens that carry the fact say, and how many they are."""
     ids, start = encoder.pair(prompt, answer)
     is_fact_T = encoder.fact_tokens(prompt, answer, fact)
@@ -198,7 +198,7 @@ def fact_text(encoder: Encoder, prompt: str, answer: str, fact: str) -> tuple[st
 
 
 def test_the_tokens_of_a_fact_say_the_fact(cfg: UnlearnConfig, problem: Path) -> None:
-    encoder = Encoder(cfg.model, None, 128)
+    encoder = TextEncoder(cfg.model, None, 128)
     for path in (problem / "data").glob("*.jsonl"):
         for row in map(json.loads, path.read_text().splitlines()[:40]):
             assert (
@@ -210,7 +210,7 @@ def test_the_tokens_of_a_fact_say_the_fact(cfg: UnlearnConfig, problem: Path) ->
 def test_forget_rows_are_unlearned_with_the_place_of_their_facts(
     cfg: UnlearnConfig, problem: Path
 ) -> None:
-    encoder = Encoder(cfg.model, None, 128)
+    encoder = TextEncoder(cfg.model, None, 128)
     rows = [
         json.loads(line) for line in (problem / "data" / "forget.jsonl").read_text().splitlines()
     ]
@@ -240,7 +240,7 @@ def test_forget_rows_are_unlearned_with_the_place_of_their_facts(
 
 
 def test_tokens_that_the_fact_shares_with_its_neighbours_carry_it(cfg: UnlearnConfig) -> None:
-    encoder = Encoder(cfg.model, None, 128)
+    encoder = TextEncoder(cfg.model, None, 128)
     assert encoder.tokenizer.tokenize("What author") == ["What", "Ġauthor"]
     # What, author, end token
     assert encoder.fact_tokens("Who?", "What author", "auth").tolist() == [False, True, False]
@@ -248,7 +248,7 @@ def test_tokens_that_the_fact_shares_with_its_neighbours_carry_it(cfg: UnlearnCo
 
 
 def test_a_fact_counts_where_it_first_stands(cfg: UnlearnConfig) -> None:
-    encoder = Encoder(cfg.model, None, 128)
+    encoder = TextEncoder(cfg.model, None, 128)
     assert encoder.fact_tokens("Who?", "What author author", "author").tolist() == [
         False,
         True,
@@ -258,10 +258,10 @@ def test_a_fact_counts_where_it_first_stands(cfg: UnlearnConfig) -> None:
 
 
 def test_a_fact_that_is_cut_off_or_not_there_has_no_tokens(cfg: UnlearnConfig) -> None:
-    whole = Encoder(cfg.model, None, 128)
+    whole = TextEncoder(cfg.model, None, 128)
     length = len(whole.pair("Who?", "What author")[0])
     assert whole.fact_tokens("Who?", "What author", "What author").tolist() == [True, True, False]
-    without_end, in_half = (Encoder(cfg.model, None, length - cut) for cut in (1, 2))
+    without_end, in_half = (TextEncoder(cfg.model, None, length - cut) for cut in (1, 2))
     assert without_end.fact_tokens("Who?", "What author", "What author").tolist() == [True, True]
     assert in_half.fact_tokens("Who?", "What author", "What author").tolist() == [False]
     assert in_half.fact_tokens("Who?", "What author", "What").tolist() == [True]
@@ -269,7 +269,7 @@ def test_a_fact_that_is_cut_off_or_not_there_has_no_tokens(cfg: UnlearnConfig) -
 
 
 def test_a_fact_begun_by_the_first_token_of_a_text_cannot_be_measured(cfg: UnlearnConfig) -> None:
-    encoder = Encoder(cfg.model, None, 128)
+    encoder = TextEncoder(cfg.model, None, 128)
     assert encoder.fact_tokens("", "What author", "What author").tolist() == [
         False,
         False,
@@ -282,7 +282,9 @@ def test_bytes_that_only_together_make_a_letter_carry_a_fact_together(
     cfg: UnlearnConfig, tmp_path: Path, kind: str
 ) -> None:
     ByT5Tokenizer().save_pretrained(tmp_path)  # a token a byte, and no offsets
-    encoder = Encoder(cfg.model if kind == "fast" else ModelConfig(path=str(tmp_path)), None, 128)
+    encoder = TextEncoder(
+        cfg.model if kind == "fast" else ModelConfig(path=str(tmp_path)), None, 128
+    )
     assert encoder.tokenizer.is_fast == (kind == "fast")
     said, tokens = fact_text(encoder, "Where?", "She saw Łódź twice.", "Łódź")
     assert said.strip() == "Łódź"
