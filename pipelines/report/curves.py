@@ -6,52 +6,50 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-NOT_TERMS = (
-    "step",
-    "learning_rate",
-    "tokens_per_s",
-)  # In losses.jsonl, beside the terms of the objective.
-LOG_SCALE_FROM = 30  # A curve whose largest value is this many times its smallest is drawn on a logarithmic axis.
-RELEARNED = "relearn.probability."  # Before the number of steps, in a model's entry of scores.json.
+import numpy as np
+
+# In losses.jsonl, beside the terms of the objective.
+NOT_TERMS = ("step", "learning_rate", "tokens_per_s")
+# A curve whose largest value is this many times its smallest is drawn on a logarithmic axis.
+LOG_SCALE_FROM = 30
+RELEARNED = "relearn.probability."  # before the number of steps, in a model's entry of scores.json
 SOFT = "#555b65"
-LOOKS: dict[str, dict[str, Any]] = {  # As the page draws the models' scores.
+# As the page draws the models' scores. The original is not relearned.
+LOOKS: dict[str, dict[str, Any]] = {
     "after": {"color": "#0072b2", "marker": "o"},
     "oracle": {"color": "#009e73", "marker": "D", "markerfacecolor": "white"},
 }
 
 
 def loss_curves(losses: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """A small plot for each term of the objective that is not zero throughout."""
+    """Return a small plot for each term of the objective that is not zero throughout."""
+    steps = [entry["step"] for entry in losses]
     terms = dict.fromkeys(key for entry in losses for key in entry if key not in NOT_TERMS)
     curves: list[dict[str, str]] = []
     for term in terms:
-        values = [_number(entry.get(term)) for entry in losses]
-        if any(value and not math.isnan(value) for value in values):
-            curves.append(
-                {"term": term, "image": _loss_curve([entry["step"] for entry in losses], values)}
-            )
+        values = np.array([_number(entry.get(term)) for entry in losses])
+        if np.nan_to_num(values).any():
+            curves.append({"term": term, "image": _loss_curve(steps, values)})
     return curves
 
 
 def relearn_curve(models: Mapping[str, Mapping[str, float | None]]) -> str | None:
-    """How the forget set's held-out half comes back, a line a model; None where no model has been fine-tuned."""
-    lines = {name: line for name, entry in models.items() if (line := _relearned(entry))}
+    """Plot how the forget set's held-out half comes back, a line a model, if any was relearned."""
+    lines: dict[str, dict[int, float]] = {}
+    for name in LOOKS:
+        for key, value in models.get(name, {}).items():
+            if key.startswith(RELEARNED):
+                lines.setdefault(name, {})[int(key.removeprefix(RELEARNED))] = _number(value)
     if not lines:
         return None
-    steps = sorted({step for line in lines.values() for step in line})
+    steps = sorted(set().union(*lines.values()))
 
     def draw(axes: Any) -> None:
         for name, line in lines.items():
-            axes.plot(
-                list(line),
-                list(line.values()),
-                label=name,
-                linewidth=1.6,
-                markersize=5,
-                **LOOKS.get(name, {}),
-            )
-        axes.set_xscale("symlog", linthresh=1, linscale=0.5)  # Most happens in the first steps.
-        axes.set_xticks(steps, [str(step) for step in steps])
+            points = zip(*sorted(line.items()), strict=True)
+            axes.plot(*points, label=name, linewidth=1.6, markersize=5, **LOOKS[name])
+        axes.set_xscale("symlog", linthresh=1, linscale=0.5)  # most happens in the first steps
+        axes.set_xticks(steps, list(map(str, steps)))
         axes.set_xticks([], minor=True)
         axes.set_ylim(bottom=0)
         axes.set_ylabel("probability", color=SOFT)
@@ -60,32 +58,20 @@ def relearn_curve(models: Mapping[str, Mapping[str, float | None]]) -> str | Non
     return svg(draw)
 
 
-def _relearned(entry: Mapping[str, float | None]) -> dict[int, float]:
-    """Probability by steps, in order; gaps where it was not a number."""
-    found = {
-        key.removeprefix(RELEARNED): value
-        for key, value in entry.items()
-        if key.startswith(RELEARNED)
-    }
-    known = {int(step): _number(value) for step, value in found.items() if step.isdecimal()}
-    return {step: known[step] for step in sorted(known)}
-
-
 def _number(value: object) -> float:
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
-def _loss_curve(steps: Sequence[int], values: Sequence[float]) -> str:
-    """One curve; gaps where the loss was not a number."""
-    known = [value for value in values if math.isfinite(value)]
+def _loss_curve(steps: Sequence[int], values: Any) -> str:
+    """Return one curve, with gaps where the loss was not a number."""
+    finite = values[np.isfinite(values)]
+    marker = "o" if len(steps) < 3 else None
 
     def draw(axes: Any) -> None:
-        axes.plot(
-            steps, values, color="#0072b2", linewidth=1.6, marker="o" if len(steps) < 3 else None
-        )
-        if known and min(known) > 0 and max(known) >= LOG_SCALE_FROM * min(known):
+        axes.plot(steps, values, color="#0072b2", linewidth=1.6, marker=marker)
+        if finite.size and finite.min() > 0 and finite.max() >= LOG_SCALE_FROM * finite.min():
             axes.set_yscale("log")
-        elif known and min(known) >= 0:
+        elif finite.size and finite.min() >= 0:
             axes.set_ylim(bottom=0)
 
     return svg(draw)
@@ -94,13 +80,16 @@ def _loss_curve(steps: Sequence[int], values: Sequence[float]) -> str:
 def svg(
     draw: Callable[[Any], None], *, size: tuple[float, float] = (4.2, 2.1), x_label: str = "step"
 ) -> str:
-    """A plot as an SVG in a data address; `size` in inches."""
+    """Return a plot as an SVG in a data address; `size` in inches."""
     import matplotlib  # late: a second to import, for every command
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(
-        {"svg.hashsalt": "ray-unlearn", "font.size": 9, "axes.edgecolor": "#9aa1ab"}
-    ):
+    style: dict[Any, Any] = {
+        "svg.hashsalt": "ray-unlearn",
+        "font.size": 9,
+        "axes.edgecolor": "#9aa1ab",
+    }
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         draw(axes)

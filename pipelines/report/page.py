@@ -172,15 +172,15 @@ def _scores(models: Mapping[str, Entry]) -> dict[str, Row]:
         values = {model: entry.get(key) for model, entry in models.items()}
         scores[key] = Row(group, metric, values, _reached(group, metric, values))
 
-    def place(key: str) -> int:
-        metric = scores[key].metric
+    def position(score: tuple[str, Row]) -> int:
+        metric = score[1].metric
         return METRICS.index(metric) if metric in METRICS else len(METRICS)
 
-    return {key: scores[key] for key in sorted(scores, key=place)}
+    return dict(sorted(scores.items(), key=position))
 
 
 def _reached(group: str, metric: Metric, values: Entry) -> int | None:
-    before, after, oracle = values["before"], values["after"], values.get("oracle")
+    before, after, oracle = values.get("before"), values.get("after"), values.get("oracle")
     if before is None or after is None:
         return None
     if group in ("forget", "mia") and oracle is not None and abs(before - oracle) >= MIN_GAP:
