@@ -65,6 +65,15 @@ def test_every_row_has_all_that_its_readers_need(metric: Metric) -> None:
         assert (group in SET_NAMES) == (metric.of_set is not None)
 
 
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
+def test_the_documentation_says_what_a_score_is_and_which_way_is_remembered(
+    metric: Metric,
+) -> None:
+    page = (ROOT / "docs" / "scores.md").read_text(encoding="utf-8")
+    words = f"{metric.label}: {metric.help} | {metric.unit} | {metric.remembered}"
+    assert f"| `{metric.name}` | {words} |\n" in page
+
+
 def test_names_are_unique_and_so_are_the_terminals_titles() -> None:
     assert len({metric.name for metric in METRICS}) == len(METRICS)
     assert len(set(terminal_titles().values())) == len(terminal_titles())
