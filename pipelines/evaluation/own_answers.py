@@ -1,4 +1,4 @@
-"""Utility prompts without an answer get the model's own, greedy, from before unlearning.
+"""Give utility prompts without an answer the model's own, greedy, from before unlearning.
 
 What the model says by itself is what must not move, so its answer's tokens stand for that in the statistics and in
 training. They are generated once and kept in the run's folder until it is complete: a run that goes on reads them.
@@ -33,125 +33,116 @@ DIGEST = b"questions_sha256"  # in the file's metadata: a set's own digest does 
 
 
 def with_own_answers(cfg: UnlearnConfig, sets: Sets, folder: Path, terminal: Terminal) -> Sets:
-    """The sets with an answer in every utility row, at most `evaluation.max_new_tokens` tokens of the model's own.
+    """Return the sets with an answer in every utility row, the model's own where it had none.
 
-    The answers lie in the folder's `utility_answers.parquet` (row, answer). They are generated where it is missing or
-    belongs to other questions, by actors of the training's resources, which are gone when this returns. An answer may
-    be empty: the model ends at once.
+    An answer has at most `evaluation.max_new_tokens` tokens, and none where the model ends at once. The answers lie in
+    the folder's `utility_answers.parquet` (row, answer). They are generated where it is missing or belongs to other
+    questions, by actors of the training's resources, which are gone when this returns.
     """
     if not sets.unanswered:
         return sets
     assert sets.utility is not None
     path = folder / FILE_NAME
     blocks = sets.utility.to_arrow_refs()
-    found: list[Any] = [_questions.remote(block) for block in blocks]
-    questions, counts = [table for table, _ in found], ray.get([count for _, count in found])
-    if not result_of(on_this_node(holds_answers).remote(path, *questions)):
+    questions = _questions.remote(*blocks)
+    if not result_of(on_this_node(holds_answers).remote(path, questions)):
         bar = terminal.bar("Answering utility prompts", sets.unanswered)
-        answers = _generate(cfg, list(zip(questions, counts, strict=True)), bar.advance)
-        result_of(on_this_node(_write).remote(path, len(questions), *questions, *answers))
+        answers = _generate(cfg, questions, sets.unanswered, bar.advance)
+        result_of(on_this_node(_write).remote(path, questions, *answers))
         bar.finish()
-    answers = on_this_node(_read).remote(path)
-    filled = dataset_of([_fill.remote(block, answers) for block in blocks])
+    answers = on_this_node(parquet.read_table).remote(path)
+    filled = dataset_of([_filled.remote(block, answers) for block in blocks])
     return replace(sets, utility=filled, unanswered=0)
 
 
 def drop_answers(folder: Path) -> None:
-    """Remove the kept answers of a run that is complete: the model that gave them knew the forget set."""
+    """Remove the answers of a run that is complete: the model that gave them knew the forget set."""
     (folder / FILE_NAME).unlink(missing_ok=True)
 
 
 def answered_only(sets: Sets) -> Sets:
-    """The sets without the utility rows that have no answer; without the utility set, where none has one."""
+    """Return the sets without the utility rows that have no answer, or without the utility set."""
     if not sets.unanswered:
         return sets
     assert sets.utility is not None
-    left = sets.counts["utility"] - sets.unanswered
-    counts = {name: count for name, count in sets.counts.items() if name != "utility" or left}
-    if not left:
-        return replace(sets, utility=None, counts=counts, unanswered=0)
-    rows = _answered.remote(*sets.utility.to_arrow_refs())
-    return replace(
-        sets, utility=dataset_of([rows]), counts={**counts, "utility": left}, unanswered=0
-    )
+    counts = dict(sets.counts)
+    counts["utility"] -= sets.unanswered
+    if counts["utility"]:
+        utility = dataset_of([_answered.remote(*sets.utility.to_arrow_refs())])
+    else:
+        utility = None
+        del counts["utility"]
+    return replace(sets, utility=utility, counts=counts, unanswered=0)
 
 
 def _generate(
-    cfg: UnlearnConfig, questions: list[tuple[Any, int]], advance: Callable[[int], None]
+    cfg: UnlearnConfig, questions: Any, count: int, advance: Callable[[int], None]
 ) -> list[Any]:
-    """References to tables of answers, in the questions' order; of the workers' results, the driver sees counts."""
+    """Return references to tables of answers, in the questions' order; the driver sees no text."""
     limit = cfg.evaluation.batch_size
-    pieces = [(table, start) for table, count in questions for start in range(0, count, limit)]
     answers: list[Any] = []
 
-    def start(worker: Any, piece: tuple[Any, int]) -> Any:
-        found, count = worker.answers.options(num_returns=2).remote("before", *piece, limit)
-        answers.append(found)
-        return count
+    def start(worker: Any, first: int) -> Any:
+        answer_method = worker.answers.options(num_returns=2)
+        table, rows_answered = answer_method.remote("before", questions, first, limit)
+        answers.append(table)
+        return rows_answered
 
     workers = start_workers(cfg, {"before": cfg.model})
     pool: Any = ActorPool(workers)
     try:
-        for count in pool.map_unordered(start, pieces):
-            advance(count)
+        for rows_answered in pool.map_unordered(start, range(0, count, limit)):
+            advance(rows_answered)
     finally:
         for worker in workers:  # nothing else gets their CPUs before they are gone
             ray.kill(worker)
     return answers
 
 
-def _select_questions(block: pa.Table) -> tuple[pa.Table, int]:
-    """Row number and prompt of each row without an answer, and how many they are."""
-    rows = block.filter(pc.equal(block["answer"], "")).select(["row", "prompt"])
-    return rows, rows.num_rows
+# "DEFAULT" keeps these tasks out of a Tune trial's placement group, whose resources belong to its workers.
+@ray.remote(scheduling_strategy="DEFAULT")
+def _questions(*blocks: pa.Table) -> pa.Table:
+    """Return row number and prompt of each row without an answer."""
+    rows = pa.concat_tables(blocks)
+    return rows.filter(pc.equal(rows["answer"], "")).select(["row", "prompt"])
 
 
-def holds_answers(path: Path, *questions: pa.Table) -> bool:
-    """Whether there is a file of the answers to these questions."""
-    return path.exists() and (parquet.read_schema(path).metadata or {}).get(DIGEST) == _digest(
-        questions
-    )
+@ray.remote(scheduling_strategy="DEFAULT")
+def _filled(block: pa.Table, answers: pa.Table) -> pa.Table:
+    """Return a block with these answers in the rows that they name."""
+    index = pc.index_in(block["row"], value_set=answers["row"].combine_chunks())
+    filled = pc.coalesce(answers["answer"].take(index), block["answer"])
+    return _with_column(block, "answer", filled)
 
 
-def _write(path: Path, num_tables: int, *tables: pa.Table) -> None:
-    """Write the answers, which follow after as many tables of questions, all at once or not at all."""
-    questions, answers = tables[:num_tables], pa.concat_tables(tables[num_tables:])
-    assert answers["row"].to_pylist() == pa.concat_tables(questions)["row"].to_pylist(), (
-        "an answer a question"
-    )
+@ray.remote(scheduling_strategy="DEFAULT")
+def _answered(*blocks: pa.Table) -> pa.Table:
+    """Return the rows that have an answer, numbered anew."""
+    rows = pa.concat_tables(blocks)
+    rows = rows.filter(pc.not_equal(rows["answer"], ""))
+    return _with_column(rows, "row", pa.array(range(rows.num_rows), pa.int64()))
+
+
+def _with_column(rows: pa.Table, name: str, values: Any) -> pa.Table:
+    return rows.set_column(rows.schema.get_field_index(name), name, values).cast(SET_SCHEMA)
+
+
+def holds_answers(path: Path, questions: pa.Table) -> bool:
+    """Return whether a file holds the answers to these questions."""
+    if not path.exists():
+        return False
+    metadata = parquet.read_schema(path).metadata or {}
+    return metadata.get(DIGEST) == _digest(questions)
+
+
+def _write(path: Path, questions: pa.Table, *tables: pa.Table) -> None:
+    """Write the answers to the questions, all at once or not at all."""
+    answers = pa.concat_tables(tables)
+    assert answers["row"].equals(questions["row"]), "each question has one answer"
     with replacing(path) as partial:
         parquet.write_table(answers.replace_schema_metadata({DIGEST: _digest(questions)}), partial)
 
 
-def _digest(questions: tuple[pa.Table, ...]) -> bytes:
-    rows = pa.concat_tables(questions).to_pydict()
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest().encode()
-
-
-def _read(path: Path) -> pa.Table:
-    return parquet.read_table(path)
-
-
-def _fill_in(block: pa.Table, answers: pa.Table) -> pa.Table:
-    """The block with these answers in place of those of the rows that they name."""
-    own = answers["answer"].take(
-        pc.index_in(block["row"], value_set=answers["row"].combine_chunks())
-    )
-    column = block.schema.get_field_index("answer")
-    return block.set_column(column, "answer", pc.coalesce(own, block["answer"])).cast(SET_SCHEMA)
-
-
-def _with_answers(*blocks: pa.Table) -> pa.Table:
-    """The rows that have an answer, numbered anew."""
-    rows = pa.concat_tables(blocks)
-    rows = rows.filter(pc.not_equal(rows["answer"], ""))
-    column = rows.schema.get_field_index("row")
-    return rows.set_column(column, "row", pa.array(range(rows.num_rows), pa.int64())).cast(
-        SET_SCHEMA
-    )
-
-
-# "DEFAULT" keeps these tasks out of a Tune trial's placement group, whose resources belong to its workers.
-_questions = ray.remote(scheduling_strategy="DEFAULT", num_returns=2)(_select_questions)
-_fill = ray.remote(scheduling_strategy="DEFAULT")(_fill_in)
-_answered = ray.remote(scheduling_strategy="DEFAULT")(_with_answers)
+def _digest(questions: pa.Table) -> bytes:
+    text = json.dumps(questions.to_pydict())
+    return hashlib.sha256(text.encode()).hexdigest().encode()

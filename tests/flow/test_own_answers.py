@@ -136,7 +136,7 @@ def test_answers_to_other_questions_are_not_taken(
     path = Path(cfg.output_dir) / FILE_NAME
     rows = [1, 2, 4, 5, 6, 7, 8]
     questions = pa.table({"row": rows, "prompt": [prompts[row] for row in rows]})
-    assert holds_answers(path, questions.slice(0, 3), questions.slice(3))
+    assert holds_answers(path, pa.concat_tables([questions.slice(0, 3), questions.slice(3)]))
     in_another_order = pa.table({"row": rows, "prompt": [prompts[row] for row in rows[::-1]]})
     assert not holds_answers(path, in_another_order)
     assert not holds_answers(path.with_name("missing.parquet"), questions)
