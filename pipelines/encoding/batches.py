@@ -1,8 +1,8 @@
 """Which rows form a step, and which of them a worker holds.
 
-Rows of similar length form a batch; the order of batches is a function of the seed alone. Every worker holds its own
-share of each batch, so that a step sees the same rows with any number of workers, and a resumed run continues where it
-was.
+Rows of similar length form a batch; the order of batches is a function of the seed alone. Every
+worker holds its own share of each batch, so that a step sees the same rows with any number of
+workers, and a resumed run continues where it was.
 """
 
 from collections.abc import Iterator
@@ -32,8 +32,9 @@ class Stream(NamedTuple):
 def plan_stream(rows: Dataset, encoder: "Encoder", batch_size: int, seed: int) -> Stream:
     """Tokenise rows and cut them into batches.
 
-    All of it happens before training: while the workers hold the CPUs, no other task could run. One task holds the
-    stream's token ids, 4 bytes a token, and leaves them on the driver's node: they outlive the workers' nodes.
+    All of it happens before training: while the workers hold the CPUs, no other task could run.
+    One task holds the stream's token ids, 4 bytes a token, and leaves them on the driver's node,
+    where they outlive the workers' nodes.
     """
     tokens = rows.map_batches(encoder.encode_batch, batch_format="numpy").materialize()
     arrange: Any = ray.remote(_arrange).options(num_returns=2, scheduling_strategy=this_node())
@@ -76,8 +77,8 @@ def _in_order(dataset: Dataset) -> Dataset:
 class ShardByRank(DataConfig):
     """Cuts a stream into one share a worker, whenever a group of workers starts.
 
-    Its size may differ from the last. It runs in an actor of Ray Train on the driver's node, and starts no task: the
-    workers may hold all CPUs.
+    The size of the group may differ from the last. This runs in an actor of Ray Train on the
+    driver's node, and starts no task: the workers may hold all CPUs.
     """
 
     def configure(

@@ -1,6 +1,7 @@
 """Rows with a class: how texts and images become what a classifier reads.
 
-An image stays the bytes of its file until a worker makes a batch of it, with the model's own image processor.
+An image stays the bytes of its file until a worker makes a batch of it, with the model's own image
+processor.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""How a row becomes tokens: prompt and answer through the tokenizer's chat template, or plain text."""
+"""How a row becomes tokens: prompt and answer by the tokenizer's chat template, or plain text."""
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +37,8 @@ class TextEncoder:
     def pair(self, prompt: str, answer: str) -> tuple[list[int], int]:
         """Return token ids and the index of the answer's first token.
 
-        The answer ends with the end token, which is all of the answer ''. A row without a prompt is plain text.
+        The answer ends with the end token, which is all of the answer ''. A row without a prompt is
+        plain text.
         """
         tokenizer = self.tokenizer
         before, after = self._parts(prompt, answer)
@@ -46,7 +47,7 @@ class TextEncoder:
         if not answer_ids or answer_ids[-1] != tokenizer.eos_token_id:
             answer_ids.append(int(tokenizer.eos_token_id))  # pyright: ignore[reportArgumentType]
         ids = (prompt_ids + answer_ids)[: self.max_tokens]
-        # The first token has nothing that predicts it, and a row that was cut keeps one token of the answer.
+        # Nothing predicts the first token, and a row that was cut has one token of the answer.
         return ids, min(max(len(prompt_ids), 1), len(ids) - 1)
 
     def prompt(self, prompt: str) -> list[int]:
@@ -56,8 +57,8 @@ class TextEncoder:
     def fact_tokens(self, prompt: str, answer: str, fact: str) -> NDArray[np.bool_]:
         """Return which of the T answer tokens of `pair` carry the fact where it first stands.
 
-        None does where the fact is '', is cut off by `max_tokens`, or begins in a row's first token, which nothing
-        predicts: a part of a fact is not measured.
+        None does where the fact is '', is cut off by `max_tokens`, or begins in a row's first
+        token, which nothing predicts: a part of a fact is not measured.
         """
         ids, answer_start = self.pair(prompt, answer)
         is_fact_T = np.zeros(len(ids) - answer_start, dtype=np.bool_)
@@ -91,7 +92,7 @@ class TextEncoder:
             encoded = tokenizer(after, add_special_tokens=False, return_offsets_mapping=True)
             left_T, right_T = np.reshape(encoded["offset_mapping"], (-1, 2)).T
             return np.flatnonzero((left_T < start + len(fact)) & (right_T > start)).tolist()
-        # Without offsets: the shortest beginning that holds the fact, then its shortest end that still does.
+        # Without offsets: the shortest beginning with the fact, then its shortest end with it.
         ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
         end = 1
         while end <= len(ids) and fact not in self._decode(ids[:end]):

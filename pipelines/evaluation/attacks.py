@@ -1,6 +1,7 @@
-"""What is done to a model to bring back what it has forgotten: rounding its weights, and relearning.
+"""Attacks that bring back what a model has forgotten: rounding its weights, and relearning.
 
-Rounding is known to undo unlearning whose changes are smaller than its steps (Zhang et al. 2024, arXiv 2410.16454).
+Rounding can undo unlearning whose changes are smaller than its steps (Zhang et al. 2024, arXiv
+2410.16454).
 
 Shapes: O outputs, I inputs, G groups of inputs.
 """
@@ -19,27 +20,26 @@ from pipelines.model.answers import AnswerTraining
 from rfa.adapters import find_blocks
 from rfa.batch import Row, collate
 
-GROUP = 32  # inputs that share a step; of metrics.md's 4-bit forms (Robustness: quantised) the group-wise int4
-# Small beside finetune.learning_rate's 2e-4: the attack of metrics.md (Robustness: relearn_curve) uncovers, the steps
-# alone should not teach.
+GROUP = 32  # inputs that share a step, as in group-wise int4
+# Small beside finetune.learning_rate's 2e-4: the steps should uncover, and not teach anew.
 RELEARN_LEARNING_RATE = 2e-5
 RELEARN_ROWS = 8  # in one step, at most
 
 
 @torch.no_grad()
 def quantise_(weight_OI: Tensor, bits: int, group: int = GROUP) -> Tensor:
-    """Round each value to the nearest whole multiple of its group's step: `group` neighbouring inputs of one output.
+    """Round each value to the nearest multiple of its group's step.
 
-    The step is the group's largest absolute value / (2^(bits-1) - 1), so the multiples are as many on both sides of 0.
+    A group is `group` neighbouring inputs of one output. Its step is its largest absolute value /
+    (2^(bits-1) - 1), so that there are as many multiples on both sides of 0.
 
     Returns:
         The steps, of shape (O, G) in float32; 0 for a group of zeros.
     """
     assert weight_OI.ndim == 2 and bits >= 2, (weight_OI.shape, bits)
     outputs, inputs = weight_OI.shape
-    padded_OI = nn.functional.pad(
-        weight_OI.float(), (0, -inputs % group)
-    )  # zeros change no group's largest
+    # Zeros change no group's largest value.
+    padded_OI = nn.functional.pad(weight_OI.float(), (0, -inputs % group))
     grouped_OGI = padded_OI.view(outputs, -1, group)
     step_OG = grouped_OGI.abs().amax(-1) / (2 ** (bits - 1) - 1)
     divisor_OG = torch.where(step_OG > 0, step_OG, torch.ones_like(step_OG))
@@ -49,7 +49,7 @@ def quantise_(weight_OI: Tensor, bits: int, group: int = GROUP) -> Tensor:
 
 
 def quantise_blocks_(model: nn.Module, bits: int) -> list[str]:
-    """Round every linear layer's weight inside the transformer blocks; embeddings, norms and head stay.
+    """Round the weights of all linear layers inside the blocks; embeddings, norms, head stay.
 
     Returns:
         The names of the rounded layers.
@@ -58,50 +58,52 @@ def quantise_blocks_(model: nn.Module, bits: int) -> list[str]:
     names: list[str] = []
     for name, module in blocks.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)):
-            is_transposed = isinstance(module, Conv1D)  # GPT-2's layers hold (I, O)
-            quantise_(module.weight.T if is_transposed else module.weight, bits)
+            weight_OI = module.weight
+            if isinstance(module, Conv1D):  # GPT-2's layers hold (I, O)
+                weight_OI = weight_OI.T
+            quantise_(weight_OI, bits)
             names.append(f"{prefix}.{name}")
     assert names, "an adapted model has linear layers in its blocks"
     return names
 
 
 def halves(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows to learn again, every second one by number from the first on, and of the others those to score.
+    """Return the rows to learn again, every second one by number, and those of the others to score.
 
     A row with the same words as one to learn is in neither.
     """
     ordered = sorted(rows, key=lambda row: row["row"])
     learned = ordered[::2]
-    seen = {content_hash(row["prompt"], row["answer"]) for row in learned}
-    return learned, [
-        row for row in ordered[1::2] if content_hash(row["prompt"], row["answer"]) not in seen
-    ]
+    hashes = {content_hash(row["prompt"], row["answer"]) for row in learned}
+    held_out: list[dict[str, Any]] = []
+    for row in ordered[1::2]:
+        if content_hash(row["prompt"], row["answer"]) not in hashes:
+            held_out.append(row)
+    return learned, held_out
 
 
 def relearn_(
     model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, seed: int
 ) -> Iterator[int]:
-    """Fine-tune all parameters on the rows' answers; gives each of STEPS when so many steps have been taken."""
+    """Fine-tune all parameters on the rows' answers; yield each of STEPS when it is reached."""
     training = AnswerTraining(model, classifies=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RELEARN_LEARNING_RATE, weight_decay=0.0)
     batches = _batches(len(rows), seed)
-    taken = 0
-    for step in STEPS:
-        while taken < step:
-            batch = collate([rows[index] for index in next(batches)], [], pad_token_id).to(
-                model.device
-            )
-            training(batch, batch.counts("all")).total.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            taken += 1
-        yield step
+    yield STEPS[0]
+    for step in range(1, STEPS[-1] + 1):
+        batch = collate([rows[index] for index in next(batches)], [], pad_token_id)
+        batch = batch.to(model.device)
+        training(batch, batch.counts("all")).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in STEPS:
+            yield step
 
 
 def _batches(count: int, seed: int) -> Iterator[list[int]]:
-    """Row numbers of batch after batch, for ever; each pass in an order of its own, in batches of like size."""
+    """Yield the indices of batch after batch, for ever, each pass in an order of its own."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(count, generator=generator)
-        for part in order.tensor_split(-(-count // RELEARN_ROWS)):
-            yield part.tolist()
+        for indices in order.tensor_split(-(-count // RELEARN_ROWS)):
+            yield indices.tolist()

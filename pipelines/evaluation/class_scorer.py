@@ -1,4 +1,4 @@
-"""Score rows under a classifier: loss, accuracy, and the outputs that are compared with the oracle's.
+"""Score rows under a classifier: loss, accuracy, and what is compared with the oracle's outputs.
 
 Shapes: B rows, S positions, D features, C classes.
 """

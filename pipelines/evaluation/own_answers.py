@@ -1,7 +1,8 @@
 """Give utility prompts without an answer the model's own, greedy, from before unlearning.
 
-What the model says by itself is what must not move, so its answer's tokens stand for that in the statistics and in
-training. They are generated once and kept in the run's folder until it is complete: a run that goes on reads them.
+What the model says by itself is what must not move, so its answer's tokens stand for that in the
+statistics and in training. They are generated once and stay in the run's folder until it is
+complete: a run that continues reads them.
 """
 
 # pyright: reportAttributeAccessIssue=false
@@ -29,15 +30,17 @@ from pipelines.storage.atomic import replacing
 from pipelines.terminal import Terminal
 
 FILE_NAME = "utility_answers.parquet"
-DIGEST = b"questions_sha256"  # in the file's metadata: a set's own digest does not tell the order of its rows
+# In the file's metadata: a set's own digest does not depend on the order of its rows.
+DIGEST = b"questions_sha256"
 
 
 def with_own_answers(cfg: UnlearnConfig, sets: Sets, folder: Path, terminal: Terminal) -> Sets:
     """Return the sets with an answer in every utility row, the model's own where it had none.
 
-    An answer has at most `evaluation.max_new_tokens` tokens, and none where the model ends at once. The answers lie in
-    the folder's `utility_answers.parquet` (row, answer). They are generated where it is missing or belongs to other
-    questions, by actors of the training's resources, which are gone when this returns.
+    An answer has at most `evaluation.max_new_tokens` tokens, and none where the model ends at once.
+    The answers lie in the folder's `utility_answers.parquet` (row, answer). They are generated
+    where it is missing or belongs to other questions, by actors of the training's resources, which
+    are gone when this returns.
     """
     if not sets.unanswered:
         return sets
@@ -56,7 +59,7 @@ def with_own_answers(cfg: UnlearnConfig, sets: Sets, folder: Path, terminal: Ter
 
 
 def drop_answers(folder: Path) -> None:
-    """Remove the answers of a run that is complete: the model that gave them knew the forget set."""
+    """Remove the answers of a complete run: the model that gave them knew the forget set."""
     (folder / FILE_NAME).unlink(missing_ok=True)
 
 
@@ -99,7 +102,7 @@ def _generate(
     return answers
 
 
-# "DEFAULT" keeps these tasks out of a Tune trial's placement group, whose resources belong to its workers.
+# "DEFAULT" leaves these tasks out of a Tune trial's placement group, whose resources its workers have.
 @ray.remote(scheduling_strategy="DEFAULT")
 def _questions(*blocks: pa.Table) -> pa.Table:
     """Return row number and prompt of each row without an answer."""

@@ -1,7 +1,7 @@
 """Score models on all sets, on Ray workers.
 
-One pool of workers scores all models in turn, so that a process starts once and holds one model at a time. Rows leave
-the workers as numbers; no text comes back.
+One pool of workers scores all models in turn, so that a process starts once and holds one model at
+a time. Rows leave the workers as numbers; no text comes back.
 """
 
 from collections import defaultdict
@@ -195,7 +195,7 @@ def pieces_of(cfg: UnlearnConfig, sets: Sets) -> dict[str, list[Any]]:
 
 
 def _cut(block: pa.Table, count: int, limit: int, size: int) -> list[Any]:
-    """Return references to a block's rows in small tables: `limit` of the set's `count`, evenly spaced."""
+    """Return references to small tables of a block's rows, evenly `limit` of the set's `count`."""
     row_N = block["row"].to_numpy()
     is_scored_N = (row_N + 1) * limit // count > row_N * limit // count
     rows = block.filter(pa.array(is_scored_N))

@@ -1,9 +1,9 @@
-"""The page of a run: what was asked, whether it was forgotten, at what cost, and what the page does not prove.
+"""The page of a run: what was asked, whether it was forgotten, the cost, and what stays unproven.
 
-`report.html` is a pure function of four files in the run folder (config.yaml, scores.json, losses.jsonl,
-manifest.json), so it can be rebuilt and comes out the same, byte for byte. It holds no text of the data and asks no
-other host for anything. The verdict is `pipelines.evaluation.verdict`'s. Python computes; the words are in
-`page.html.jinja`.
+`report.html` is a pure function of four files in the run folder (config.yaml, scores.json,
+losses.jsonl, manifest.json), so it can be rebuilt and comes out the same, byte for byte. It holds
+no text of the data and asks no other host for anything. Python computes; the words of scores are in
+METRICS, all others in `page.html.jinja`.
 """
 
 import json

@@ -1,8 +1,7 @@
-"""What a model knows, in numbers: one metric family a file, pure functions of arrays and floats, and their table.
+"""What a model knows, in numbers: pure functions of arrays and floats, one metric family a file.
 
-`table.METRICS` names every metric, with its formula and its version. A worker calls `forward.token_statistics` once per
-forward pass and `sample_scores` per row; a `Sample` is the record of a row; `summarise` makes a model's entry in
-scores.json of them.
+`table.METRICS` lists every metric. A worker calls `forward.token_statistics` once per forward pass
+and `sample_scores` per row; `summarise` makes a model's entry in scores.json of the `Sample`s.
 """
 
 from pipelines.evaluation.metrics.likelihood import TokenStatistics

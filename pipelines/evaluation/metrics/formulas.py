@@ -1,7 +1,8 @@
 """From the samples of one model to one number: the formulas that the table of metrics names.
 
-A formula of a set gets the rows of one set and returns None when no row carries its number. A formula of a model gets
-the model's rows and the retrain oracle's, each by set. A row without a number is left out of a mean.
+A formula of a set gets the rows of one set and returns None when no row carries its number. A
+formula of a model gets the model's rows and the retrain oracle's, each by set. A row without a
+number is left out of a mean.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -45,16 +46,15 @@ def _values(rows: Rows, name: str) -> list[Any]:
 
 
 def perplexity(rows: Rows) -> float | None:
-    """Perplexity over all tokens of the rows."""
-    counted = [row for row in rows if row.get("tokens") is not None]
-    counted = [row for row in counted if row.get("loss") is not None]
-    if not counted:
+    """Return the perplexity over all tokens of the rows."""
+    rows = [row for row in rows if row.get("loss") is not None and row.get("tokens") is not None]
+    if not rows:
         return None
-    return likelihood.perplexity(_values(counted, "loss"), _values(counted, "tokens"))
+    return likelihood.perplexity(_values(rows, "loss"), _values(rows, "tokens"))
 
 
 def mean_truth_ratio(rows: Rows) -> float | None:
-    """Mean truth ratio, read the other way round on the forget set; see `truth_ratio`."""
+    """Return the mean truth ratio, read the other way round on the forget set."""
     ratios = _truth_ratios(rows)
     if not ratios:
         return None
@@ -64,7 +64,7 @@ def mean_truth_ratio(rows: Rows) -> float | None:
 
 
 def _truth_ratios(rows: Rows) -> list[float]:
-    """Raw ratios of the rows that have a perturbed answer and a correct one."""
+    """Return the raw ratios of the rows that have a perturbed answer and a correct one."""
     ratios: list[float] = []
     for row in rows:
         correct = row.get("correct_loss")
@@ -76,32 +76,32 @@ def _truth_ratios(rows: Rows) -> list[float]:
 
 
 def is_classifier(model: RowsBySet) -> bool:
-    """Whether the model's rows carry a class."""
+    """Return whether the model's rows carry a class."""
     return any(row.get("accuracy") is not None for rows in model.values() for row in rows)
 
 
 def gives_answers(model: RowsBySet, _: RowsBySet | None) -> bool:
-    """Whether the model is a language model."""
+    """Return whether the model is a language model."""
     return not is_classifier(model)
 
 
 def can_be_attacked(model: RowsBySet, _: RowsBySet | None) -> bool:
-    """Whether there are rows on both sides of a membership attack."""
+    """Return whether there are rows on both sides of a membership attack."""
     return bool(model["forget"] and model["holdout"])
 
 
 def answers_can_be_attacked(model: RowsBySet, oracle: RowsBySet | None) -> bool:
-    """Whether a membership attack can be made on a language model."""
+    """Return whether a membership attack can be made on a language model."""
     return gives_answers(model, oracle) and can_be_attacked(model, oracle)
 
 
 def gives_classes(model: RowsBySet, _: RowsBySet | None) -> bool:
-    """Whether the model is a classifier."""
+    """Return whether the model is a classifier."""
     return is_classifier(model)
 
 
 def has_classifier_oracle(model: RowsBySet, oracle: RowsBySet | None) -> bool:
-    """Whether a classifier and its oracle scored the same forget rows."""
+    """Return whether a classifier and its oracle scored the same forget rows."""
     if oracle is None or not model["forget"] or not is_classifier(model):
         return False
     return len(model["forget"]) == len(oracle["forget"])
@@ -117,7 +117,7 @@ def attack_auc(name: str) -> OfModel:
 
 
 def reference_auc(model: RowsBySet, oracle: RowsBySet | None) -> float | None:
-    """AUC of the attack on the difference of both models' losses.
+    """Return the AUC of the attack on the difference of both models' losses.
 
     Raises:
         ValueError: the models did not score the same rows in the same order.
@@ -149,7 +149,7 @@ def _reference_scores(set_name: str, model: RowsBySet, oracle: RowsBySet) -> lis
 
 
 def privleak(model: RowsBySet, oracle: RowsBySet | None) -> float | None:
-    """PrivLeak, from the min-k attack on both models."""
+    """Return PrivLeak, from the min-k attack on both models."""
     if oracle is None:
         return None
     min_k_auc = attack_auc("min_k")
@@ -157,28 +157,28 @@ def privleak(model: RowsBySet, oracle: RowsBySet | None) -> float | None:
 
 
 def forget_quality(model: RowsBySet, oracle: RowsBySet | None) -> float | None:
-    """Forget quality, from the raw truth ratios of both models on the forget set."""
+    """Return forget quality, from both models' raw truth ratios on the forget set."""
     ratios = _truth_ratios(model["forget"])
     oracle_ratios = _truth_ratios(oracle["forget"]) if oracle is not None else []
     return truth_ratio.forget_quality(ratios, oracle_ratios) if ratios and oracle_ratios else None
 
 
 def model_utility(model: RowsBySet, _: RowsBySet | None) -> float | None:
-    """Model utility, from three scores of the retain and of the general set."""
-    parts = (probability_of("loss"), mean_of("rouge"), mean_truth_ratio)
-    return utility.model_utility(
-        [part(model[set_name]) for set_name in ("retain", "general") for part in parts]
-    )
+    """Return model utility, from three scores of the retain and of the general set."""
+    components: list[float | None] = []
+    for rows in (model["retain"], model["general"]):
+        components += [probability_of("loss")(rows), mean_of("rouge")(rows), mean_truth_ratio(rows)]
+    return utility.model_utility(components)
 
 
 def mia_efficacy(model: RowsBySet, _: RowsBySet | None) -> float | None:
-    """Share of the forget set that an attack on losses calls never seen."""
+    """Return the share of the forget set that an attack on losses calls never seen."""
     members, unseen = _values(model["retain"], "loss"), _values(model["general"], "loss")
     return classification.mia_efficacy(members, unseen, _values(model["forget"], "loss"))
 
 
 def activation_distance(model: RowsBySet, oracle: RowsBySet | None) -> float | None:
-    """Distance of both models' class probabilities on the forget set."""
+    """Return the distance of both models' class probabilities on the forget set."""
     assert oracle is not None
     return classification.activation_distance(
         _values(model["forget"], "probabilities"), _values(oracle["forget"], "probabilities")
@@ -186,7 +186,7 @@ def activation_distance(model: RowsBySet, oracle: RowsBySet | None) -> float | N
 
 
 def feature_distance(model: RowsBySet, oracle: RowsBySet | None) -> float | None:
-    """Distance of both models' features on the forget set; None where their sizes differ."""
+    """Return the distance of both models' features there; None where their sizes differ."""
     assert oracle is not None
     features = _values(model["forget"], "feature")
     oracle_features = _values(oracle["forget"], "feature")

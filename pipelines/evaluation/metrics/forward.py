@@ -1,6 +1,6 @@
 """Reduce a forward pass's logits to the few numbers per token that all metrics are computed from.
 
-The only module of this package that imports torch, so that the driver can read the table of metrics quickly.
+No other module of this package imports torch: the driver reads the table of metrics quickly.
 
 Shapes: N labelled tokens of a batch, V vocabulary.
 """
@@ -19,31 +19,28 @@ LOWEST_LOG_PROBABILITY = -1e3
 
 @torch.no_grad()
 def token_statistics(logits_NV: Tensor, labels_N: Tensor) -> TokenStatistics:
-    """Log-probability, first choice and moments of labelled tokens, in float32 whatever the type of the logits.
+    """Return log-probability, first choice and moments of labelled tokens, computed in float32.
 
-    Row n of the logits predicts label n: the caller has shifted them and dropped the positions labelled -100.
+    Row n of the logits predicts label n: the caller has shifted them and left out what is no label.
     """
-    assert logits_NV.ndim == 2 and labels_N.shape == logits_NV.shape[:1], (
-        logits_NV.shape,
-        labels_N.shape,
-    )
+    shapes = logits_NV.shape, labels_N.shape
+    assert logits_NV.ndim == 2 and labels_N.shape == logits_NV.shape[:1], shapes
     pairs = zip(logits_NV.split(ROWS_PER_CHUNK), labels_N.split(ROWS_PER_CHUNK), strict=True)
-    statistics_4N = torch.cat(
-        [_chunk_statistics(logits, labels) for logits, labels in pairs], dim=1
-    )
-    log_probability, is_argmax, mean, variance = statistics_4N.cpu().numpy().astype(np.float64)
+    chunks = [_chunk_statistics(logits, labels) for logits, labels in pairs]
+    statistics_4N = torch.cat(chunks, dim=1).cpu().numpy().astype(np.float64)
+    log_probability, is_argmax, mean, variance = statistics_4N
     return TokenStatistics(log_probability, is_argmax.astype(np.bool_), mean, variance)
 
 
 def _chunk_statistics(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """The four statistics as rows of one float32 tensor, so that they leave the device in one copy."""
+    """Return the four statistics as one float32 tensor, which leaves the device in one copy."""
     log_p_NV = logits_NV.float().log_softmax(dim=-1)
     log_probability = log_p_NV.gather(-1, labels_N[:, None]).squeeze(-1)
     log_p_NV.clamp_(min=LOWEST_LOG_PROBABILITY)
     p_NV = log_p_NV.exp()
     mean = (p_NV * log_p_NV).sum(-1)
-    # The centred sum equals E[log^2 p] - mu^2, but does not cancel: that difference is noise above the 1e-6 floor
-    # of Min-K%++ when the vocabulary is large and the prediction nearly uniform.
+    # The centred sum equals E[log^2 p] - mu^2 without its cancellation, which is noise above the
+    # 1e-6 floor of Min-K%++ when the vocabulary is large and the prediction nearly uniform.
     variance = log_p_NV.sub_(mean[:, None]).square_().mul_(p_NV).sum(-1)
     is_argmax = logits_NV.argmax(-1) == labels_N
     return torch.stack([log_probability, is_argmax.float(), mean, variance])

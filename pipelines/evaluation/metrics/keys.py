@@ -1,8 +1,8 @@
 """The keys of a score file, and what the table of metrics says of them.
 
-A key is a set and a metric (`forget.loss`), a metric of the whole model (`mia.loss`, `privleak`), one of a model that
-was relearned for some steps (`relearn.probability.5`), or any of these after a rounding
-(`quantised_4bit.forget.loss`).
+A key is a set and a metric (`forget.loss`), a metric of the whole model (`mia.loss`, `privleak`),
+one of a model that was relearned for some steps (`relearn.probability.5`), or any of these after a
+rounding (`quantised_4bit.forget.loss`).
 """
 
 from collections.abc import Iterable, Mapping

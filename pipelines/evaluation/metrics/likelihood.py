@@ -1,4 +1,4 @@
-"""How likely a model finds the labelled answer: loss, probability, perplexity.
+"""How likely a model finds the labelled answer: loss, probability, perplexity, entropy.
 
 Definitions follow open-unlearning (locuslab, commit d3d7cf9).
 
@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 
 class TokenStatistics(NamedTuple):
-    """What the metrics need of each labelled token; four NumPy arrays of one length, on the host."""
+    """What the metrics need of each labelled token; four arrays of one length, on the host."""
 
     log_probability: NDArray[np.float64]  # l_t = log p(y_t | x, y_<t)
     is_argmax: NDArray[np.bool_]  # the model's first choice is y_t
@@ -21,18 +21,19 @@ class TokenStatistics(NamedTuple):
     variance: NDArray[np.float64]  # var_t = sum_v p log^2 p - mu_t^2
 
     def split(self, lengths: Sequence[int]) -> list["TokenStatistics"]:
-        """Cut the statistics of a flattened batch into one per row; `lengths` are the labelled tokens of each row."""
-        if sum(lengths) != len(self.log_probability):
-            raise ValueError(
-                f"lengths: add up to {sum(lengths)}, but there are {len(self.log_probability)} tokens"
-            )
-        ends = np.cumsum(lengths)
-        return [
-            self._cut(slice(end - length, end)) for length, end in zip(lengths, ends, strict=True)
-        ]
+        """Cut the statistics of a flattened batch into one per row, of these numbers of tokens."""
+        total = len(self.log_probability)
+        if sum(lengths) != total:
+            raise ValueError(f"lengths: add up to {sum(lengths)}, but there are {total} tokens")
+        rows: list[TokenStatistics] = []
+        start = 0
+        for length in lengths:
+            rows.append(self._cut(slice(start, start + length)))
+            start += length
+        return rows
 
     def without_eos(self) -> "TokenStatistics":
-        """The same without the last labelled token."""
+        """Return the same without the last labelled token."""
         return self._cut(slice(None, -1))
 
     def _cut(self, span: slice) -> "TokenStatistics":
@@ -54,28 +55,30 @@ class Answer(NamedTuple):
 
 
 def loss(log_probability_T: NDArray[np.float64]) -> float:
-    """L = -(1/T) sum l_t, over the answer with EOS."""
+    """Return L = -(1/T) sum l_t, over the answer with EOS."""
     if len(log_probability_T) == 0:
         raise ValueError("an answer has no labelled token: empty, or cut off by the length limit")
     return -float(np.mean(log_probability_T))
 
 
 def entropy(answer: Answer) -> float:
-    """Return the mean over an answer's tokens, EOS included, of the entropy of the next token's law, in nats.
+    """Return the entropy of the next token's distribution in nats, mean over tokens with EOS.
 
-    The law is the model's softmax before the token, so log V (V the vocabulary) is the most.
+    It is at most log V, where V is the size of the vocabulary.
     """
     return -float(np.mean(answer.tokens.mean))
 
 
 def probability(losses: ArrayLike) -> float:
-    """Mean of exp(-L), over samples, or over the answers of one sample that has several."""
+    """Return the mean of exp(-L), over samples or over the answers of one sample."""
     return float(np.mean(np.exp(-np.asarray(losses, dtype=np.float64))))
 
 
 def perplexity(losses: ArrayLike, tokens: ArrayLike) -> float:
-    """exp of the mean loss over tokens: a sample weighs as much as its T tokens. Infinite when exp overflows."""
+    """Return exp of the mean loss over tokens; infinite when exp overflows.
+
+    A sample weighs as much as its T tokens.
+    """
+    mean = np.average(np.asarray(losses, dtype=np.float64), weights=np.asarray(tokens))
     with np.errstate(over="ignore"):
-        return float(
-            np.exp(np.average(np.asarray(losses, dtype=np.float64), weights=np.asarray(tokens)))
-        )
+        return float(np.exp(mean))

@@ -1,8 +1,9 @@
 """Membership inference: can the forget set be told from text the model has never seen?
 
-Every attack gives a sample a score s, larger = less likely a member. `auc` compares the scores of forget and holdout:
-0.5 cannot tell, near 1 still memorised, well under 0.5 over-unlearned, which is a leak too. The score of the `loss`
-attack is the loss itself. Definitions follow open-unlearning (locuslab, commit d3d7cf9).
+Every attack gives a sample a score s, larger = less likely a member. `auc` compares the scores of
+forget and holdout: 0.5 cannot tell, near 1 still memorised, well under 0.5 over-unlearned, which is
+a leak too. The `loss` attack's score is the loss itself. Definitions follow open-unlearning
+(locuslab, commit d3d7cf9).
 
 Shapes: N labelled answer tokens without EOS; a score over tokens is None when N = 0.
 """
@@ -18,17 +19,20 @@ CHANCE = 0.5  # AUC of an attack that cannot tell
 
 
 def zlib_score(loss: float, answer_text: str) -> float:
-    """L over the compressed size of the answer in bytes (Carlini et al. 2021, arXiv:2012.07805)."""
+    """Return L over the answer's compressed size in bytes (Carlini et al. 2021, 2012.07805)."""
     return loss / len(zlib.compress(answer_text.encode("utf-8")))
 
 
 def reference_score(loss: float, oracle_loss: float) -> float:
-    """L_model - L_oracle: what the oracle, which never saw the forget set, finds hard does not count."""
+    """Return L_model - L_oracle: what the oracle finds hard, too, does not count."""
     return loss - oracle_loss
 
 
 def min_k(log_probability_N: NDArray[np.float64]) -> float | None:
-    """Minus the mean of the m least likely tokens' l_t, m = max(1, int(0.4 N)) (Shi et al. 2023, arXiv:2310.16789)."""
+    """Return minus the mean l_t of the least likely 40 % of tokens (Shi et al. 2023, 2310.16789).
+
+    These are max(1, int(0.4 N)) tokens.
+    """
     return _minus_mean_of_lowest(log_probability_N)
 
 
@@ -37,10 +41,9 @@ def min_k_plus_plus(
     mean_N: NDArray[np.float64],
     variance_N: NDArray[np.float64],
 ) -> float | None:
-    """The same of z_t = (l_t - mu_t) / sqrt(max(var_t, 1e-6)) (Zhang et al. 2024, arXiv:2404.02936)."""
-    return _minus_mean_of_lowest(
-        (log_probability_N - mean_N) / np.sqrt(np.maximum(variance_N, VARIANCE_FLOOR))
-    )
+    """Return the same of z_t = (l_t - mu_t) / sqrt(max(var_t, 1e-6)) (arXiv:2404.02936)."""
+    deviation_N = np.sqrt(np.maximum(variance_N, VARIANCE_FLOOR))
+    return _minus_mean_of_lowest((log_probability_N - mean_N) / deviation_N)
 
 
 def _minus_mean_of_lowest(values_N: NDArray[np.float64]) -> float | None:
@@ -51,31 +54,31 @@ def _minus_mean_of_lowest(values_N: NDArray[np.float64]) -> float | None:
 
 
 def auc(forget_scores: ArrayLike, holdout_scores: ArrayLike) -> float | None:
-    """Area under the ROC curve, forget = 0 and holdout = 1. None when a side is empty or a score is not finite."""
-    forget, holdout = (
-        np.asarray(forget_scores, dtype=np.float64),
-        np.asarray(holdout_scores, dtype=np.float64),
-    )
+    """Return the area under the ROC curve, with forget = 0 and holdout = 1.
+
+    None when a side is empty or a score is not finite.
+    """
+    forget = np.asarray(forget_scores, dtype=np.float64)
+    holdout = np.asarray(holdout_scores, dtype=np.float64)
     scores = np.concatenate([forget, holdout])
     if forget.size == 0 or holdout.size == 0 or not np.isfinite(scores).all():
         return None
-    is_holdout = np.repeat([0, 1], [forget.size, holdout.size])
-    from sklearn.metrics import (
-        roc_auc_score,
-    )  # late: workers that only score rows need not wait for it
+    # Late: workers that only score rows need not wait for it.
+    from sklearn.metrics import roc_auc_score
 
-    return float(roc_auc_score(is_holdout, scores))
+    return float(roc_auc_score(np.repeat([0, 1], [forget.size, holdout.size]), scores))
 
 
 def chance_gap(forget: int, holdout: int) -> float:
-    """Return the standard deviation of an AUC from 0.5 by chance, with so many rows (Mann and Whitney 1947)."""
+    """Return an AUC's standard deviation by chance, for so many rows (Mann and Whitney 1947)."""
     return ((forget + holdout + 1) / (12 * forget * holdout)) ** 0.5
 
 
 def privleak(min_k_auc: float | None, oracle_min_k_auc: float | None) -> float | None:
-    """100 ((1 - AUC_u) - (1 - AUC_o)) / ((1 - AUC_o) + 1e-10), from min_k (MUSE, Shi et al. 2024, arXiv:2407.06460).
+    """Return 100 ((1 - AUC_u) - (1 - AUC_o)) / ((1 - AUC_o) + 1e-10) (MUSE, arXiv:2407.06460).
 
-    0: leaks as little as the oracle. Below 0: under-unlearned, above: over-unlearned. None when an AUC is missing.
+    0: leaks as little as the oracle. Below 0: under-unlearned, above: over-unlearned. The AUCs are
+    those of `min_k`; None when one is missing.
     """
     if min_k_auc is None or oracle_min_k_auc is None:
         return None

@@ -1,8 +1,9 @@
 """How much of an answer the model completes word for word, teacher forced.
 
-Exact memorization and extraction strength leave EOS out and are None for an answer of EOS alone (N = 0): there is
-nothing to memorise. Their definitions follow open-unlearning (locuslab, commit d3d7cf9); extraction strength is from
-Carlini et al. 2021. Fact recall is this project's: the other scores also count the words around a fact.
+Exact memorization and extraction strength leave EOS out and are None for an answer of EOS alone
+(N = 0): there is nothing to memorise. Their definitions follow open-unlearning (locuslab, commit
+d3d7cf9); extraction strength is from Carlini et al. 2021. Fact recall is this project's: the other
+scores also count the words around a fact.
 
 Shapes: N labelled answer tokens without EOS.
 """
@@ -12,14 +13,14 @@ from numpy.typing import NDArray
 
 
 def exact_memorization(is_argmax_N: NDArray[np.bool_]) -> float | None:
-    """Share of tokens that are the model's first choice."""
+    """Return the share of tokens that are the model's first choice."""
     return float(np.mean(is_argmax_N)) if len(is_argmax_N) else None
 
 
 def extraction_strength(is_argmax_N: NDArray[np.bool_]) -> float | None:
-    """1 - k/N, where k is the shortest prefix after which the model's first choices are the rest of the answer.
+    """Return 1 - k/N, where first choices complete the answer from its first k tokens on.
 
-    The floor is 1/N, as in open-unlearning: a wrong last token scores the same as only the last token right.
+    The floor is 1/N, as in open-unlearning: a wrong last token scores like a right last one alone.
     """
     num_tokens = len(is_argmax_N)
     if num_tokens == 0:
@@ -30,8 +31,8 @@ def extraction_strength(is_argmax_N: NDArray[np.bool_]) -> float | None:
 
 
 def fact_recall(is_argmax_N: NDArray[np.bool_], is_fact_N: NDArray[np.bool_]) -> float | None:
-    """1.0 when every token of the answer's fact is the model's first choice, else 0.0; None without such tokens.
+    """Return 1.0 when every token of the fact is the model's first choice, else 0.0.
 
-    Tokens outside the fact do not count, so the arrays may hold EOS.
+    None where no token carries the fact. Other tokens do not count, so the arrays may hold EOS.
     """
     return float(np.all(is_argmax_N[is_fact_N])) if np.any(is_fact_N) else None

@@ -12,7 +12,7 @@ Unit = Literal["share", "AUC", "nats", "perplexity", "percent", "p-value", "dist
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """One metric. `name` is its key in a score file, after the set where it is measured on each set."""
+    """One metric. `name` is its key in a score file, after the set if it is one of sets."""
 
     name: str
     label: str  # as inside a sentence
@@ -39,7 +39,7 @@ class Metric:
     judged: bool = False  # the verdict counts it, of the forget set where it is measured on sets
     # While it is nearer to the original nothing counts as forgotten; the words that name it then.
     decisive: str = ""
-    # Sets ("" for the whole model) on which it should stay as before; the words that name what was lost.
+    # Where it should stay as before: sets, or "" for the whole model; the words for what was lost.
     kept: Mapping[str, str] = field(default_factory=dict[str, str])
     is_utility: bool = False  # the search's `utility`; a verdict names it always
     # The part of the search's `distance` that it is.
@@ -47,7 +47,7 @@ class Metric:
     is_verbatim: bool = False  # about the words of single answers, which no other set must keep
 
     def key(self, set_name: str) -> str:
-        """Return its key in a score file: of this set, or of the whole model where it is measured on that."""
+        """Return its key in a score file: of this set if it is one of sets, else of the model."""
         return f"{set_name}.{self.name}" if self.of_set else self.name
 
     def title(self, group: str = "") -> str:

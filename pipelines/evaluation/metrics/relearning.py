@@ -1,20 +1,21 @@
 """How soon a little fine-tuning on some forgotten rows brings back the others.
 
-Knowledge that is hidden and not gone comes back fast; beside it stands the retrain oracle, which has to learn it anew.
+Knowledge that is hidden and not gone comes back fast. Beside it stands the retrain oracle, which
+has to learn it anew.
 """
 
 from collections.abc import Mapping
 
-# After which the held-out half is scored (metrics.md, Robustness: relearn_curve).
+# The numbers of steps after which the held-out half is scored.
 STEPS = (0, 1, 2, 5, 10, 20, 50)
 # Two passes over the same rows in other batches differ by fp32's rounding: that much is not lost.
 ROUNDING = 1e-5
 
 
 def steps_to_relearn(curve: Mapping[int, float | None], original: float | None) -> int | None:
-    """Return the first step at which a probability is at least halfway from step 0's to the original model's.
+    """Return the first step whose probability is halfway from step 0's to the original model's.
 
-    0 where nothing had been lost; None where it never gets there, or a number that this takes is missing.
+    0 where nothing had been lost; None where it never gets there, or a probability is missing.
     """
     start = curve.get(0)
     if start is None or original is None:

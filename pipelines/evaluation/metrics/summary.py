@@ -1,9 +1,10 @@
 """From the samples of one model to its entry in scores.json, by the table of metrics.
 
-Absent: a metric of a set of which no row carries the number, and the attacks when forget or holdout has no row.
-None: what needs an oracle that is not there (`mia.reference`, `privleak`, `forget_quality`), `model_utility` when one
-of its six parts is missing, an attack without a score on one side, and any value that is not finite.
-A row without a number is left out of the mean; a row whose number is NaN is not, and makes the metric None.
+Absent: a metric of a set of which no row carries the number, and the attacks when forget or holdout
+has no row. None: what needs an oracle that is not there (`mia.reference`, `privleak`,
+`forget_quality`), `model_utility` when one of its six parts is missing, an attack without a score
+on one side, and any value that is not finite. A row without a number is left out of the mean; a row
+whose number is NaN is not, and makes the metric None.
 """
 
 import math
@@ -20,7 +21,7 @@ Scores = dict[str, float | None]
 
 
 def sample_scores(statistics: TokenStatistics, answer_text: str) -> dict[str, float | int | None]:
-    """Return the numbers of one row that its answer's tokens give: `Sample(set_name=..., **scores)`.
+    """Return the numbers of a row's sample that its answer's tokens give.
 
     Numbers that leave EOS out are None when EOS is the only token.
 
@@ -36,12 +37,12 @@ def sample_scores(statistics: TokenStatistics, answer_text: str) -> dict[str, fl
 
 
 def summarise(samples: Sequence[Sample], oracle: Sequence[Sample] | None = None) -> Scores:
-    """Return `set.metric` and the metrics of the whole model, each a finite number or None, ready for JSON.
+    """Return `set.metric` and the metrics of the whole model, each a finite number or None.
 
     `oracle` holds the samples of the model retrained without the forget set.
 
     Raises:
-        ValueError: the oracle's forget or holdout samples are not of the same rows in the same order.
+        ValueError: the oracle's forget or holdout samples are of other rows.
     """
     model_rows = _by_set(samples)
     oracle_rows = None if oracle is None else _by_set(oracle)
@@ -64,7 +65,7 @@ def relearn_scores(
 
     Args:
         curve: samples of the forget set's held-out half, by the steps that were taken.
-        original: the same rows under the model before unlearning; without it `relearn.steps` is absent.
+        original: the same rows under the model before unlearning, for `relearn.steps`.
     """
     scores: Scores = {}
     for metric in METRICS:

@@ -1,6 +1,7 @@
 """The table of metrics: what each is, how it is computed, and who reads it.
 
-Read by: scores.json (its `versions`), the terminal, the page, the verdict and the search's score, through `keys`.
+Readers: scores.json (its `versions`), the terminal, the page, docs/scores.md, the verdict and the
+search's score.
 """
 
 from pipelines.evaluation.metrics import formulas, likelihood, membership, memorization

@@ -9,17 +9,15 @@ from rouge_score.rouge_scorer import RougeScorer
 
 
 def rouge_recall(generated: str, reference: str) -> float:
-    """rougeL recall, for question answering: the share of the reference found in the generated text, in order."""
+    """Return rougeL recall, for questions: the share of the reference in the text, in order."""
     return float(_scorer().score(reference, generated)["rougeL"].recall)
 
 
 def rouge_f1(generated: str, reference: str) -> float:
-    """rougeL F1, for verbatim text: a longer generated text is not rewarded."""
+    """Return rougeL F1, for verbatim text: a longer generated text is not rewarded."""
     return float(_scorer().score(reference, generated)["rougeL"].fmeasure)
 
 
 @cache
 def _scorer() -> RougeScorer:
-    return RougeScorer(
-        ["rougeL"], use_stemmer=True
-    )  # scores do not depend on which other types are asked for
+    return RougeScorer(["rougeL"], use_stemmer=True)

@@ -1,6 +1,7 @@
-"""Whether the model still prefers the true answer to perturbed ones (TOFU, Maini et al. 2024, arXiv:2401.06121).
+"""Does the model still prefer the true answer to perturbed ones (TOFU, arXiv:2401.06121)?
 
-Definitions follow open-unlearning (locuslab, commit d3d7cf9): near 0 the model tells true from false, near 1 it cannot.
+Definitions follow open-unlearning (locuslab, commit d3d7cf9). A truth ratio near 0 says that the
+model tells true from false, near 1 that it cannot.
 """
 
 from typing import Any
@@ -10,33 +11,38 @@ from numpy.typing import ArrayLike
 
 
 def truth_ratio(correct_loss: float, perturbed_losses: ArrayLike) -> float:
-    """exp(-mean_j L(perturbed_j)) / (exp(-L(correct)) + 1e-10), of one sample with at least one perturbed answer."""
+    """Return exp(-mean_j L(perturbed_j)) / (exp(-L(correct)) + 1e-10) of one sample.
+
+    It has at least one perturbed answer.
+    """
     perturbed = np.asarray(perturbed_losses, dtype=np.float64)
     assert perturbed.size, "a truth ratio needs a perturbed answer"
     return float(np.exp(-perturbed.mean()) / (np.exp(-correct_loss) + 1e-10))
 
 
 def forget_truth_ratio(ratios: ArrayLike) -> float:
-    """Mean of min(TR, 1/(TR + 1e-10)): 1 when true and perturbed answers are equally likely."""
+    """Return the mean of min(TR, 1/(TR + 1e-10)): 1 when both answers are equally likely."""
     ratio = np.asarray(ratios, dtype=np.float64)
     return float(np.mean(np.minimum(ratio, 1 / (ratio + 1e-10))))
 
 
 def retain_truth_ratio(ratios: ArrayLike) -> float:
-    """Mean of max(0, 1 - TR): 1 when the true answer is always far likelier. For every set but the forget set."""
+    """Return the mean of max(0, 1 - TR): 1 when the true answer is always far likelier.
+
+    It is for every set but the forget set.
+    """
     return float(np.mean(np.maximum(0.0, 1 - np.asarray(ratios, dtype=np.float64))))
 
 
 def forget_quality(ratios: ArrayLike, oracle_ratios: ArrayLike | None) -> float | None:
-    """p-value of the two-sample Kolmogorov-Smirnov test between raw truth ratios on the forget set.
+    """Return the p-value of the Kolmogorov-Smirnov test between truth ratios on the forget set.
 
-    Near 1: not to be told from the model retrained without the forget set. None without an oracle.
+    Near 1 the model is not to be told from the one retrained without the forget set. None without
+    an oracle.
     """
     if oracle_ratios is None:
         return None
     from scipy.stats import ks_2samp  # late: workers that only score rows need not wait for it
 
-    test: Any = ks_2samp(
-        np.asarray(ratios), np.asarray(oracle_ratios)
-    )  # scipy declares no type for its result
+    test: Any = ks_2samp(np.asarray(ratios), np.asarray(oracle_ratios))
     return float(test.pvalue)
