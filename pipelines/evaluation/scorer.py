@@ -78,10 +78,6 @@ class Scorer(ABC):
             quantise_blocks_(network, model.change.bits)
         self._loaded = model, BlockRunner(network)
 
-    def release(self) -> None:
-        """Forget the loaded model, which training has changed."""
-        self._loaded = None
-
 
 def samples_of(
     records: Iterable[Mapping[str, Any]], numbers: Iterable[Mapping[str, Any]]

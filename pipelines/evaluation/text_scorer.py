@@ -81,7 +81,7 @@ class TextScorer(Scorer):
             with torch.no_grad():
                 numbers = self._likelihoods(len(held_out), texts)
             samples[ScoredModel(name, Relearned(step))] = samples_of(held_out, numbers)
-        self.release()
+        self._loaded = None  # training has changed it
         return samples
 
     def _score(self, rows: pa.Table) -> Samples:

@@ -23,7 +23,7 @@ from pipelines.evaluation.metrics.keys import ROUNDINGS, metric_of
 from pipelines.evaluation.metrics.membership import chance_gap
 from pipelines.evaluation.metrics.metric import Metric
 from pipelines.evaluation.metrics.table import METRICS
-from pipelines.evaluation.verdict import MIN_GAP, RULE, Entry, verdict
+from pipelines.evaluation.verdict import RULE, Entry, verdict
 from pipelines.report.curves import loss_curves, relearn_curve
 from pipelines.storage.run_folder import read_json, read_text
 
@@ -183,7 +183,7 @@ def _reached(group: str, metric: Metric, values: Entry) -> int | None:
     before, after, oracle = values.get("before"), values.get("after"), values.get("oracle")
     if before is None or after is None:
         return None
-    if group in ("forget", "mia") and oracle is not None and abs(before - oracle) >= MIN_GAP:
+    if group in ("forget", "mia") and oracle is not None and abs(before - oracle) >= RULE.min_gap:
         return round(100 * (before - after) / (before - oracle))
     is_kept = metric.unit == "share" and (group in KEPT_SETS or group in metric.kept)
     if is_kept and before > 0:

@@ -75,14 +75,14 @@ def _truth_ratios(rows: Rows) -> list[float]:
     return ratios
 
 
-def is_classifier(model: RowsBySet) -> bool:
-    """Return whether the model's rows carry a class."""
+def gives_classes(model: RowsBySet, _: RowsBySet | None = None) -> bool:
+    """Return whether the model is a classifier: its rows carry a class."""
     return any(row.get("accuracy") is not None for rows in model.values() for row in rows)
 
 
 def gives_answers(model: RowsBySet, _: RowsBySet | None) -> bool:
     """Return whether the model is a language model."""
-    return not is_classifier(model)
+    return not gives_classes(model)
 
 
 def can_be_attacked(model: RowsBySet, _: RowsBySet | None) -> bool:
@@ -95,14 +95,9 @@ def answers_can_be_attacked(model: RowsBySet, oracle: RowsBySet | None) -> bool:
     return gives_answers(model, oracle) and can_be_attacked(model, oracle)
 
 
-def gives_classes(model: RowsBySet, _: RowsBySet | None) -> bool:
-    """Return whether the model is a classifier."""
-    return is_classifier(model)
-
-
 def has_classifier_oracle(model: RowsBySet, oracle: RowsBySet | None) -> bool:
     """Return whether a classifier and its oracle scored the same forget rows."""
-    if oracle is None or not model["forget"] or not is_classifier(model):
+    if oracle is None or not model["forget"] or not gives_classes(model):
         return False
     return len(model["forget"]) == len(oracle["forget"])
 
