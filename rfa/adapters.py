@@ -8,42 +8,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rfa.blocks import block_range, find_blocks
+
 ADAPTER = "default"
 _ADAPTABLE = (nn.Linear, Conv1D, nn.Conv2d)
-
-
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of transformer blocks, or of a convolutional network's stages, and its name: the outermost `ModuleList`
-    as long as the config says.
-
-    Raises:
-        ValueError: the model has no such list.
-    """
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if config is not None else None
-    depth = getattr(text, "num_hidden_layers", None) or len(getattr(text, "depths", ()))
-    lists = [
-        (name, m)
-        for name, m in model.named_modules()
-        if isinstance(m, nn.ModuleList) and len(m) == depth
-    ]
-    if not lists:
-        raise ValueError(
-            f"model: no list of {depth} blocks in {type(model).__name__}, allowed: a decoder or an encoder of blocks"
-        )
-    return min(lists, key=lambda item: item[0].count("."))
-
-
-def block_range(model: nn.Module, name: str) -> tuple[int, int]:
-    """The first and the last block that must run for a module to run: both its own, where it stands in one. What
-    stands below all blocks counts to the first; what stands above needs all of them, and one more, the head."""
-    prefix, blocks = find_blocks(model)
-    if f"{prefix}." in name:
-        own = int(name.split(f"{prefix}.", 1)[1].split(".", 1)[0])
-        return own, own
-    names = [other for other, _ in model.named_modules()]
-    is_below = names.index(name) < names.index(prefix)
-    return (0, 0) if is_below else (len(blocks) - 1, len(blocks))
 
 
 def target_names(

@@ -1,9 +1,10 @@
 """Forget and retain rows in one batch, so that one forward pass serves both.
 
 A row is tokens with an answer (a causal language model), tokens with a class, or an image with a class. An image counts
-as one token; wherever a module has more places than the batch has tokens (patches, a feature map), all of a row count.
+as one token. Wherever a module has more positions than the batch has tokens (patches, a feature map), all of a row's
+count.
 
-Shapes: B rows, T tokens, C channels, H height, W width, S places of a module, N chosen places, D features.
+Shapes: B rows, T tokens, C channels, H height, W width, S positions of a module, N selected ones, D features, R rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,11 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rfa.settings import TokenKind
+
 
 class Row(NamedTuple):
-    """One tokenised row. `answer_start` is the index of the first answer token; `label` is a class, or a group of rows,
-    -1 where there is none; `utility` marks a kept row that is no retain row; `fact` is where the tokens that carry the
-    row's fact begin and end."""
+    """One tokenised row.
+
+    `answer_start` is the index of the first answer token. `label` is a class, or a group of rows, and -1 where there
+    is none. `utility` marks a row of the utility set. `fact` is where the tokens that carry the row's fact begin and
+    end.
+    """
 
     input_ids: Sequence[int]
     answer_start: int
@@ -29,16 +35,17 @@ class Row(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Tokens; an image counts as many as it has patches of 16 x 16, as a ViT's."""
-        return (
-            len(self.input_ids)
-            if self.pixels_CHW is None
-            else max(1, self.pixels_CHW[0].numel() // 256)
-        )
+        """Number of tokens. An image counts one per 16 x 16 patch, as in ViT."""
+        if self.pixels_CHW is None:
+            return len(self.input_ids)
+        return max(1, self.pixels_CHW[0].numel() // 256)
 
 
 class SelectedFeatures(NamedTuple):
-    """Chosen places of a module's output: features, the rows they belong to, and their shares of the mean."""
+    """Features at selected positions of a module's output, the batch's row each belongs to, and its weight in a sum.
+
+    Weights sum to 1 per row in a batch of classified rows and are 1 per token otherwise, matching `TokenCounts`.
+    """
 
     feature_ND: Tensor
     index_N: Tensor
@@ -46,11 +53,13 @@ class SelectedFeatures(NamedTuple):
 
 
 class UnlearnBatch(NamedTuple):
-    """Rows padded on the right. Position t of `answer_BT` is true when token t + 1 belongs to the answer, of `fact_BT`
-    when it carries the row's fact; in a batch of `classified` rows the first answer is, and stands for the class.
+    """Rows padded on the right.
 
-    `forget_B` tells forget rows from those that are kept, `utility_B` which of these come from the utility set; `row_B`
-    is a row's number in its set, `label_B` its class or group. Images have `pixels_BCHW`, and one token a row.
+    Position t of `answer_BT` is true when token t + 1 belongs to the answer, of `fact_BT` when it carries the row's
+    fact. In a batch of `classified` rows the first position of `answer_BT` is true and stands for the class.
+
+    `forget_B` marks the forget set's rows, `utility_B` which of the others come from the utility set. `row_B` is a
+    row's number in its set, `label_B` its class or group. Images have `pixels_BCHW`, and one token a row.
     """
 
     input_ids_BT: Tensor
@@ -65,93 +74,102 @@ class UnlearnBatch(NamedTuple):
     classified: bool = False
 
     def to(self, device: torch.device | str) -> "UnlearnBatch":
-        """The same batch on another device."""
+        """Return the batch on another device."""
         return self._mapped(lambda tensor: tensor.to(device))
 
     def rows(self, index_R: Tensor) -> "UnlearnBatch":
-        """The rows of these numbers."""
+        """Select rows by index."""
         return self._mapped(lambda tensor: tensor[index_R])
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> "UnlearnBatch":
-        tensors = {
-            name: value for name, value in self._asdict().items() if isinstance(value, Tensor)
-        }
-        return self._replace(**{name: change(tensor) for name, tensor in tensors.items()})
+        changed: dict[str, Tensor] = {}
+        for name, value in self._asdict().items():
+            if isinstance(value, Tensor):
+                changed[name] = change(value)
+        return self._replace(**changed)
 
     def model_inputs(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-        """What the forward of a model of that precision is called with."""
+        """Return the keyword arguments of a model's forward; pixels come in the model's precision."""
         if self.pixels_BCHW is not None:
             return {"pixel_values": self.pixels_BCHW.to(dtype)}
         inputs: dict[str, Any] = {
             "input_ids": self.input_ids_BT,
             "attention_mask": self.attention_BT.long(),
         }
-        return inputs if self.classified else {**inputs, "use_cache": False}
+        if not self.classified:
+            inputs["use_cache"] = False
+        return inputs
 
     def expected(self, positions_BT: Tensor) -> Tensor:
-        """The tokens or classes [N] that follow the chosen N positions."""
+        """Return the tokens or classes [N] that follow N selected positions."""
         index_N2 = positions_BT.nonzero()
         if self.classified:
             return self.label_B[index_N2[:, 0]]
         return self.input_ids_BT[index_N2[:, 0], index_N2[:, 1] + 1]
 
-    def places(self, feature_BSD: Tensor, tokens_BT: Tensor) -> SelectedFeatures:
-        """The features at chosen tokens, or at all places of their rows in a module whose places are no tokens.
+    def select(self, feature_BSD: Tensor, tokens_BT: Tensor) -> SelectedFeatures:
+        """Select features at tokens, or at all positions of the tokens' rows in a module whose positions are no tokens.
 
-        In a classified batch each row has a share of 1 in all, else each token: as `counts` counts them."""
-        if feature_BSD.shape[1] == tokens_BT.shape[1]:
-            chosen_BS = tokens_BT
-        else:
-            chosen_BS = tokens_BT.any(1)[:, None].expand(feature_BSD.shape[:2])
-        index_N = chosen_BS.nonzero()[:, 0]
-        places_B = (
-            chosen_BS.sum(1)
-            if self.classified
-            else torch.ones_like(chosen_BS[:, 0], dtype=torch.long)
-        )
-        return SelectedFeatures(feature_BSD[chosen_BS], index_N, 1 / places_B[index_N])
+        The mask may be on the CPU where the features are on any device, the meta device too.
+        """
+        selected_BS = tokens_BT
+        if feature_BSD.shape[1] != tokens_BT.shape[1]:
+            selected_BS = tokens_BT.any(1)[:, None].expand(feature_BSD.shape[:2])
+        index_N = selected_BS.nonzero()[:, 0]
+        weight_N = torch.ones(len(index_N), device=index_N.device)
+        if self.classified:
+            weight_N = 1 / selected_BS.sum(1)[index_N]
+        return SelectedFeatures(feature_BSD[selected_BS], index_N, weight_N.to(feature_BSD.device))
 
-    def retain_tokens_BT(self, tokens: str = "all") -> Tensor:
-        """Tokens of kept rows, retain and utility."""
+    def retain_tokens_BT(self, tokens: TokenKind = "all") -> Tensor:
+        """Mark tokens of retained rows, the retain and the utility set's."""
         return self._feature_tokens_BT(tokens) & ~self.forget_B[:, None]
 
-    def forget_tokens_BT(self, tokens: str) -> Tensor:
-        """Tokens of forget rows."""
+    def forget_tokens_BT(self, tokens: TokenKind) -> Tensor:
+        """Mark tokens of forget rows."""
         return self._feature_tokens_BT(tokens) & self.forget_B[:, None]
 
-    def _feature_tokens_BT(self, tokens: str) -> Tensor:
-        """Tokens whose features count: `all` real ones but a row's first, or those that predict the `answer`; of
-        classified rows, all real ones.
+    def _feature_tokens_BT(self, tokens: TokenKind) -> Tensor:
+        """Mark tokens whose features count: all real ones but a row's first, or those that predict the answer.
 
-        A language model's first token is an attention sink: the same in every row, and its features are so large (in
-        SmolLM2's block 11, 1,000 times the others' norm) that E|h0|^2 would be its own."""
+        Of classified rows, all real tokens count.
+        """
         if self.classified:
             return self.attention_BT
-        tokens_BT = (self.answer_BT if tokens == "answer" else self.attention_BT).clone()
+        marked_BT = self.answer_BT if tokens == "answer" else self.attention_BT
+        tokens_BT = marked_BT.clone()
+        # A language model's first token is an attention sink: the same in every row, and its features are so large
+        # (in SmolLM2's block 11, 1,000 times the others' norm) that E|h0|^2 would be its own.
         tokens_BT[:, 0] = False
         return tokens_BT
 
-    def counts(self, tokens: str) -> "TokenCounts":
-        """How many tokens (rows, where they are classified) each term of the objective averages over, in this batch
-        alone."""
+    def counts(self, tokens: TokenKind) -> "TokenCounts":
+        """Count what each term of the objective averages over, in this batch alone."""
         answers_B = self.answer_BT.sum(1)
         retain_BT, forget_BT = self.retain_tokens_BT(), self.forget_tokens_BT(tokens)
+        if self.classified:
+            retain_BT, forget_BT = retain_BT.any(1), forget_BT.any(1)
         return TokenCounts(
-            retain=float((retain_BT.any(1) if self.classified else retain_BT).sum()),
-            forget=float((forget_BT.any(1) if self.classified else forget_BT).sum()),
+            retain=float(retain_BT.sum()),
+            forget=float(forget_BT.sum()),
             retain_answer=float(answers_B[~self.forget_B].sum()),
             forget_answer=float(answers_B[self.forget_B].sum()),
+            forget_rows=float((answers_B[self.forget_B] > 0).sum()),
         )
 
 
 class TokenCounts(NamedTuple):
-    """Tokens that each term is averaged over: over all workers and micro-batches of a step, so that the loss does not
-    depend on how rows are split."""
+    """Tokens, or rows where they are classified, that each term is averaged over.
+
+    They are counted over all workers and micro-batches of a step, so that the loss does not depend on how rows are
+    split. `forget_rows` are the forget rows that have an answer.
+    """
 
     retain: float
     forget: float
     retain_answer: float
     forget_answer: float
+    forget_rows: float
 
 
 def collate(
@@ -159,8 +177,8 @@ def collate(
 ) -> UnlearnBatch:
     """Pad retain rows, then forget rows, to the longest of them.
 
-    With no rows at all (a worker whose share of a small set is empty) the batch is one row that no term counts: `blank`
-    where rows are classified.
+    With no rows at all (a worker whose share of a small set is empty) the batch is one row that no term counts, which
+    is `blank` where rows are classified.
     """
     rows = [*retain, *forget]
     if not rows:
@@ -181,6 +199,8 @@ def collate(
     fact_BT = (position_T >= fact_B2[..., 0]) & (position_T < fact_B2[..., 1])
     if classified:
         answer_BT = (position_T == 0).expand(len(rows), -1)
+    images = [row.pixels_CHW for row in rows if row.pixels_CHW is not None]
+    assert len(images) in (0, len(rows)), "a batch has images only, or none"
     return UnlearnBatch(
         input_ids_BT=input_ids_BT,
         attention_BT=position_T < lengths_B[:, None],
@@ -190,13 +210,6 @@ def collate(
         row_B=torch.tensor([row.row for row in rows]),
         label_B=torch.tensor([row.label for row in rows]),
         utility_B=torch.tensor([row.utility for row in rows]),
-        pixels_BCHW=None
-        if rows[0].pixels_CHW is None
-        else torch.stack([_pixels(row) for row in rows]),
+        pixels_BCHW=torch.stack(images) if images else None,
         classified=classified,
     )
-
-
-def _pixels(row: Row) -> Tensor:
-    assert row.pixels_CHW is not None, "a batch has images only, or none"
-    return row.pixels_CHW

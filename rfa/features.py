@@ -1,178 +1,109 @@
-"""Reading residual features off a running model, and running only the blocks that are needed.
+"""Reading residual features off a running model.
 
 Two readings, two different losses: `local` is what each adapted module's LoRA adds, `drift` is how far a block's output
 moved from the base model's. They agree exactly at the lowest adapted module.
 
-Parts of the model are run through the model's *own* forward: blocks outside the wanted range are bypassed for the
-call, so that masks, rotary embeddings and every architecture's particulars stay the model's business.
-
-Shapes: B rows, T tokens, S places, D features, C channels, H height, W width, N chosen tokens, V vocabulary or classes.
+Shapes: B rows, T tokens, S positions of a module, D features, C channels, H height, W width, N selected positions.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from rfa.adapters import ADAPTER, block_range, find_blocks, lora_layers
-from rfa.batch import UnlearnBatch
-
-
-class BlocksOutput(NamedTuple):
-    """What a partial forward gives: hidden states after the last block run, and logits where they were asked for."""
-
-    hidden_BTD: Tensor
-    logits_NV: Tensor | None
-
-
-class BlockRunner:
-    """Runs blocks `start` to `stop` of a language model or a classifier through its own forward."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.backbone: nn.Module = getattr(model, str(model.base_model_prefix))
-        self.blocks = find_blocks(model)[1]
-        self._returns_tuple = False
-
-    def __call__(
-        self,
-        batch: UnlearnBatch,
-        *,
-        start: int = 0,
-        stop: int | None = None,
-        hidden_BTD: Tensor | None = None,
-        logits_at_BT: Tensor | None = None,
-    ) -> BlocksOutput:
-        """Run blocks `start` <= i < `stop`, from `hidden_BTD` when `start` is above 0.
-
-        Logits are computed at the true positions of `logits_at_BT` alone, and only if it is given (then `stop` must be
-        the depth): no vocabulary-sized tensor otherwise. Classified rows have one position each, their first.
-        """
-        stop = len(self.blocks) if stop is None else stop
-        assert (start == 0) == (hidden_BTD is None)
-        assert 0 <= start < stop <= len(self.blocks)
-        assert logits_at_BT is None or stop == len(self.blocks)
-        last: list[Tensor] = []
-
-        def keep_output(_module: nn.Module, _args: Any, output: Any) -> None:
-            self._returns_tuple = isinstance(output, tuple)
-            last.append(output[0] if self._returns_tuple else output)
-
-        with ExitStack() as stack:
-            for index, block in enumerate(self.blocks):
-                if not start <= index < stop:
-                    stack.enter_context(_replaced_forward(block, self._bypass))
-            stack.enter_context(
-                hook_scope(self.blocks[stop - 1].register_forward_hook(keep_output))
-            )
-            if hidden_BTD is not None:
-                inject = _hidden_injector(hidden_BTD)
-                stack.enter_context(
-                    hook_scope(
-                        self.blocks[start].register_forward_pre_hook(
-                            inject, prepend=True, with_kwargs=True
-                        )
-                    )
-                )
-            inputs = batch.model_inputs(next(self.model.parameters()).dtype)
-            if logits_at_BT is None:
-                self.backbone(**inputs)
-                return BlocksOutput(last[0], None)
-            if batch.classified:
-                logits_BV = self.model(**inputs).logits
-                return BlocksOutput(last[0], logits_BV[logits_at_BT[:, 0]])
-            head: Any = self.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-
-            def choose(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-                return (
-                    args[0][logits_at_BT.to(args[0].device)][None],
-                )  # a spread model's head is elsewhere
-
-            stack.enter_context(hook_scope(head.register_forward_pre_hook(choose)))
-            logits_NV = self.model(**inputs).logits[0]
-            return BlocksOutput(last[0], logits_NV)
-
-    def _bypass(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
-        return (hidden_states,) if self._returns_tuple else hidden_states
-
-
-def _hidden_injector(hidden_BTD: Tensor) -> Callable[..., Any]:
-    def inject(
-        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (hidden_BTD, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": hidden_BTD}
-
-    return inject
-
-
-@contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    previous = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if previous is None:
-            del module.forward
-        else:
-            module.forward = previous
-
-
-@contextmanager
-def hook_scope(handle: Any) -> Iterator[None]:
-    """A registered hook, within the block only."""
-    try:
-        yield
-    finally:
-        handle.remove()
+from rfa.adapters import ADAPTER, lora_layers
+from rfa.batch import SelectedFeatures, UnlearnBatch
+from rfa.blocks import block_range, find_blocks
+from rfa.settings import ResidualKind
 
 
 def as_positions(feature: Tensor) -> Tensor:
-    """Features [B, T, D], a feature map [B, C, H, W] or pooled ones [B, D] as features at places, [B, S, D]."""
+    """Reshape features [B, T, D], a feature map [B, C, H, W] or pooled features [B, D] to [B, S, D]."""
     if feature.ndim == 4:
         return feature.flatten(2).transpose(1, 2)
     return feature[:, None] if feature.ndim == 2 else feature
 
 
-class FeatureHooks:
-    """Hooks at the aligned places: adapted modules (`local`) or the blocks that hold them (`drift`).
+class LocalFeatures(NamedTuple):
+    """Features of one pass: what each adapted module's base layer gives, [B, S, D], and what LoRA adds to it."""
 
-    The hooks only look; while nobody records (a teacher pass, a recomputation by activation checkpointing) they do
+    batch: UnlearnBatch
+    base: Mapping[str, Tensor]
+    added: Mapping[str, Tensor]
+
+    def residual(self, name: str, tokens_BT: Tensor) -> tuple[SelectedFeatures, Tensor]:
+        """Return the residual and the base features that it is added to, at the selected tokens."""
+        reference_ND = self.batch.select(self.base[name], tokens_BT).feature_ND
+        return self.batch.select(self.added[name], tokens_BT), reference_ND
+
+    def adapted(self, name: str, tokens_BT: Tensor) -> tuple[SelectedFeatures, Tensor]:
+        """Return the adapted features in float32, and those that nearest targets look at."""
+        base = self.batch.select(self.base[name], tokens_BT)
+        base_ND = base.feature_ND.float()
+        added_ND = self.batch.select(self.added[name], tokens_BT).feature_ND.float()
+        return base._replace(feature_ND=base_ND + added_ND), base_ND
+
+
+class DriftFeatures(NamedTuple):
+    """Features of two passes: the adapted model's block outputs, [B, S, D], and the base model's of the `rows` that
+    its pass has run; `reference` is empty where no term looks at it."""
+
+    batch: UnlearnBatch
+    blocks: Mapping[str, Tensor]
+    reference: Mapping[str, Tensor]
+    rows: Tensor
+
+    def residual(self, name: str, tokens_BT: Tensor) -> tuple[SelectedFeatures, Tensor]:
+        """Return the drift and the base features that it started from, at the selected tokens."""
+        adapted = self.batch.select(self.blocks[name], tokens_BT)
+        reference_ND = self._reference(name, tokens_BT)
+        return adapted._replace(feature_ND=adapted.feature_ND - reference_ND), reference_ND
+
+    def adapted(self, name: str, tokens_BT: Tensor) -> tuple[SelectedFeatures, Tensor]:
+        """Return the adapted features in float32, and those that nearest targets look at: the base model's where its
+        pass has run all rows, else the adapted ones, which no target looks at then."""
+        adapted = self.batch.select(self.blocks[name], tokens_BT)
+        adapted = adapted._replace(feature_ND=adapted.feature_ND.float())
+        if len(self.rows) < len(self.batch.forget_B):
+            return adapted, adapted.feature_ND
+        return adapted, self._reference(name, tokens_BT)
+
+    def _reference(self, name: str, tokens_BT: Tensor) -> Tensor:
+        rows = self.batch.rows(self.rows)
+        return rows.select(self.reference[name], tokens_BT[self.rows]).feature_ND
+
+
+class FeatureHooks:
+    """Hooks at the aligned modules: adapted ones (`local`) or the blocks that hold them (`drift`).
+
+    The hooks only look. While nobody records (a teacher pass, a recomputation by activation checkpointing) they do
     nothing. `close` takes them off a model that lives on.
     """
 
-    def __init__(self, model: nn.Module, residual: str) -> None:
+    def __init__(self, model: nn.Module, residual: ResidualKind) -> None:
         prefix, blocks = find_blocks(model)
         modules = lora_layers(model)
-        holders = [block_range(model, name) for name, _ in modules]
-        self.first_block, self.last_block = (
-            min(first for first, _ in holders),
-            max(last for _, last in holders),
-        )
-        self.reaches_head = self.last_block == len(
-            blocks
-        )  # what stands above all blocks runs with the logits
-        self.last_block = min(self.last_block, len(blocks) - 1)
+        ranges = [block_range(model, name) for name, _ in modules]
+        self.first_block = min(first for first, _ in ranges)
+        last_block = max(last for _, last in ranges)
+        # What stands above all blocks runs with the logits.
+        self.reaches_head = last_block == len(blocks)
+        self.last_block = min(last_block, len(blocks) - 1)
         self.residual = residual
         self._base: dict[str, Tensor] | None = None
         self._added: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
+        self._layers = dict(modules)
         if residual == "local":
-            self.names = [name for name, _ in modules]
-            self._layers = dict(modules)
+            self.names = list(self._layers)
             for name, layer in modules:
                 self._watch(layer.base_layer, name, is_residual=False)
                 self._watch(layer.lora_B[ADAPTER], name, is_residual=True)
         else:
-            self.names = [
-                f"{prefix}.{index}" for index in range(self.first_block, self.last_block + 1)
-            ]
-            for name, index in zip(
-                self.names, range(self.first_block, self.last_block + 1), strict=True
-            ):
+            indices = range(self.first_block, self.last_block + 1)
+            self.names = [f"{prefix}.{index}" for index in indices]
+            for name, index in zip(self.names, indices, strict=True):
                 self._watch(blocks[index], name, is_residual=False)
 
     def close(self) -> None:
@@ -183,14 +114,15 @@ class FeatureHooks:
     def _watch(self, module: nn.Module, name: str, *, is_residual: bool) -> None:
         def record(_module: nn.Module, _args: Any, output: Any) -> None:
             if self._base is not None:
-                kept = output[0] if isinstance(output, tuple) else output
-                (self._added if is_residual else self._base)[name] = as_positions(kept)
+                feature = output[0] if isinstance(output, tuple) else output
+                recorded = self._added if is_residual else self._base
+                recorded[name] = as_positions(feature)
 
         self._hooks.append(module.register_forward_hook(record))
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, Tensor]]:
-        """Within: each place's output (`drift`) or its base layer's output (`local`), by name, once run: [B, S, D]."""
+        """Record within the scope, by name: each block's (`drift`) or base layer's (`local`) output, [B, S, D]."""
         self._base, self._added = {}, {}
         try:
             yield self._base
@@ -198,8 +130,9 @@ class FeatureHooks:
             self._base = None
 
     def residuals(self) -> dict[str, Tensor]:
-        """What LoRA added at each place in the last recording (`local` only)."""
+        """Return what LoRA added at each module in the last recording (`local` only), [B, S, D]."""
         assert self.residual == "local"
-        return {
-            name: added * self._layers[name].scaling[ADAPTER] for name, added in self._added.items()
-        }
+        scaled: dict[str, Tensor] = {}
+        for name, added_BSD in self._added.items():
+            scaled[name] = added_BSD * self._layers[name].scaling[ADAPTER]
+        return scaled

@@ -1,44 +1,153 @@
-"""What may be asked of a model's outputs on the forget set: the usual baselines of unlearning, each a line.
+"""What may be asked of a model's answers to the forget set: the field's baselines, a function and a table row each.
 
-Shapes: N tokens or classified rows, V vocabulary or classes.
+`objective.output` chooses a row of `FORGET_LOSSES`, `objective.weights.output` weighs it. Gradient difference (Liu et
+al. 2022, arXiv 2203.12817) is `ascent` with `objective.weights.task`.
+
+Torch is not imported here: the configuration reads names and ranges off the table, and the command line starts
+without torch.
+
+Shapes: N answer tokens or classified rows, R rows, V vocabulary or classes.
 """
 
 import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def output_term(
-    kind: str, log_NV: Tensor, label_N: Tensor, row_N: Tensor, teacher_NV: Tensor | None
-) -> Tensor:
-    """What is asked of the outputs on the forget set, for each token or row: [N].
+class Answers(NamedTuple):
+    """What the model says where the forget set's answers are predicted.
 
-    unlikelihood  -log(1 - p) of the label (Welleck et al. 2019, arXiv 1908.04319)
-    ascent        log p of the label: gradient ascent on its loss
-    random_label  cross-entropy of another label, drawn by the row (Golatkar et al. 2020, arXiv 1911.04933)
-    bad_teacher   KL(uniform || model): a teacher that knows nothing (Chundawat et al. 2023, arXiv 2205.08096, take a
-                  network of random weights)
-    scrub         -KL(base || model) (Kurmanji et al. 2023, arXiv 2302.09880, in turns with what is kept; here at once)
+    Log-probabilities `log_NV` of every token or class, the right one `label_N`, the batch's row `index_N` that it
+    belongs to, counted from 0, and that row's number in its set `number_N`. `teacher_NV` are the base model's
+    log-probabilities, for losses that need a teacher.
     """
-    label_N1 = label_N[:, None]
-    if kind == "unlikelihood":
-        return -torch.log1p(-log_NV.gather(1, label_N1)[:, 0].exp().clamp_max(1 - 1e-6))
-    if kind == "ascent":
-        return log_NV.gather(1, label_N1)[:, 0]
-    classes = log_NV.shape[1]
-    if kind == "random_label":
-        step_N = 1 + (row_N * 2654435761 % 2**32) % (
-            classes - 1
-        )  # Knuth's multiplicative hash: any but its own
-        return -log_NV.gather(1, ((label_N + step_N) % classes)[:, None])[:, 0]
-    if kind == "bad_teacher":
-        return -log_NV.mean(1) - math.log(classes)
-    assert teacher_NV is not None
-    return -divergence(teacher_NV, log_NV)
+
+    log_NV: "Tensor"
+    label_N: "Tensor"
+    index_N: "Tensor"
+    number_N: "Tensor"
+    teacher_NV: "Tensor | None" = None
+
+    def label_log_N(self, log_NV: "Tensor") -> "Tensor":
+        """Return the right answers' log-probabilities in `log_NV`, [N]."""
+        return log_NV.gather(1, self.label_N[:, None])[:, 0]
+
+    def row_sums(self, value_N: "Tensor") -> "Tensor":
+        """Sum a value over each row's tokens, [R]."""
+        rows = int(self.index_N.max()) + 1 if len(self.index_N) else 0
+        return value_N.new_zeros(rows).index_add(0, self.index_N.to(value_N.device), value_N)
 
 
-def divergence(teacher_NV: Tensor, log_NV: Tensor) -> Tensor:
-    """KL(teacher || student) of each distribution: [N]."""
-    return F.kl_div(log_NV, teacher_NV, reduction="none", log_target=True).sum(1)
+def unlikelihood(answers: Answers) -> "Tensor":
+    """Return -log(1 - p) of the label, [N] (Welleck et al. 2019, arXiv 1908.04319).
+
+    1 - p is the sum of the other probabilities, so that no digits are lost where p is nearly 1.
+    """
+    return -answers.log_NV.scatter(1, answers.label_N[:, None], -math.inf).logsumexp(1)
+
+
+def ascent(answers: Answers) -> "Tensor":
+    """Return log p of the label, [N]: gradient ascent on its cross-entropy."""
+    return answers.label_log_N(answers.log_NV)
+
+
+def random_label(answers: Answers) -> "Tensor":
+    """Return the cross-entropy of another label, [N], drawn by the row (Golatkar et al. 2020, arXiv 1911.04933)."""
+    classes = answers.log_NV.shape[1]
+    hashed_N = answers.number_N * 2654435761 % 2**32  # Knuth's multiplicative hash
+    other_N = (answers.label_N + 1 + hashed_N % (classes - 1)) % classes
+    return -answers.log_NV.gather(1, other_N[:, None])[:, 0]
+
+
+def bad_teacher(answers: Answers) -> "Tensor":
+    """Return KL(uniform || model), [N]: a teacher that knows nothing.
+
+    Chundawat et al. 2023 (arXiv 2205.08096) take a network of random weights.
+    """
+    return -answers.log_NV.mean(1) - math.log(answers.log_NV.shape[1])
+
+
+def scrub(answers: Answers) -> "Tensor":
+    """Return -KL(base || model), [N].
+
+    Kurmanji et al. 2023 (arXiv 2302.09880) take it in turns with what is retained; here both are one step.
+    """
+    assert answers.teacher_NV is not None
+    return -divergence(answers.teacher_NV, answers.log_NV)
+
+
+def npo(answers: Answers, *, beta: float) -> "Tensor":
+    """Return -(2 / beta) log sigmoid(-beta log(p(answer) / p_base(answer))), [R] (Zhang et al. 2024, arXiv 2404.05868).
+
+    A row's log-probability is the sum over its answer's tokens, as published.
+    """
+    assert answers.teacher_NV is not None
+    ratio_N = answers.label_log_N(answers.log_NV) - answers.label_log_N(answers.teacher_NV)
+    return -2 / beta * log_sigmoid(-beta * answers.row_sums(ratio_N))
+
+
+def log_sigmoid(value: "Tensor") -> "Tensor":
+    """Return log(1 / (1 + exp(-value))) without overflow."""
+    return -(-value).logaddexp(value.new_zeros(()))
+
+
+def divergence(teacher_NV: "Tensor", log_NV: "Tensor") -> "Tensor":
+    """Return KL(teacher || model) of each pair of distributions, [N], both as log-probabilities."""
+    return (teacher_NV.exp() * (teacher_NV - log_NV)).sum(1)
+
+
+class Parameter(NamedTuple):
+    """A number that a loss takes: its default, as published, and the range that is allowed."""
+
+    default: float
+    low: float
+    high: float
+
+
+class ForgetLoss(NamedTuple):
+    """A loss, what it asks for in words, what it averages over, whether it reads the base model's output, and its
+    parameters by name."""
+
+    function: Callable[..., "Tensor"]
+    help: str
+    per: Literal["token", "row"] = "token"
+    needs_teacher: bool = False
+    parameters: Mapping[str, Parameter] = {}
+
+    def __call__(self, answers: Answers, parameters: Mapping[str, float] | None = None) -> "Tensor":
+        """Return the loss of each token or row; parameters that are not given have their defaults."""
+        defaults = {name: parameter.default for name, parameter in self.parameters.items()}
+        return self.function(answers, **defaults | dict(parameters or {}))
+
+
+FORGET_LOSSES: dict[str, ForgetLoss] = {
+    "unlikelihood": ForgetLoss(unlikelihood, "the answer is to be unlikely"),
+    "ascent": ForgetLoss(ascent, "its cross-entropy is to rise"),
+    "random_label": ForgetLoss(random_label, "another label is to be likely"),
+    "bad_teacher": ForgetLoss(bad_teacher, "every label is to be as likely"),
+    "scrub": ForgetLoss(scrub, "away from the base model's output", needs_teacher=True),
+    "npo": ForgetLoss(
+        npo,
+        "the answer is to be less likely than the base model has it",
+        per="row",
+        needs_teacher=True,
+        parameters={"beta": Parameter(0.1, 0.001, 100)},
+    ),
+}
+
+
+def describe_losses() -> str:
+    """Return what every loss asks for, for help texts."""
+    return "; ".join(f"{name}: {loss.help}" for name, loss in FORGET_LOSSES.items())
+
+
+def describe_parameters() -> str:
+    """Return every loss's parameters with defaults and ranges, for help texts."""
+    described: list[str] = []
+    for name, loss in FORGET_LOSSES.items():
+        for parameter, (default, low, high) in loss.parameters.items():
+            described.append(f"{parameter} of {name} ({default:g}; {low:g} to {high:g})")
+    return ", ".join(described)

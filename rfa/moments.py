@@ -5,12 +5,10 @@ Shapes: N tokens, D input features, O output features, L columns (L = D for exac
 
 import warnings
 import zlib
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
@@ -27,12 +25,13 @@ class InputMoments:
     sum_DL: Tensor
     count: int = 0
     trace: float = 0.0
+    _basis_DL: Tensor | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def empty(
         cls, name: str, width: int, columns: int, device: torch.device | str = "cpu"
     ) -> "InputMoments":
-        """Sums over no tokens; exact unless `columns` is less than `width`."""
+        """Return sums over no tokens; exact unless `columns` is less than `width`."""
         return cls(name, torch.zeros(width, min(columns, width), device=device))
 
     @property
@@ -51,14 +50,13 @@ class InputMoments:
     def merge(self, other: "InputMoments") -> None:
         """Add another worker's sums of the same module."""
         assert self.name == other.name
-        self.sum_DL = self.sum_DL + other.sum_DL.to(
-            self.sum_DL.device
-        )  # a new tensor: the old one may be shared
+        # A new tensor: the old one's memory may be shared.
+        self.sum_DL = self.sum_DL + other.sum_DL.to(self.sum_DL.device)
         self.count += other.count
         self.trace += other.trace
 
     def __getstate__(self) -> dict[str, Any]:
-        """As a NumPy array, which pickle's protocol 5 passes on without a copy: sums are large, and are shared."""
+        """Pickle the sums as a NumPy array, which protocol 5 passes on without a copy: they are large, and shared."""
         return {
             "name": self.name,
             "count": self.count,
@@ -68,46 +66,24 @@ class InputMoments:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # the memory may be shared and read-only: nothing writes to it
-            self.__dict__.update(state, sum_DL=torch.from_numpy(state["sum_DL"]))
+            # The memory may be shared and read-only: nothing writes to it.
+            warnings.simplefilter("ignore", UserWarning)
+            self.__dict__.update(state, sum_DL=torch.from_numpy(state["sum_DL"]), _basis_DL=None)
 
     def basis(self) -> Tensor:
-        """The random D x L basis of the low-memory form: a function of the module's name alone."""
-        if not hasattr(self, "_basis_DL"):
+        """Return the random D x L basis of the low-memory form: a function of the module's name alone."""
+        if self._basis_DL is None:
             generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
             self._basis_DL = torch.randn(self.sum_DL.shape, generator=generator)
         return self._basis_DL
 
 
-def save_sums(sums: dict[str, InputMoments], path: Path) -> None:
-    """Write sums to a safetensors file."""
-    tensors: dict[str, Tensor] = {}
-    for key, own in sums.items():
-        tensors[f"{key}/sum"] = own.sum_DL.cpu()
-        tensors[f"{key}/count"] = torch.tensor([own.count, own.trace], dtype=torch.float64)
-    save_file(tensors, path, metadata={f"{key}/name": own.name for key, own in sums.items()})
-
-
-def load_sums(path: Path) -> dict[str, InputMoments]:
-    """Read what `save_sums` wrote."""
-    from safetensors import safe_open
-
-    tensors = load_file(path)
-    with safe_open(path, "pt") as stream:
-        names = stream.metadata()
-    found: dict[str, InputMoments] = {}
-    for key in sorted(key.removesuffix("/sum") for key in tensors if key.endswith("/sum")):
-        count, trace = tensors[f"{key}/count"].tolist()
-        found[key] = InputMoments(names[f"{key}/name"], tensors[f"{key}/sum"], int(count), trace)
-    return found
-
-
 @dataclass
 class ForgetRows:
-    """The forget set at one module: inputs, and how far each output is from its target (t - h0), each times the root of
-    its token's weight; `count` is the sum of the weights.
+    """The forget set at one module.
+
+    Inputs, and how far each output is from its target (t - h0), each times the root of its token's weight. `count` is
+    the sum of the weights.
 
     The solution depends on these rows through `input^T input` and `shift^T input` alone, so once there are more rows
     than input features they are replaced by as many rows with the same two products.
@@ -119,13 +95,16 @@ class ForgetRows:
 
     @classmethod
     def of(cls, input_ND: Tensor, shift_NO: Tensor, weight_N: Tensor | None = None) -> "ForgetRows":
-        """The rows of some tokens, or of none; without weights each weighs 1."""
-        weight_N = (torch.ones(len(input_ND)) if weight_N is None else weight_N).double()
-        root_N1 = weight_N.sqrt()[:, None]
-        return cls(input_ND.detach() * root_N1, shift_NO.detach() * root_N1, float(weight_N.sum()))
+        """Return the rows of some tokens, or of none; without weights each weighs 1."""
+        if weight_N is None:
+            weight_N = torch.ones(len(input_ND))
+        root_N1 = weight_N.double().sqrt()[:, None]
+        return cls(
+            input_ND.detach() * root_N1, shift_NO.detach() * root_N1, float(weight_N.double().sum())
+        )
 
     def merged(self, other: "ForgetRows") -> "ForgetRows":
-        """These rows and other rows of the same module."""
+        """Return these rows and other rows of the same module."""
         input_ND = torch.cat([self.input_ND, other.input_ND])
         shift_NO = torch.cat([self.shift_NO, other.shift_NO])
         if len(input_ND) > input_ND.shape[1]:

@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from rfa.adapters import ending
-from rfa.features import hook_scope
+from rfa.blocks import hook_scope
 
 Method = Literal["rows", "magnitude", "wanda"]
 Layer = nn.Linear | Conv1D | nn.Conv2d

@@ -10,41 +10,32 @@ forget set's rows only, so that trying another strength costs no further pass ov
 
 Where torch.distributed runs, every worker brings its own rows, and each module has one worker that adds up and solves.
 
-Shapes: B rows, T tokens, S places, N chosen places, D input features, O output features, K rank.
+Shapes: B rows, T tokens, S positions of a module, N selected positions, D input features, O output features, K rank.
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rfa.adapters import ADAPTER, block_range, lora_layers
+from rfa import exchange
+from rfa.adapters import ADAPTER, lora_layers
 from rfa.batch import UnlearnBatch
+from rfa.blocks import block_range, hook_scope
 from rfa.closed_form import InverseMoments, LowRankUpdate, solve
-from rfa.features import as_positions, hook_scope
+from rfa.features import as_positions
 from rfa.moments import ForgetRows, InputMoments
 from rfa.objective import ResidualAlignment
+from rfa.settings import SolveSettings
 from rfa.targets import SAMPLE_TOKENS, FeatureSums
 
 KEPT = ("retain", "utility")
-
-
-class SolveSettings(NamedTuple):
-    """How the solver works; the fields are those of the configuration's `solve`."""
-
-    mode: str = "blockwise"
-    utility_weight: float = 1.0
-    ridge: float = 1e-3
-    exact_width: int = 16384  # inputs wider than this are summed in the low-memory form
-    sketch_columns: int = 1024
-    fact_weight: float = 4.0  # of the forget tokens that carry a row's fact; all others weigh 1
 
 
 class OnePassSolver:
@@ -69,7 +60,6 @@ class OnePassSolver:
         self.features = {name: FeatureSums() for name in self.layers}
         self.sums: dict[str, dict[str, InputMoments]] = {kind: {} for kind in KEPT}
         self._kept: Mapping[str, InverseMoments] = {}
-        self._rank = dist.get_rank() if dist.is_initialized() else 0
         self._owner = _owners({name: input_width(layer) for name, layer in self.layers.items()})
 
     def _empty_sums(self, name: str) -> InputMoments:
@@ -79,9 +69,9 @@ class OnePassSolver:
         return InputMoments.empty(name, width, columns, layer.lora_A[ADAPTER].weight.device)
 
     @torch.no_grad()
-    def collect(self, batch: UnlearnBatch, keep_tokens: int = SAMPLE_TOKENS) -> None:
+    def collect(self, batch: UnlearnBatch, sample_tokens: int = SAMPLE_TOKENS) -> None:
         """Add a batch of retain and utility rows. Its retain rows serve the targets, too: `cluster_mean` keeps
-        `keep_tokens` features of each; with 0 they do not."""
+        `sample_tokens` features of each; with 0 they do not."""
         tokens_BT = batch.retain_tokens_BT()
         utility_B1 = batch.utility_B[:, None]
         masks = {"retain": tokens_BT & ~utility_B1, "utility": tokens_BT & utility_B1}
@@ -91,11 +81,11 @@ class OnePassSolver:
                 if name not in self.sums[kind]:
                     self.sums[kind][name] = self._empty_sums(name)
                 if mask_BT.any():
-                    self.sums[kind][name].add(batch.places(input_BSD, mask_BT).feature_ND)
+                    self.sums[kind][name].add(batch.select(input_BSD, mask_BT).feature_ND)
 
         with self._observing(self.layers, add_input):
-            features = self.alignment.feature_sums(batch, keep_tokens)
-        for name in features if keep_tokens else ():
+            features = self.alignment.feature_sums(batch, sample_tokens)
+        for name in features if sample_tokens else ():
             self.features[name].merge(features[name])
 
     def reduce(self) -> None:
@@ -105,8 +95,8 @@ class OnePassSolver:
         for name, owner in self._owner.items():
             own = {kind: self.sums[kind].pop(name) for kind in KEPT}
             for sums in own.values():
-                _sum_at(sums, owner)
-            if owner == self._rank:
+                exchange.sum_on(owner, sums)
+            if owner == exchange.rank():
                 kept[name] = kept_inverse(own, self.settings)
         self._kept = kept
 
@@ -126,7 +116,7 @@ class OnePassSolver:
         if self.settings.mode == "blockwise" and len(batches) == 1:
             logits_NV = self._solve_in_passing(batches[0], strength, with_logits=with_logits)
             return None if logits_NV is None else [logits_NV]
-        first_block = self.alignment.taps.first_block
+        first_block = self.alignment.hooks.first_block
         hidden: list[Tensor | None] = [None] * len(batches)
         if first_block > 0:
             self._advance(batches, hidden, 0, first_block)
@@ -152,12 +142,12 @@ class OnePassSolver:
         with self._observing(self.layers, solve_here):
             if with_logits:
                 return self.alignment.runner(batch, logits_at_BT=batch.answer_BT).logits_NV
-            self._run(batch, None, 0, self.alignment.taps.last_block + 1)
+            self._run(batch, None, 0, self.alignment.hooks.last_block + 1)
             return None
 
     def _stages(self) -> list["_Stage"]:
         """Which modules are solved at once, in order."""
-        last_block = self.alignment.taps.last_block
+        last_block = self.alignment.hooks.last_block
         block_of = {name: block_range(self.alignment.model, name)[0] for name in self.layers}
         if self.settings.mode == "one_pass":
             return [_Stage(list(self.layers), last_block + 1, advances=False)]
@@ -213,10 +203,10 @@ class OnePassSolver:
         targets = self.alignment.targets
         assert targets is not None
         tokens_BT = batch.forget_tokens_BT(self.alignment.objective.tokens)
-        output = batch.places(output_BSO, tokens_BT)
+        output = batch.select(output_BSO, tokens_BT)
         feature_NO, index_N = output.feature_ND.float(), output.index_N
         target_NO = targets(name, feature_NO, batch.row_B[index_N], batch.label_B[index_N])
-        input_ND = batch.places(input_BSD, tokens_BT).feature_ND
+        input_ND = batch.select(input_BSD, tokens_BT).feature_ND
         weight_N = torch.ones(len(input_ND))
         if not batch.classified:
             weight_N[batch.fact_BT[tokens_BT].cpu()] = self.settings.fact_weight
@@ -226,19 +216,21 @@ class OnePassSolver:
     def _solve_together(self, rows: dict[str, ForgetRows], strength: float) -> None:
         """Solve modules on their owners, from all workers' rows, and place the solutions everywhere."""
         solutions: dict[str, LowRankUpdate] = {}
-        for name, own in rows.items():
-            parts = _gather(own, self._owner[name])
+        for name, worker_rows in rows.items():
+            parts = exchange.gather_on(self._owner[name], worker_rows)
             if parts:
-                whole = parts[0]
-                for part in parts[1:]:
-                    whole = whole.merged(part)
                 layer = self.layers[name]
-                rank, scaling = layer.r[ADAPTER], layer.scaling[ADAPTER]
                 solutions[name] = solve(
-                    whole, self._kept[name], rank=rank, strength=strength, scaling=scaling
+                    reduce(ForgetRows.merged, parts),
+                    self._kept[name],
+                    rank=layer.r[ADAPTER],
+                    strength=strength,
+                    scaling=layer.scaling[ADAPTER],
                 )
+        # All are solved before the first is sent: owners work side by side.
         for name in rows:
-            self._place_solution(name, _broadcast(solutions.get(name), self._owner[name]))
+            solution = exchange.broadcast_from(self._owner[name], solutions.get(name))
+            self._place_solution(name, solution)
 
     def _place_solution(self, name: str, solution: LowRankUpdate | None) -> None:
         """Fill an adapter; columns of B that a solution does not use are zero, with rows of A that can still learn."""
@@ -318,52 +310,19 @@ class _Stage(NamedTuple):
 
 
 def _owners(widths: dict[str, int]) -> dict[str, int]:
-    """The worker that owns each module: modules of one width go round, so that memory and work are shared evenly."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    """Assign each module to a worker: modules of one width go round, so that memory and work are shared evenly."""
     seen: Counter[int] = Counter()
     owners: dict[str, int] = {}
     for name, width in widths.items():
-        owners[name] = seen[width] % world
+        owners[name] = seen[width] % exchange.world_size()
         seen[width] += 1
     return owners
 
 
-def merged_features(own: dict[str, FeatureSums]) -> dict[str, FeatureSums]:
-    """Every worker's sums added up, on all of them."""
-    if not dist.is_initialized():
-        return own
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    merged = {name: FeatureSums() for name in own}
-    for part in everyone:
-        for name, sums in part.items():
-            merged[name].merge(sums)
+def merged_features(sums: dict[str, FeatureSums]) -> dict[str, FeatureSums]:
+    """All-reduce: return the total over workers, on every worker."""
+    merged = {name: FeatureSums() for name in sums}
+    for part in exchange.gather_all(sums):
+        for name, total in merged.items():
+            total.merge(part[name])
     return merged
-
-
-def _sum_at(sums: InputMoments, owner: int) -> None:
-    """Add up all workers' sums on one of them."""
-    if not dist.is_initialized():
-        return
-    dist.reduce(sums.sum_DL, owner)
-    totals = torch.tensor([sums.count, sums.trace], dtype=torch.float64, device=sums.sum_DL.device)
-    dist.reduce(totals, owner)
-    sums.count, sums.trace = int(totals[0]), float(totals[1])
-
-
-def _gather(own: ForgetRows, owner: int) -> list[ForgetRows]:
-    """All workers' rows on one of them, nothing elsewhere."""
-    if not dist.is_initialized():
-        return [own]
-    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == owner else None
-    dist.gather_object(own, parts, dst=owner)
-    return parts or []
-
-
-def _broadcast(solution: LowRankUpdate | None, owner: int) -> LowRankUpdate | None:
-    """The owner's solution on all workers."""
-    if not dist.is_initialized():
-        return solution
-    carried = [solution]
-    dist.broadcast_object_list(carried, src=owner)
-    return carried[0]

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "deploy": {"pipelines"},
 }
 COMMAND_LINE = "pipelines.__main__"  # above all packages: it starts what they offer
-RFA_LIBRARIES = {"torch", "peft", "transformers", "sklearn", "numpy", "scipy", "safetensors"}
+RFA_LIBRARIES = {"torch", "peft", "transformers", "sklearn", "numpy", "scipy"}
 
 # The driver imports neither transformers nor peft: what needs them runs on workers, or in a Ray task.
 WALL = {"transformers", "peft"}

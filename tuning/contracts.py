@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from pipelines.config.schema import UnlearnConfig
+from rfa.settings import TokenKind
 
 # A gradient trial on a workbench is scored this often, and a scheduler can stop it there.
 RUNGS = 4
@@ -19,7 +20,7 @@ class Shared(NamedTuple):
 
     cfg: UnlearnConfig
     covering: UnlearnConfig
-    token_kinds: tuple[str, ...]
+    token_kinds: tuple[TokenKind, ...]
     kept_rows: Any
     forget_rows: Any
     holdout_rows: Any

@@ -27,13 +27,14 @@ from pipelines.evaluation.scorer import Samples
 from pipelines.evaluation.text_scorer import TextScorer
 from pipelines.model.load import build_alignment, load_base
 from pipelines.training.job import learning_rate_at
-from pipelines.training.loop import kept_tokens
-from pipelines.training.strength import FIRST_STRENGTH, TRIALS, WorkerSolver, solve_settings
+from pipelines.training.loop import sampled_tokens
+from pipelines.training.strength import FIRST_STRENGTH, TRIALS, WorkerSolver
 from rfa.adapters import lora_layers
 from rfa.batch import UnlearnBatch, collate
 from rfa.closed_form import InverseMoments
 from rfa.moments import InputMoments
 from rfa.objective import ResidualAlignment
+from rfa.settings import TargetKind, TokenKind
 from rfa.solver import KEPT, OnePassSolver, kept_inverse
 from rfa.targets import FeatureSums, ModuleTarget, Targets, fit_target
 from tuning.contracts import RUNGS, Measured, Shared
@@ -86,17 +87,17 @@ class Workbench:
         first_kind, *other_kinds = self.shared.token_kinds
         batches = self._rows(self.shared.kept_rows)
         with self.adapted(cfg) as alignment:
-            one_pass = OnePassSolver(alignment, solve_settings(cfg.solve))
+            one_pass = OnePassSolver(alignment, cfg.solve.settings())
             features = {first_kind: one_pass.features}
             for kind in other_kinds:
                 features[kind] = _no_sums(list(one_pass.layers))
             for index in range(rank, len(batches), world_size):
                 batch = self._batch(batches[index], [])
-                keep_tokens = kept_tokens(cfg, index, len(batches))
-                one_pass.collect(batch, keep_tokens)
-                if keep_tokens:
+                sample_tokens = sampled_tokens(cfg, index, len(batches))
+                one_pass.collect(batch, sample_tokens)
+                if sample_tokens:
                     for kind in other_kinds:
-                        sums = alignment.feature_sums(batch, keep_tokens, tokens=kind)
+                        sums = alignment.feature_sums(batch, sample_tokens, tokens=kind)
                         _add(features[kind], sums)
             return Statistics(one_pass.sums, features)
 
@@ -130,7 +131,7 @@ class Workbench:
         try:
             yield alignment
         finally:
-            alignment.taps.close()
+            alignment.hooks.close()
             alignment.model.unload()  # pyright: ignore[reportCallIssue]
 
     def work(
@@ -201,7 +202,7 @@ class Workbench:
 
     def _factors_at(self, utility_weight: float, ridge: float) -> Callable[[str], InverseMoments]:
         """Return a function that factors a module's moments at these weights, each module once."""
-        settings = solve_settings(self.shared.cfg.solve)
+        settings = self.shared.cfg.solve.settings()
         settings = settings._replace(utility_weight=utility_weight, ridge=ridge)
 
         @functools.cache
@@ -215,23 +216,25 @@ class Workbench:
         """Return the targets at a trial's modules; each is fitted once for its settings."""
         settings = cfg.objective
         module_targets: dict[str, ModuleTarget] = {}
-        for name in alignment.taps.names:
+        for name in alignment.hooks.names:
             module_targets[name] = self._target(
                 name, settings.target, settings.clusters, settings.tokens
             )
         return Targets(settings.target, module_targets, cfg.seed)
 
-    def _fit_target(self, module: str, target: str, clusters: int, tokens: str) -> ModuleTarget:
+    def _fit_target(
+        self, module: str, target: TargetKind, clusters: int, tokens: TokenKind
+    ) -> ModuleTarget:
         sums = self._statistics.features[tokens][module]
         return fit_target(target, sums, clusters=clusters, seed=self.shared.cfg.seed)
 
     def _block_features(self, cfg: UnlearnConfig, alignment: ResidualAlignment) -> ModuleSums:
-        total = _no_sums(alignment.taps.names)
+        total = _no_sums(alignment.hooks.names)
         batches = self._rows(self.shared.kept_rows)
         for index, rows in enumerate(batches):
-            keep_tokens = kept_tokens(cfg, index, len(batches))
-            if keep_tokens:
-                _add(total, alignment.feature_sums(self._batch(rows, []), keep_tokens))
+            sample_tokens = sampled_tokens(cfg, index, len(batches))
+            if sample_tokens:
+                _add(total, alignment.feature_sums(self._batch(rows, []), sample_tokens))
         return total
 
     def _scores(self) -> dict[str, float | None]:

@@ -1,15 +1,31 @@
 """The configuration tree: every key with its meaning, unit and range."""
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pipelines.config.data import ConfigError as ConfigError
 from pipelines.config.data import DataConfig, Section, Task
 from pipelines.config.train import FinetuneConfig, TrainConfig
+from rfa.forget_losses import FORGET_LOSSES, describe_losses, describe_parameters
+from rfa.settings import (
+    DistanceKind,
+    Objective,
+    ResidualKind,
+    SolveMode,
+    SolveSettings,
+    TargetKind,
+    TokenKind,
+    Weights,
+)
 
 RobustnessCheck = Literal["quantised_8bit", "quantised_4bit", "relearn"]
 Weight = Annotated[float, Field(ge=0)]
+OBJECTIVE, SOLVE = Objective(), SolveSettings()
+if TYPE_CHECKING:
+    ForgetLossName = str
+else:
+    ForgetLossName = Literal[tuple(FORGET_LOSSES)]
 
 
 class ModelConfig(Section):
@@ -74,56 +90,59 @@ class PruneConfig(Section):
 class WeightsConfig(Section):
     """Weights of the objective's terms. A term of weight 0 is not computed."""
 
-    retain: Weight = Field(default=1.0, description="Zero residual features on the retain set.")
-    forget: Weight = Field(default=1.0, description="Shifted residual features on the forget set.")
+    retain: Weight = Field(
+        default=OBJECTIVE.weights.retain, description="Zero residual features on the retain set."
+    )
+    forget: Weight = Field(
+        default=OBJECTIVE.weights.forget, description="Shifted residual features on the forget set."
+    )
     kl: Weight = Field(
-        default=0.0,
+        default=OBJECTIVE.weights.kl,
         description="KL(base || adapted) of next-token distributions on the retain set.",
     )
-    task: Weight = Field(default=0.0, description="Cross-entropy on the retain set's answers.")
-    output: Weight = Field(
-        default=0.0, description="What objective.output asks of the forget set's answers."
+    task: Weight = Field(
+        default=OBJECTIVE.weights.task, description="Cross-entropy on the retain set's answers."
     )
-
-    @property
-    def align(self) -> bool:
-        """Whether any term looks at features."""
-        return self.retain > 0 or self.forget > 0
-
-    @property
-    def read_forget_set(self) -> bool:
-        """Whether any term looks at the forget set's rows."""
-        return self.forget > 0 or self.output > 0
+    output: Weight = Field(
+        default=OBJECTIVE.weights.output,
+        description="What objective.output asks of the forget set's answers.",
+    )
 
 
 class ObjectiveConfig(Section):
     """Residual feature alignment, after Qin et al. 2024 (arXiv 2411.08443); the reconstruction is this project's."""
 
-    residual: Literal["local", "drift"] = Field(
-        default="local",
+    residual: ResidualKind = Field(
+        default=OBJECTIVE.residual,
         description="local: what each adapted module adds; drift: how far a block's output moved from the base's.",
     )
-    target: Literal["retain_mean", "class_mean", "cluster_mean", "balanced_mean", "gaussian"] = (
-        Field(default="retain_mean", description="Where the forget set's features are shifted to.")
+    target: TargetKind = Field(
+        default=OBJECTIVE.target, description="Where the forget set's features are shifted to."
     )
-    distance: Literal["squared", "smooth_l1", "cosine"] = Field(
-        default="squared", description="Distance between features."
+    distance: DistanceKind = Field(
+        default=OBJECTIVE.distance, description="Distance between features."
     )
-    tokens: Literal["answer", "all"] = Field(
-        default="all", description="Which tokens of the forget set are shifted."
+    tokens: TokenKind = Field(
+        default=OBJECTIVE.tokens, description="Which tokens of the forget set are shifted."
     )
     clusters: int = Field(
-        default=32, ge=1, le=4096, description="Number of centroids for cluster_mean."
+        default=OBJECTIVE.clusters,
+        ge=1,
+        le=4096,
+        description="Number of centroids for cluster_mean.",
     )
     target_rows: int = Field(
         default=512,
         ge=1,
         description="Rows of the retain set that the targets are fitted on, at most.",
     )
-    output: Literal["unlikelihood", "ascent", "random_label", "bad_teacher", "scrub"] = Field(
-        default="unlikelihood",
-        description="What weights.output pushes: the answer to be unlikely, its loss up (ascent), another label, a "
-        "uniform guess (bad_teacher), or away from the base model's own output (scrub).",
+    output: ForgetLossName = Field(
+        default=OBJECTIVE.output,
+        description=f"What weights.output pushes on the forget set. {describe_losses()}.",
+    )
+    output_parameters: dict[str, float] = Field(
+        default={},
+        description=f"Parameters of objective.output, by name: {describe_parameters()}.",
     )
     weights: WeightsConfig = WeightsConfig()
 
@@ -136,12 +155,33 @@ class ObjectiveConfig(Section):
             )
         return self
 
+    @field_validator("output_parameters")
+    @classmethod
+    def _parameters_fit_the_loss(
+        cls, values: dict[str, float], info: ValidationInfo
+    ) -> dict[str, float]:
+        loss = info.data.get("output", OBJECTIVE.output)
+        allowed = FORGET_LOSSES[loss].parameters
+        for name, value in values.items():
+            if name not in allowed:
+                names = ", ".join(allowed) or "none"
+                raise ValueError(f"found {name}, allowed with objective.output={loss}: {names}")
+            low, high = allowed[name].low, allowed[name].high
+            if not low <= value <= high:
+                raise ValueError(f"found {name}={value:g}, allowed: {low:g} to {high:g}")
+        return values
+
+    def settings(self) -> Objective:
+        """Return what the method is told."""
+        values = self.model_dump(exclude={"target_rows", "weights"})
+        return Objective(**values, weights=Weights(**self.weights.model_dump()))
+
 
 class SolveConfig(Section):
     """The one-pass solver: adapters in closed form, from one forward over the data."""
 
-    mode: Literal["off", "one_pass", "blockwise"] = Field(
-        default="blockwise",
+    mode: SolveMode = Field(
+        default=SOLVE.mode,
         description="one_pass: all modules from the base model's features; blockwise: from the lowest block up, each "
         "from what it sees with the residuals below in place; off: train.steps of gradient do all the work.",
     )
@@ -151,32 +191,39 @@ class SolveConfig(Section):
         "the forget set's losses are like the holdout set's.",
     )
     utility_weight: Weight = Field(
-        default=1.0, description="Weight of the utility set's stillness beside the retain set's."
+        default=SOLVE.utility_weight,
+        description="Weight of the utility set's stillness beside the retain set's.",
     )
     fact_weight: float = Field(
-        default=4.0,
+        default=SOLVE.fact_weight,
         gt=0,
         le=1000,
         description="Weight of the forget tokens that carry a row's fact (data.columns.fact) "
         "in the forget set's shift; all others weigh 1.",
     )
     ridge: float = Field(
-        default=1e-3,
+        default=SOLVE.ridge,
         gt=0,
         le=10,
         description="Added to the inputs' second moments, in units of their mean diagonal.",
     )
     exact_width: int = Field(
-        default=16384,
+        default=SOLVE.exact_width,
         ge=1,
         description="Modules with more inputs than this are solved in the low-memory form.",
     )
-    sketch_columns: int = Field(default=1024, ge=1, description="Columns of the low-memory form.")
+    sketch_columns: int = Field(
+        default=SOLVE.sketch_columns, ge=1, description="Columns of the low-memory form."
+    )
 
     @field_validator("mode", mode="before")
     @classmethod
     def _off_is_no_boolean(cls, mode: Any) -> Any:
         return "off" if mode is False else mode  # YAML 1.1 reads a bare off as false
+
+    def settings(self) -> SolveSettings:
+        """Return what the solver is told: all but the strength, which is given to each solve."""
+        return SolveSettings(**self.model_dump(exclude={"strength"}))
 
 
 class EvaluationConfig(Section):

@@ -163,7 +163,7 @@ def check_target(cfg: UnlearnConfig, sets: Sets) -> None:
     """
     target = cfg.objective.target
     least = LABELS_NEEDED.get(target, 0)
-    if not least or (cfg.solve.mode == "off" and not cfg.objective.weights.align):
+    if not least or (cfg.solve.mode == "off" and not cfg.objective.settings().aligns):
         return
     count = len(_labels_of(sets.retain) - {""})
     if count < least:

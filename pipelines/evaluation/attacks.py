@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from pipelines.data.rows import content_hash
 from pipelines.evaluation.metrics.relearning import STEPS
 from pipelines.model.answers import AnswerTraining
-from rfa.adapters import find_blocks
 from rfa.batch import Row, collate
+from rfa.blocks import find_blocks
 
 GROUP = 32  # inputs that share a step, as in group-wise int4
 # Small beside finetune.learning_rate's 2e-4: the steps should uncover, and not teach anew.

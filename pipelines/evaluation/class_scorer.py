@@ -63,7 +63,7 @@ class ClassScorer(Scorer):
 
 def _pooled(batch: UnlearnBatch, feature_BSD: Tensor) -> Tensor:
     """Return the mean over each row's positions, [B, D]."""
-    selected = batch.places(feature_BSD, batch.attention_BT)
+    selected = batch.select(feature_BSD, batch.attention_BT)
     pooled_BD = torch.zeros_like(feature_BSD[:, 0])
     return pooled_BD.index_add_(
         0, selected.index_N, selected.feature_ND * selected.weight_N[:, None]

@@ -17,7 +17,7 @@ from pipelines.evaluation.metrics import Sample
 from pipelines.evaluation.metrics.keys import Rounding
 from pipelines.evaluation.scored_model import Relearned, ScoredModel
 from pipelines.model.load import load_base
-from rfa.features import BlockRunner
+from rfa.blocks import BlockRunner
 
 Samples = dict[tuple[str, int], Sample]  # by set and row number
 

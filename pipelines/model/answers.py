@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from pipelines.config.schema import UnlearnConfig
 from pipelines.model.pruning import Masks, hold_weights_
 from rfa.batch import TokenCounts, UnlearnBatch
-from rfa.features import BlockRunner
-from rfa.forget_losses import output_term
+from rfa.blocks import BlockRunner
+from rfa.forget_losses import Answers, random_label
 
 
 class AnswerLoss(NamedTuple):
@@ -39,9 +39,11 @@ class AnswerTraining(nn.Module):
         forget_N, right_N = batch.forget_B[index_N], log_NV.gather(1, label_N[:, None])[:, 0]
         total = -right_N[~forget_N].sum() / max(counts.retain_answer, 1)
         if counts.forget_answer:
-            row_N = batch.row_B[index_N][forget_N]
-            other_N = output_term("random_label", log_NV[forget_N], label_N[forget_N], row_N, None)
-            total = total + other_N.sum() / counts.forget_answer
+            forgotten_N = index_N[forget_N]
+            answers = Answers(
+                log_NV[forget_N], label_N[forget_N], forgotten_N, batch.row_B[forgotten_N]
+            )
+            total = total + random_label(answers).sum() / counts.forget_answer
         return AnswerLoss(total)
 
 

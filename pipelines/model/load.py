@@ -21,7 +21,7 @@ from pipelines.config.schema import ConfigError, ModelConfig, UnlearnConfig
 from pipelines.model.engine import whole
 from pipelines.model.pruning import Masks
 from rfa.adapters import attach, check_gradients
-from rfa.objective import Objective, ResidualAlignment, Weights
+from rfa.objective import ResidualAlignment
 from rfa.pruning import hold_rows_, prune_targets
 
 AUTO_CLASSES = {
@@ -202,22 +202,15 @@ def attach_adapter(base: PreTrainedModel, cfg: UnlearnConfig) -> PeftModel:
 def build_alignment(
     cfg: UnlearnConfig, base: PreTrainedModel | None = None, masks: Masks | None = None
 ) -> ResidualAlignment:
-    """Base model (loaded, unless it is given), LoRA and objective, ready to train; adapters hold still what the base
-    model's masks prune."""
-    model = attach_adapter(
-        load_base(cfg.model, cfg.train.precision, task=cfg.task) if base is None else base, cfg
-    )
+    """Put LoRA and the objective on a base model, which is loaded unless it is given, ready to train.
+
+    Adapters hold still what the base model's masks prune.
+    """
+    if base is None:
+        base = load_base(cfg.model, cfg.train.precision, task=cfg.task)
+    model = attach_adapter(base, cfg)
     if masks and cfg.prune.keep_sparsity:
         hold_rows_(model, masks, whole)
-    settings = cfg.objective
-    objective = Objective(
-        residual=settings.residual,
-        target=settings.target,
-        distance=settings.distance,
-        tokens=settings.tokens,
-        clusters=settings.clusters,
-        output=settings.output,
-        weights=Weights(**settings.weights.model_dump()),
-    )
-    learns_statistics = bool(masks) and not settings.weights.read_forget_set
+    objective = cfg.objective.settings()
+    learns_statistics = bool(masks) and not objective.reads_forget_set
     return ResidualAlignment(model, objective, seed=cfg.seed, learns_statistics=learns_statistics)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from pipelines.config.schema import UnlearnConfig
 from pipelines.model.engine import whole
 from rfa.batch import UnlearnBatch
-from rfa.features import BlockRunner
+from rfa.blocks import BlockRunner
 from rfa.pruning import apply_masks_, collecting_norms, kept_rows, prune_, prune_targets
 
 Masks = dict[str, Tensor]

@@ -26,11 +26,12 @@ from pipelines.config.schema import UnlearnConfig
 from pipelines.model.engine import LIVE_PARAMETERS, PERSISTENT_PARAMETER, REDUCE_BUCKET
 from pipelines.model.load import image_shape
 from pipelines.training.strength import TRIALS
-from rfa.adapters import adapters_off, lora_layers
-from rfa.batch import UnlearnBatch
-from rfa.features import BlockRunner, FeatureHooks
-from rfa.objective import distance
+from rfa.adapters import lora_layers
+from rfa.batch import Row, UnlearnBatch, collate
+from rfa.blocks import BlockRunner
+from rfa.objective import ResidualAlignment
 from rfa.solver import KEPT, input_width
+from rfa.targets import ModuleTarget, Targets
 
 ADAMW_BYTES = 8  # two fp32 moments a parameter
 PRECISION_BYTES = {"fp32": 4, "bf16": 2}
@@ -179,17 +180,20 @@ class Planner:
     def _step(self, retain: int, forget: int, checkpointing: bool, *, backward: bool) -> Step:
         key = (retain, forget, checkpointing, backward)
         if key not in self._steps:
-            batch = _batch(self.cfg, self.model.config, retain + forget)
+            batch = _blank_batch(self.cfg, self.model.config, retain, forget)
+            alignment = ResidualAlignment(self.model, self.cfg.objective.settings())
+            alignment.targets = _blank_targets(alignment, batch)
             tally, counter = Tally(self.model), FlopCounterMode(display=False)
             for watch in (
                 tally,
                 counter,
             ):  # one after the other: torch's counter keeps tensors alive
                 with _recomputing(self.model, checkpointing), watch:
-                    loss = _loss(self.cfg, self.model, batch, retain, backward=backward)
                     if backward:
-                        loss.backward()
-                    del loss
+                        alignment(batch).total.backward()
+                    else:
+                        alignment.feature_sums(batch, sample_tokens=0)
+            alignment.hooks.close()
             self.model.zero_grad(set_to_none=True)
             self._steps[key] = Step(tally.peak, float(counter.get_total_flops()))
         return self._steps[key]
@@ -295,87 +299,44 @@ AttentionInterface.register("planned", _fused_attention)
 
 
 class _Blank(UnlearnBatch):
-    """A batch without content, whose mask no library looks into."""
+    """A batch whose masks and labels are real, on the CPU, and whose inputs have no content, on the meta device.
+
+    Tensors are selected by mask, which needs the masks' content.
+    """
 
     def model_inputs(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-        """As the forward of a padded batch."""
+        """Return the inputs of a padded batch's forward, with a mask that no library looks into."""
         if self.pixels_BCHW is not None:
             return super().model_inputs(dtype)
         rows, tokens = self.input_ids_BT.shape
         mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool, device="meta")
-        inputs = {"input_ids": self.input_ids_BT, "attention_mask": mask}
+        inputs = {"input_ids": self.input_ids_BT.to("meta"), "attention_mask": mask}
         return inputs if self.classified else {**inputs, "use_cache": False}
 
 
-def _batch(cfg: UnlearnConfig, model_config: Any, rows: int) -> _Blank:
-    images = cfg.task == "image_classification"
-    ids_BT = torch.zeros(
-        rows, 1 if images else cfg.data.max_tokens, dtype=torch.long, device="meta"
+def _blank_batch(cfg: UnlearnConfig, model_config: Any, retain: int, forget: int) -> _Blank:
+    """Return rows of `data.max_tokens` whose tokens all belong to the answer, or images."""
+    image = cfg.task == "image_classification"
+    row = Row(
+        [0] * (1 if image else cfg.data.max_tokens),
+        answer_start=1,
+        classified=cfg.task != "causal_lm",
+        pixels_CHW=torch.empty(image_shape(model_config), device="meta") if image else None,
     )
-    pixels = torch.empty(rows, *image_shape(model_config), device="meta") if images else None
-    mask_BT, mask_B, number_B = ids_BT.bool(), ids_BT[:, 0].bool(), ids_BT[:, 0]
-    classified = cfg.task != "causal_lm"
-    return _Blank(
-        ids_BT, mask_BT, mask_BT, mask_BT, mask_B, number_B, number_B, mask_B, pixels, classified
-    )
+    return _Blank(*collate([row] * retain, [row] * forget, pad_token_id=0))
 
 
-def _loss(
-    cfg: UnlearnConfig, model: PeftModel, batch: _Blank, retain: int, *, backward: bool
-) -> Tensor:
-    """A loss that does the objective's work, on all tokens: its terms on the first `retain` rows and on the rest."""
-    objective, weights = cfg.objective, cfg.objective.weights
-    taps, runner = FeatureHooks(model, objective.residual), BlockRunner(model.get_base_model())
-    logits = weights.kl + weights.task + weights.output > 0
-
-    def forward() -> Tensor:
-        if logits and backward:
-            return model(**batch.model_inputs(next(model.parameters()).dtype)).logits
-        return runner(batch, stop=taps.last_block + 1).hidden_BTD
-
-    try:
-        if not backward:
-            with torch.no_grad(), adapters_off(model), taps.recording():
-                return forward()
-        teacher: dict[str, Tensor] = {}
-        teacher_out = None
-        if (
-            objective.residual == "drift"
-            or weights.kl
-            or (objective.output == "scrub" and weights.output)
-        ):
-            with torch.no_grad(), adapters_off(model), taps.recording() as seen:
-                teacher_out = forward()
-            teacher = dict(seen)
-        with taps.recording() as base:
-            out = forward()
-        added = taps.residuals() if objective.residual == "local" else {}
-        total = out.float()[:, :0].sum()
-        for name in taps.names:
-            still = teacher.get(name, base[name])[:retain].flatten(0, 1)
-            moved = (
-                added[name][:retain].flatten(0, 1)
-                if added
-                else base[name][:retain].flatten(0, 1) - still
-            )
-            shifted = base[name][retain:].flatten(0, 1).float()
-            if added:
-                shifted = shifted + added[name][retain:].flatten(0, 1).float()
-            target = torch.empty_like(shifted)
-            total = total + distance(objective.distance, moved, still, 1.0).sum() * weights.retain
-            total = (
-                total
-                + distance(objective.distance, shifted - target, target, 1.0).sum() * weights.forget
-            )
-        if logits:
-            log = out.float().log_softmax(-1)
-            total = (
-                total
-                + (log if teacher_out is None else log - teacher_out.float().log_softmax(-1)).sum()
-            )
-        return total
-    finally:
-        taps.close()
+def _blank_targets(alignment: ResidualAlignment, batch: UnlearnBatch) -> Targets:
+    """Return targets without content, of as many centres as the objective's own may have."""
+    objective = alignment.objective
+    centres = {"class_mean": 2, "cluster_mean": objective.clusters}.get(objective.target, 1)
+    with torch.no_grad(), alignment.hooks.recording() as features:
+        alignment.run(batch, None, 0, alignment.hooks.last_block + 1)
+    targets: dict[str, ModuleTarget] = {}
+    for name, feature_BSD in features.items():
+        centre_KD = feature_BSD.new_empty(centres, feature_BSD.shape[-1])
+        targets[name] = ModuleTarget(1.0, centre_KD, torch.arange(centres) + 1, centre_KD[0])
+    return Targets(objective.target, targets, seed=0)
 
 
 @contextmanager

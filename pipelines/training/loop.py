@@ -116,7 +116,7 @@ class Pruned(NamedTuple):
     kept_rows: dict[str, Tensor]
 
 
-def kept_tokens(cfg: UnlearnConfig, index: int, batches: int) -> int:
+def sampled_tokens(cfg: UnlearnConfig, index: int, batches: int) -> int:
     """How many features of each row of a kept batch serve the targets; 0 once there are enough rows."""
     rows_a_batch = cfg.train.retain_batch_size
     limit = min(cfg.objective.target_rows, batches * rows_a_batch)
@@ -127,6 +127,12 @@ def _checkpoint_activations(module: nn.Module) -> None:
     model: Any = module.model
     base = model.get_base_model() if isinstance(module, ResidualAlignment) else model
     base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _add(totals: dict[str, float], values: Mapping[str, Any]) -> None:
+    """Add numbers or scalars to totals of the same names."""
+    for name, value in values.items():
+        totals[name] = totals.get(name, 0.0) + float(value)
 
 
 class _Loop:
@@ -165,7 +171,7 @@ class _Loop:
         if isinstance(self.module, ResidualAlignment):
             if self.job.cfg.solve.mode != "off" and checkpoint is None:
                 self._solve(self.module)
-            elif self.job.steps > 0 and self.module.aligns:
+            elif self.job.steps > 0 and self.module.objective.aligns:
                 self.module.fit(merged_features(self._retain_sums(self.module)))
         step = 0 if checkpoint is None else self._resume(checkpoint)
         started = time.monotonic()
@@ -188,7 +194,9 @@ class _Loop:
         self._report(step, final=True)
 
     def _stream(self, step: int) -> Iterator[StepRows]:
-        reads_forget = self.job.kind == "finetune" or self.job.cfg.objective.weights.read_forget_set
+        reads_forget = (
+            self.job.kind == "finetune" or self.job.cfg.objective.settings().reads_forget_set
+        )
         unread = {"holdout"} if reads_forget else {"holdout", "forget"}
         sources = {
             name: self._rows_of(name, step) for name in self.job.batches if name not in unread
@@ -217,40 +225,42 @@ class _Loop:
         """One optimizer step; returns the terms of the whole step's loss, and its tokens over all workers."""
         batches = self._micro_batches(rows)
         tokens = float(sum(int(batch.attention_BT.sum()) for batch in batches))
-        per_batch = [batch.counts(self.job.cfg.objective.tokens) for batch in batches]
-        sums = self._all_reduce([*(sum(column) for column in zip(*per_batch, strict=True)), tokens])
-        counts = TokenCounts(*sums[:-1])
+        sums = {"tokens": tokens}
+        for batch in batches:
+            _add(sums, batch.counts(self.job.cfg.objective.tokens)._asdict())
+        totals = self._all_reduce(sums)
+        step_tokens = totals.pop("tokens")
+        counts = TokenCounts(**totals)
         terms: dict[str, float] = {}
         for batch in batches:
             loss: Loss = self.engine(batch, counts)
             self.engine.backward(loss.total)
             self.engine.step(rate)
-            for name, value in loss._asdict().items():
-                terms[name] = terms.get(name, 0.0) + float(value.detach())
-        values = self._all_reduce(list(terms.values()))
-        self.tokens += int(sums[-1])
-        terms = dict(zip(terms, values, strict=True))
-        return {"loss": terms.pop("total"), **terms, "tokens": sums[-1]}
+            _add(terms, {name: term.detach() for name, term in loss._asdict().items()})
+        values = self._all_reduce(terms)
+        self.tokens += int(step_tokens)
+        return {"loss": values.pop("total"), **values, "tokens": step_tokens}
 
-    def _all_reduce(self, values: list[float]) -> list[float]:
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.engine.device)
+    def _all_reduce(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the totals over workers, by name, on every worker."""
+        tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=self.engine.device)
         torch.distributed.all_reduce(tensor)
-        return tensor.tolist()
+        return dict(zip(values, tensor.tolist(), strict=True))
 
     def _kept_batches(self) -> Iterator[tuple[UnlearnBatch, int]]:
         """This worker's retain and utility rows once, and how many features of a row may be kept for clustering."""
         number = self.job.batches["retain"]
         for index, rows in enumerate(islice(self._rows_of("retain"), number)):
             batch = self._batch(rows, [])
-            yield batch, kept_tokens(self.job.cfg, index, number)
+            yield batch, sampled_tokens(self.job.cfg, index, number)
 
     def _retain_sums(self, module: ResidualAlignment) -> dict[str, FeatureSums]:
         """Base features of this worker's first retain rows, for targets and units."""
-        total = {name: FeatureSums() for name in module.taps.names}
-        for batch, keep_tokens in self._kept_batches():
-            if not keep_tokens:
+        total = {name: FeatureSums() for name in module.hooks.names}
+        for batch, sample_tokens in self._kept_batches():
+            if not sample_tokens:
                 break
-            for name, sums in module.feature_sums(batch, keep_tokens).items():
+            for name, sums in module.feature_sums(batch, sample_tokens).items():
                 total[name].merge(sums)
         return total
 
@@ -260,10 +270,8 @@ class _Loop:
         number = self.job.batches.get(name, 0)
         rows = list(islice(self._rows_of(name), number)) if number else []
         tokens = sum(row.size for own in rows for row in own)
-        if (
-            self._all_reduce([float(tokens)])[0] <= TOKENS_AT_ONCE * self.world_size
-            and self.job.stage < 3
-        ):
+        fits = self._all_reduce({"tokens": tokens})["tokens"] <= TOKENS_AT_ONCE * self.world_size
+        if fits and self.job.stage < 3:
             rows = [[row for own in rows for row in own]]
         return [self._batch([], own) for own in rows]
 
@@ -279,7 +287,7 @@ class _Loop:
         solver.collect(self._kept_batches(), self.job.batches["retain"])
         forget, holdout = self._small_set("forget"), self._small_set("holdout")
         self.trials = [trial._asdict() for trial in solver.solve(forget, holdout)]
-        self.tokens = int(self._all_reduce([float(solver.tokens)])[0])
+        self.tokens = int(self._all_reduce({"tokens": solver.tokens})["tokens"])
         self.seconds = self.solve_s = time.monotonic() - started
         if self.job.steps > 0:
             self._report(0, final=False)

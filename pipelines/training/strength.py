@@ -22,7 +22,7 @@ from pipelines.evaluation.metrics.likelihood import loss
 from pipelines.evaluation.metrics.membership import chance_gap, min_k
 from rfa.batch import UnlearnBatch
 from rfa.objective import ResidualAlignment
-from rfa.solver import OnePassSolver, SolveSettings
+from rfa.solver import OnePassSolver
 
 FIRST_STRENGTH = 2e-3
 SLOPE = (
@@ -111,11 +111,6 @@ def _odds(gap: float) -> float:
     return math.atanh(2 * min(max(gap, -CERTAIN), CERTAIN))
 
 
-def solve_settings(cfg: SolveConfig) -> SolveSettings:
-    """The solver's settings, which are a part of the configuration's."""
-    return SolveSettings(**{name: getattr(cfg, name) for name in SolveSettings._fields})
-
-
 class WorkerSolver:
     """Solves an alignment's adapters from this worker's rows, together with the other workers.
 
@@ -132,13 +127,13 @@ class WorkerSolver:
         say: Say,
     ) -> None:
         self.cfg, self.alignment, self.say = cfg, alignment, say
-        self.one_pass = OnePassSolver(alignment, solve_settings(cfg), place)
+        self.one_pass = OnePassSolver(alignment, cfg.settings(), place)
         self.tokens = 0  # of this worker's kept rows
 
     def collect(self, kept: Iterator[tuple[UnlearnBatch, int]], number: int) -> None:
         """Statistics of `number` batches of kept rows, each with the features a row to keep for clustering."""
-        for index, (batch, keep_tokens) in enumerate(kept):
-            self.one_pass.collect(batch, keep_tokens)
+        for index, (batch, sample_tokens) in enumerate(kept):
+            self.one_pass.collect(batch, sample_tokens)
             self.tokens += int(batch.attention_BT.sum())
             self.say(index + 1, number, "statistics")
         self.one_pass.reduce()

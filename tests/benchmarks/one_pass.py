@@ -24,7 +24,6 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -38,12 +37,12 @@ from pipelines.evaluation.scored_model import ScoredModel
 from pipelines.evaluation.text_scorer import TextScorer
 from pipelines.model.load import attach_adapter, load_base
 from pipelines.training.strength import WorkerSolver
-from rfa.adapters import ADAPTER, adapters_off
+from rfa.adapters import ADAPTER
 from rfa.batch import Row, UnlearnBatch, collate
-from rfa.objective import Objective, ResidualAlignment, Weights
+from rfa.objective import ResidualAlignment
+from rfa.settings import Weights
 
 RETAIN_ROWS, FORGET_ROWS = 16, 8  # in one gradient step
-NPO_BETA = 0.1  # Zhang et al. 2024
 DOCS = Path(__file__).parents[2] / "docs"
 # What the distance to the oracle is the mean absolute difference of.
 COMPARED = (
@@ -135,16 +134,9 @@ class Problem:
     def alignment(self, weights: Weights | None = None, *changes: str) -> ResidualAlignment:
         """The target model with fresh adapters."""
         cfg = load_config(self.source, [*self.overrides, *changes])
-        chosen = cfg.objective
-        objective = Objective(
-            target=chosen.target,
-            tokens=chosen.tokens,
-            clusters=chosen.clusters,
-            weights=weights or Weights(),
-        )
-        return ResidualAlignment(
-            attach_adapter(load_base(cfg.model), cfg), objective, seed=cfg.seed
-        )
+        objective = cfg.objective.settings()._replace(weights=weights or Weights())
+        model = attach_adapter(load_base(cfg.model), cfg)
+        return ResidualAlignment(model, objective, seed=cfg.seed)
 
 
 def one_pass(problem: Problem, mode: str) -> Iterator[tuple[Point, ResidualAlignment]]:
@@ -224,48 +216,9 @@ def descend(
             return
 
 
-def answer_loss(alignment: ResidualAlignment, batch: UnlearnBatch) -> Tensor:
-    """Mean log-probability of each row's answer tokens, [B], from one forward."""
-    logits_NV = alignment.runner(batch, logits_at_BT=batch.answer_BT).logits_NV
-    assert logits_NV is not None
-    label_N = batch.expected(batch.answer_BT)
-    loss_N = F.cross_entropy(logits_NV.float(), label_N, reduction="none")
-    return torch.stack([own.mean() for own in loss_N.split(batch.answer_BT.sum(1).tolist())])
-
-
-def gradient_difference(alignment: ResidualAlignment) -> Callable[[UnlearnBatch], Tensor]:
-    """Descend on the retain set, ascend on the forget set."""
-
-    def loss(batch: UnlearnBatch) -> Tensor:
-        loss_B = answer_loss(alignment, batch)
-        return loss_B[~batch.forget_B].mean() - loss_B[batch.forget_B].mean()
-
-    return loss
-
-
-def npo(alignment: ResidualAlignment) -> Callable[[UnlearnBatch], Tensor]:
-    """Negative preference optimisation with a retain term; sums of log-probabilities, as published."""
-
-    def loss(batch: UnlearnBatch) -> Tensor:
-        tokens_B = batch.answer_BT.sum(1)
-        with torch.no_grad(), adapters_off(alignment.model):
-            forget = batch.rows(batch.forget_B)
-            reference_B = answer_loss(alignment, forget)
-        loss_B = answer_loss(alignment, batch)
-        ratio_B = (reference_B - loss_B[batch.forget_B]) * tokens_B[
-            batch.forget_B
-        ]  # log of new over old
-        return (
-            -2 / NPO_BETA * F.logsigmoid(-NPO_BETA * ratio_B).mean()
-            + loss_B[~batch.forget_B].mean()
-        )
-
-    return loss
-
-
 def aligned(problem: Problem, alignment: ResidualAlignment) -> Callable[[UnlearnBatch], Tensor]:
-    """The objective of residual feature alignment; its targets are fitted first, where they are not yet."""
-    if alignment.targets is None:
+    """The objective; its targets are fitted first, where features are aligned and they are not fitted yet."""
+    if alignment.targets is None and alignment.objective.aligns:
         sums = [alignment.feature_sums(batch, 8) for batch in problem.kept_batches()]
         for other in sums[1:]:
             for name, own in other.items():
@@ -283,7 +236,6 @@ def all_points(problem: Problem, steps: int) -> Iterator[Point]:
         yield from (point for point, _ in found)
     polish = alignment
     polish.objective = polish.objective._replace(weights=Weights(retain=1, forget=0.1, task=1))
-    polish.needs_logits = True
     yield from descend(
         problem,
         "one pass + polish",
@@ -309,11 +261,13 @@ def all_points(problem: Problem, steps: int) -> Iterator[Point]:
         steps=steps,
         every=8,
     )
-    for method, loss in (("gradient difference", gradient_difference), ("NPO", npo)):
-        other = problem.alignment()
+    for method, output in (("gradient difference", "ascent"), ("NPO", "npo")):
+        other = problem.alignment(
+            Weights(retain=0, forget=0, task=1, output=1), f"objective.output={output}"
+        )
         # Of 1e-4 and 1e-3 the first had moved gradient difference nowhere after 40 steps.
         yield from descend(
-            problem, method, other, loss(other), learning_rate=1e-3, steps=24, every=4
+            problem, method, other, aligned(problem, other), learning_rate=1e-3, steps=24, every=4
         )
 
 

@@ -120,7 +120,7 @@ def plain_worker(rows: Path) -> None:
     batches = {name: _batches(records) for name, records in tables.items()}
     module = build_alignment(cfg)
     engine = Engine(module, deepspeed_settings(cfg.train, 0, full=False), WORKERS)
-    features = {name: FeatureSums() for name in module.taps.names}
+    features = {name: FeatureSums() for name in module.hooks.names}
     for records in batches["retain"]:
         batch = collate(encoder.rows(records), [], encoder.pad_token_id)
         for name, own in module.feature_sums(batch).items():

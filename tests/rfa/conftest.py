@@ -17,7 +17,8 @@ from transformers import (
 
 from rfa.adapters import attach
 from rfa.batch import Row, UnlearnBatch, collate
-from rfa.objective import Objective, ResidualAlignment
+from rfa.objective import ResidualAlignment
+from rfa.settings import Objective
 
 VOCABULARY = 97
 TARGETS = {

@@ -1,7 +1,6 @@
 """The closed form against brute force: normal equations, singular value decompositions, gradient descent."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rfa.closed_form import InverseMoments, solve
-from rfa.moments import ForgetRows, InputMoments, load_sums, save_sums
+from rfa.moments import ForgetRows, InputMoments
 
 INPUTS, OUTPUTS = 12, 8  # features of a module
 
@@ -275,17 +274,3 @@ def test_the_low_memory_form_never_takes_a_used_direction_for_free() -> None:
     assert float(torch.linalg.eigvalsh(sketched_DD)[0]) > 10 * float(
         torch.linalg.eigvalsh(exact_DD)[0]
     )
-
-
-def test_statistics_are_saved_and_loaded(tmp_path: Path) -> None:
-    sums = {"a": Problem(0).sums(), "b": Problem(1).sums(5)}
-    save_sums(sums, tmp_path / "sums.safetensors")
-    loaded = load_sums(tmp_path / "sums.safetensors")
-    assert set(loaded) == {"a", "b"}
-    for key, own in sums.items():
-        assert (loaded[key].name, loaded[key].count, loaded[key].trace) == (
-            own.name,
-            own.count,
-            own.trace,
-        )
-        assert torch.equal(loaded[key].sum_DL, own.sum_DL)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from rfa.adapters import adapters_off
 from rfa.batch import Row, TokenCounts, UnlearnBatch, collate
-from rfa.objective import LossOutput, Objective, ResidualAlignment, Weights, distance
+from rfa.objective import LossOutput, ResidualAlignment, distance
+from rfa.settings import Objective, Weights
 from tests.rfa.conftest import tiny_rows
 
 Build = Callable[..., ResidualAlignment]
@@ -61,7 +62,7 @@ def test_local_equals_drift_at_the_lowest_adapted_module(build: Build, batch: Un
     for residual in ("local", "drift"):
         alignment = build(objective(residual), layers=(2, 2), targets=("down_proj",), warm=True)
         assert alignment.targets is not None
-        [name] = alignment.taps.names
+        [name] = alignment.hooks.names
         totals[residual] = float(alignment(batch).retain.detach()) * alignment.targets.energy(name)
     assert totals["local"] > 0
     assert totals["local"] == pytest.approx(totals["drift"], rel=1e-5)
@@ -135,7 +136,7 @@ def test_the_frozen_prefix_changes_no_number(build: Build, batch: UnlearnBatch) 
     handle.remove()
     adapted, base = (o[0] if isinstance(o, tuple) else o for o in outputs)
     chosen = batch.retain_tokens_BT()
-    [name] = alignment.taps.names
+    [name] = alignment.hooks.names
     by_hand = (adapted - base)[chosen].square().sum(-1).mean() / alignment.targets.energy(name)
     assert float(alignment(batch).retain.detach()) == pytest.approx(
         float(by_hand.detach()), rel=1e-4
@@ -224,7 +225,7 @@ def test_answer_tokens_are_those_that_predict_the_answer() -> None:
     batch = collate([], [Row([11, 12, 13, 14, 15], answer_start=3)], 0)
     assert batch.forget_tokens_BT("answer").tolist() == [[False, False, True, True, False]]
     assert batch.forget_tokens_BT("all").tolist() == [[False, True, True, True, True]]
-    assert batch.counts("answer") == TokenCounts(0, 2, 0, 2)
+    assert batch.counts("answer") == TokenCounts(0, 2, 0, 2, 1)
 
 
 def test_distances_by_hand() -> None:

@@ -11,8 +11,9 @@ from rfa.adapters import ADAPTER
 from rfa.batch import UnlearnBatch, collate
 from rfa.closed_form import InverseMoments, solve
 from rfa.moments import ForgetRows, InputMoments
-from rfa.objective import Objective, ResidualAlignment
-from rfa.solver import OnePassSolver, SolveSettings
+from rfa.objective import ResidualAlignment
+from rfa.settings import Objective, SolveSettings
+from rfa.solver import OnePassSolver
 from tests.rfa.conftest import tiny_rows
 
 Build = Callable[..., ResidualAlignment]

@@ -9,7 +9,7 @@ from rfa.targets import FeatureSums, Targets, fit_target
 def sums_of(rows: list[tuple[list[list[float]], int]]) -> FeatureSums:
     total = FeatureSums()
     for row, (tokens, label) in enumerate(rows):
-        total.add(torch.tensor(tokens), row, label, keep_tokens=8)
+        total.add(torch.tensor(tokens), row, label, sample_tokens=8)
     return total
 
 
@@ -74,7 +74,7 @@ def test_gaussian_draws_depend_on_the_row_alone() -> None:
 def test_sums_of_shards_add_up() -> None:
     whole, first, second = sums_of(ROWS), FeatureSums(), FeatureSums()
     for row, (tokens, label) in enumerate(ROWS):
-        (first if row != 1 else second).add(torch.tensor(tokens), row, label, keep_tokens=8)
+        (first if row != 1 else second).add(torch.tensor(tokens), row, label, sample_tokens=8)
     second.merge(first)
     for kind in ("retain_mean", "balanced_mean", "gaussian", "cluster_mean", "class_mean"):
         ours, theirs = (fit_target(kind, sums, clusters=2, seed=0) for sums in (second, whole))

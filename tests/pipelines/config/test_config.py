@@ -1,13 +1,15 @@
 """The configuration tree: presets, overrides, and what `--help` tells of it."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from pipelines.config.load import changed_keys, describe, load_config, preset_names, to_yaml
-from pipelines.config.schema import ConfigError, UnlearnConfig
+from pipelines.config.schema import ConfigError, ObjectiveConfig, SolveConfig, UnlearnConfig
 from pipelines.preflight import check_strength
+from rfa.settings import Objective, SolveSettings
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -127,3 +129,33 @@ def test_a_strength_is_found_by_a_holdout_set_or_given() -> None:
         check_strength(load_config("quick", ["data.holdout=null"]))
     for override in ("solve.strength=0.1", "solve.mode=off"):
         check_strength(load_config("quick", ["data.holdout=null", override]))
+
+
+def test_parameters_of_a_forget_loss_are_set_by_name() -> None:
+    overrides = ["objective.output=npo", "objective.output_parameters.beta=0.5"]
+    assert load_config("quick", overrides).objective.settings().output_parameters == {"beta": 0.5}
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["objective.output_parameters.beta=1"], "objective.output=unlikelihood: none"),
+        (
+            ["objective.output=npo", "objective.output_parameters.gamma=1"],
+            "objective.output_parameters: found gamma, allowed with objective.output=npo: beta",
+        ),
+        (
+            ["objective.output=npo", "objective.output_parameters.beta=0"],
+            "objective.output_parameters: found beta=0, allowed: 0.001 to 100",
+        ),
+    ],
+)
+def test_wrong_parameters_of_a_forget_loss_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config("quick", overrides)
+
+
+def test_the_methods_defaults_are_the_configurations() -> None:
+    """The demo's presets set some of these keys; a section of its own has the defaults alone."""
+    assert ObjectiveConfig().settings() == Objective()
+    assert SolveConfig().settings() == SolveSettings()

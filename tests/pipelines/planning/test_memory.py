@@ -52,7 +52,8 @@ from pipelines.config.schema import UnlearnConfig
 from pipelines.training.loop import _checkpoint_activations
 from pipelines.model.load import build_alignment
 from rfa.batch import Row, collate
-from rfa.solver import OnePassSolver, SolveSettings
+from rfa.settings import SolveSettings
+from rfa.solver import OnePassSolver
 
 def step(cfg, shape, retain, forget, tokens):
     base = AutoModelForCausalLM.from_config(LlamaConfig(**shape))

@@ -12,7 +12,6 @@ from pipelines.training.strength import (
     Likelihood,
     gap,
     search_strength,
-    solve_settings,
 )
 
 
@@ -103,7 +102,7 @@ def test_the_solver_works_as_configured() -> None:
         "sketch_columns": 5,
         "fact_weight": 7,
     }
-    assert solve_settings(SolveConfig(**chosen))._asdict() == chosen
+    assert SolveConfig(**chosen).settings()._asdict() == chosen
 
 
 def test_the_search_aims_at_the_gap_it_is_given() -> None:

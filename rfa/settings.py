@@ -1,0 +1,88 @@
+"""What the method can be told, with its defaults: their only home. The configuration builds its keys on these classes.
+
+Torch is not imported here, for the same reason as in `rfa.forget_losses`.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+from rfa.forget_losses import FORGET_LOSSES
+
+ResidualKind = Literal["local", "drift"]
+TargetKind = Literal["retain_mean", "class_mean", "cluster_mean", "balanced_mean", "gaussian"]
+DistanceKind = Literal["squared", "smooth_l1", "cosine"]
+TokenKind = Literal["answer", "all"]
+SolveMode = Literal["off", "one_pass", "blockwise"]
+
+
+class Weights(NamedTuple):
+    """Weights of the objective's five terms. A term of weight 0 is not computed."""
+
+    retain: float = 1.0
+    forget: float = 1.0
+    kl: float = 0.0
+    task: float = 0.0
+    output: float = 0.0
+
+
+class Objective(NamedTuple):
+    """What is aligned, to what, and how.
+
+    `clusters` is the number of centroids of the target `cluster_mean`, `output` names a row of `FORGET_LOSSES`, and
+    `output_parameters` are that loss's own, by name.
+    """
+
+    residual: ResidualKind = "local"
+    target: TargetKind = "retain_mean"
+    distance: DistanceKind = "squared"
+    tokens: TokenKind = "all"
+    clusters: int = 32
+    output: str = "unlikelihood"
+    output_parameters: Mapping[str, float] = {}
+    weights: Weights = Weights()
+
+    @property
+    def aligns(self) -> bool:
+        """Whether any term looks at features."""
+        return self.weights.retain > 0 or self.weights.forget > 0
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether any term looks at the model's output."""
+        return self.weights.kl > 0 or self.weights.task > 0 or self.weights.output > 0
+
+    @property
+    def reads_forget_set(self) -> bool:
+        """Whether any term looks at the forget set's rows."""
+        return self.weights.forget > 0 or self.weights.output > 0
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether the output term looks at what the base model says of the forget set."""
+        return self.weights.output > 0 and FORGET_LOSSES[self.output].needs_teacher
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the base model must be run beside the adapted one."""
+        drifts = self.residual == "drift" and self.aligns
+        return drifts or self.weights.kl > 0 or self.compares_answers
+
+
+class SolveSettings(NamedTuple):
+    """How the closed-form solver works.
+
+    Args:
+        mode: `one_pass` solves all modules from the base model's features, `blockwise` from the lowest block up.
+        utility_weight: weight of the utility set's stillness beside the retain set's.
+        fact_weight: weight of the forget tokens that carry a row's fact; all others weigh 1.
+        ridge: added to the inputs' second moments, in units of their mean diagonal.
+        exact_width: modules with more inputs than this are solved in the low-memory form.
+        sketch_columns: columns of the low-memory form.
+    """
+
+    mode: SolveMode = "blockwise"
+    utility_weight: float = 1.0
+    fact_weight: float = 4.0
+    ridge: float = 1e-3
+    exact_width: int = 16384
+    sketch_columns: int = 1024
