@@ -89,6 +89,13 @@ def npo(answers: Answers, *, beta: float) -> "Tensor":
     return -2 / beta * log_sigmoid(-beta * answers.row_sums(ratio_N))
 
 
+def simnpo(answers: Answers, *, beta: float, gamma: float) -> "Tensor":
+    """Return -(2 / beta) log sigmoid(-beta * mean log p(token) - gamma), [R] (Fan et al. 2024, arXiv 2410.07163)."""
+    log_N = answers.label_log_N(answers.log_NV)
+    mean_R = answers.row_sums(log_N) / answers.row_sums(log_N.new_ones(len(log_N)))
+    return -2 / beta * log_sigmoid(-beta * mean_R - gamma)
+
+
 def log_sigmoid(value: "Tensor") -> "Tensor":
     """Return log(1 / (1 + exp(-value))) without overflow."""
     return -(-value).logaddexp(value.new_zeros(()))
@@ -135,6 +142,12 @@ FORGET_LOSSES: dict[str, ForgetLoss] = {
         per="row",
         needs_teacher=True,
         parameters={"beta": Parameter(0.1, 0.001, 100)},
+    ),
+    "simnpo": ForgetLoss(
+        simnpo,
+        "the answer is to be unlikely, whatever its length",
+        per="row",
+        parameters={"beta": Parameter(2.5, 0.001, 100), "gamma": Parameter(0.0, 0, 100)},
     ),
 }
 

@@ -52,6 +52,14 @@ def test_npo_by_hand() -> None:
     assert value("npo") == value("npo", beta=0.1)
 
 
+def test_simnpo_by_hand() -> None:
+    # The geometric mean of the answer tokens' probabilities, row by row.
+    for beta, gamma in ((2.5, 0.0), (1.0, 0.5)):
+        means = [0.5**beta, (0.7 * 0.4) ** (beta / 2)]
+        expected = [2 / beta * math.log(1 + mean * math.exp(gamma)) for mean in means]
+        assert value("simnpo", beta=beta, gamma=gamma) == pytest.approx(expected, rel=1e-5)
+
+
 def test_unlikelihood_keeps_its_gradient_where_the_answer_is_certain() -> None:
     logits_NV = torch.tensor([[30.0, 0.0, 0.0]], requires_grad=True)
     certain = answers()._replace(log_NV=logits_NV.log_softmax(1), label_N=torch.tensor([0]))
