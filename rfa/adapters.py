@@ -21,8 +21,9 @@ def target_names(
     *,
     everywhere: bool = False,
 ) -> list[str]:
-    """Full names of the layers that `targets` and `layers` choose, lowest first; with `everywhere` and without
-    `layers` also outside the blocks, as a classifier's head is.
+    """Return full names of the layers that `targets` and `layers` choose, lowest first.
+
+    With `everywhere` and without `layers`, layers outside the blocks are taken too, as a classifier's head is.
 
     Raises:
         ValueError: a target matches nothing, or the layers lie outside the model; the message lists the choices.
@@ -34,26 +35,33 @@ def target_names(
             f"adapter.layers: found [{first}, {last}], allowed: 0 to {len(blocks) - 1}"
         )
     everywhere = everywhere and layers is None
-    found = [name for name, m in model.named_modules() if isinstance(m, _ADAPTABLE)]
-    found = [name for name in found if everywhere or name.startswith(f"{prefix}.")]
+    adaptable: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, _ADAPTABLE) and (everywhere or name.startswith(f"{prefix}.")):
+            adaptable.append(name)
+    matched: set[str] = set()
     for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in found):
-            choices = ", ".join(sorted({ending(name) for name in found}))
+        ends = {name for name in adaptable if f".{name}".endswith(f".{target}")}
+        if not ends:
+            choices = ", ".join(sorted({ending(name) for name in adaptable}))
             whose = "this model has" if everywhere else "this model's blocks have"
             raise ValueError(
                 f"adapter.targets: no linear layer ends with '{target}'; {whose}: {choices}"
             )
-    own = [name for name in found if any(f".{name}".endswith(f".{target}") for target in targets)]
-    chosen = [name for name in own if everywhere or first <= block_range(model, name)[0] <= last]
-    if not chosen:
+        matched |= ends
+    names: list[str] = []
+    for name in adaptable:
+        if name in matched and (everywhere or first <= block_range(model, name)[0] <= last):
+            names.append(name)
+    if not names:
         raise ValueError(
-            f"adapter.layers: blocks {first} to {last} have no layer that ends with one of {list(targets)}"
+            f"adapter.layers: no layer of blocks {first} to {last} ends with one of {list(targets)}"
         )
-    return chosen
+    return names
 
 
 def ending(name: str) -> str:
-    """The last part of a name, with the part before it where the last is a number, as in `nn.Sequential`."""
+    """Return the last part of a name, with the one before it where the last is a number, as in `nn.Sequential`."""
     parts = name.rsplit(".", 2)
     return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
 
@@ -76,7 +84,8 @@ def attach(
     names = target_names(model, targets, layers, everywhere=everywhere)
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # PEFT only divides it by r
+        # PEFT only divides it by r.
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=dropout,
         target_modules=names,
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in names),
@@ -89,14 +98,13 @@ def attach(
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
-    """The adapted modules with their names, in the model's order."""
-    return [
-        (name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)
-    ]
+    """Return the adapted modules with their names, in the model's order."""
+    modules = model.named_modules()
+    return [(name, module) for name, module in modules if isinstance(module, LoraLayer)]
 
 
 def check_gradients(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
-    """Every trainable parameter must get a gradient from the logits, else it would never learn.
+    """Require that every trainable parameter gets a gradient from the logits, else it would never learn.
 
     A known trap is `nn.MultiheadAttention`, which reads its output projection's weight directly. Costs one forward and
     one backward pass on `inputs`; on the meta device, nothing.
@@ -108,7 +116,9 @@ def check_gradients(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
     silent = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     model.zero_grad(set_to_none=True)
     if silent:
-        shown = ", ".join(silent[:3]) + (f" and {len(silent) - 3} more" if len(silent) > 3 else "")
+        shown = ", ".join(silent[:3])
+        if len(silent) > 3:
+            shown += f" and {len(silent) - 3} more"
         raise ValueError(
             f"adapter.targets: no gradient reaches {shown}; choose layers that the forward pass calls"
         )
@@ -116,7 +126,7 @@ def check_gradients(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The base model's own output, by scaling the residuals with 0.
+    """Turn the model into its base within the block, by scaling the residuals with 0.
 
     Unlike PEFT's `disable_adapter` this changes neither `requires_grad` nor the order in which modules run, which
     DeepSpeed's ZeRO-3 prefetch depends on.

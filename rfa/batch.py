@@ -189,8 +189,8 @@ def collate(
     width = max(len(row.input_ids) for row in rows)
     input_ids_BT = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
     lengths_B = torch.tensor([len(row.input_ids) for row in rows])
-    for index, row in enumerate(rows):
-        input_ids_BT[index, : len(row.input_ids)] = torch.tensor(row.input_ids)
+    for ids_T, row in zip(input_ids_BT, rows, strict=True):
+        ids_T[: len(row.input_ids)] = torch.tensor(row.input_ids)
     position_T = torch.arange(width)
     starts_B = torch.tensor([row.answer_start for row in rows])
     # Position t predicts token t + 1: from the token before the answer to the last but one.

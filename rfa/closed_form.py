@@ -37,15 +37,15 @@ class LowRankUpdate(NamedTuple):
 
 
 class InverseMoments:
-    """R^-1 of the kept sets' second moments, applied to inputs; float64 on the CPU.
+    """R^-1 of the retained sets' second moments, applied to inputs; float64 on the CPU.
 
     With low-memory sums R is Nystroem's approximation plus what it leaves out of the trace, spread evenly: directions
-    the basis has missed count as used by the kept sets, not as free.
+    that the basis has missed count as used by the retained sets, not as free.
     """
 
     def __init__(self, weighted: list[tuple[float, InputMoments]], ridge: float) -> None:
         """Args:
-            weighted: sums of each kept set with its weight.
+            weighted: sums of each retained set with its weight.
             ridge: added to the diagonal, in units of its mean.
 
         Raises:
@@ -53,7 +53,7 @@ class InverseMoments:
         """
         present = [(weight, sums) for weight, sums in weighted if weight > 0 and sums.count > 0]
         if not present:
-            raise ValueError("solve: the retain and utility sets have no tokens to hold on to")
+            raise ValueError("solve: the retain and utility sets have no tokens")
         mean_DL = torch.zeros(present[0][1].sum_DL.shape, dtype=torch.float64)
         for weight, sums in present:
             mean_DL.add_(sums.sum_DL.cpu(), alpha=weight / sums.count)
@@ -66,9 +66,8 @@ class InverseMoments:
             return
         basis_DL = present[0][1].basis().double()
         core_LL = basis_DL.T @ mean_DL
-        core_cholesky_LL = _cholesky(
-            (core_LL + core_LL.T) / 2, 1e-9 * float(core_LL.diagonal().mean())
-        )
+        core_LL = (core_LL + core_LL.T) / 2
+        core_cholesky_LL = _cholesky(core_LL, 1e-9 * float(core_LL.diagonal().mean()))
         factor_DL = torch.linalg.solve_triangular(core_cholesky_LL, mean_DL.T, upper=False).T
         left_out = max(trace - float(factor_DL.square().sum()), 0.0) / width
         self._diagonal = ridge * level + left_out
@@ -77,7 +76,7 @@ class InverseMoments:
         self._inner_LL = _cholesky(gram_LL, self._diagonal)
 
     def kernel(self, input_ND: Tensor) -> Tensor:
-        """X R^-1 X^T; half the work of X R^-1, where the factor is exact."""
+        """Return X R^-1 X^T; half the work of X R^-1, where the factor is exact."""
         input_ND = input_ND.double().cpu()
         if self._factor_DL is not None:
             kernel_NN = self(input_ND) @ input_ND.T
@@ -86,7 +85,7 @@ class InverseMoments:
         return half_DN.T @ half_DN
 
     def __call__(self, input_ND: Tensor) -> Tensor:
-        """X R^-1."""
+        """Return X R^-1."""
         input_ND = input_ND.double().cpu()
         if self._factor_DL is None:
             return torch.cholesky_solve(input_ND.T, self._cholesky_DD).T
@@ -95,7 +94,10 @@ class InverseMoments:
 
 
 def _cholesky(matrix_DD: Tensor, diagonal: float) -> Tensor:
-    """The Cholesky factor of a matrix plus a diagonal; where rounding has made it indefinite, of one with more."""
+    """Return the Cholesky factor of `matrix + diagonal * I`.
+
+    The diagonal grows tenfold until the factorisation succeeds: rounding may have made the matrix indefinite.
+    """
     least = 1e-12 * max(float(matrix_DD.diagonal().mean()), 1e-300)
     while math.isfinite(diagonal):
         shifted_DD = matrix_DD.clone()
@@ -110,11 +112,11 @@ def _cholesky(matrix_DD: Tensor, diagonal: float) -> Tensor:
 def solve(
     forget: ForgetRows, kept: InverseMoments, *, rank: int, strength: float, scaling: float = 1.0
 ) -> LowRankUpdate:
-    """The best adapter of rank `rank` or less; float64 on the CPU.
+    """Return the best adapter of rank `rank` or less; float64 on the CPU.
 
     Args:
         forget: the forget set's tokens at the module.
-        kept: what the retain and utility sets hold on to.
+        kept: the inverse moments of the retained sets.
         strength: weight of the forget set's mean against the retain set's.
         scaling: alpha / rank of the adapter.
 
@@ -124,12 +126,11 @@ def solve(
     input_ND, shift_NO = forget.input_ND.cpu(), forget.shift_NO.cpu()
     if not (input_ND.isfinite().all() and shift_NO.isfinite().all()):
         raise ValueError("solve: the features are not finite")
-    few = len(shift_NO) < shift_NO.shape[1]
-    basis_OP = torch.linalg.qr(shift_NO.T)[0] if few else None
-    shift_NP, kernel_NN = (
-        shift_NO if basis_OP is None else shift_NO @ basis_OP,
-        kept.kernel(input_ND),
-    )
+    kernel_NN = kept.kernel(input_ND)
+    # With fewer tokens than outputs the eigenproblem is posed in the span of T: N x N in place of O x O.
+    few_tokens = len(shift_NO) < shift_NO.shape[1]
+    basis_OP = torch.linalg.qr(shift_NO.T)[0] if few_tokens else None
+    shift_NP = shift_NO if basis_OP is None else shift_NO @ basis_OP
     weighted_NP = torch.cholesky_solve(shift_NP, _cholesky(kernel_NN, forget.count / strength))
     energy_PP = weighted_NP.T @ (kernel_NN @ shift_NP)
     left_PK = _leading((energy_PP + energy_PP.T) / 2, rank)
@@ -138,13 +139,13 @@ def solve(
 
 
 def _leading(matrix_PP: Tensor, number: int) -> Tensor:
-    """The leading eigenvectors, by falling eigenvalue: at most so many, and none that is rounding alone."""
+    """Return up to `number` leading eigenvectors, by falling eigenvalue, leaving out those that are rounding alone."""
     size = len(matrix_PP)
     if not size:
         return matrix_PP
-    chosen = max(0, size - number), size - 1
+    leading = max(0, size - number), size - 1
     values, vectors = eigh(
-        matrix_PP.numpy(), subset_by_index=chosen, driver="evr", check_finite=False
+        matrix_PP.numpy(), subset_by_index=leading, driver="evr", check_finite=False
     )
     least = max(1e-13 * float(values[-1]), 1e-300)
     return torch.from_numpy(vectors[:, ::-1][:, values[::-1] > least].copy())

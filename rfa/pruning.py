@@ -31,9 +31,8 @@ from rfa.blocks import hook_scope
 
 Method = Literal["rows", "magnitude", "wanda"]
 Layer = nn.Linear | Conv1D | nn.Conv2d
-Whole = Callable[
-    [Any], AbstractContextManager[Any]
-]  # within: a parameter can be read and written in full
+# A scope in which a parameter can be read and written in full: DeepSpeed's ZeRO-3 partitions parameters.
+Whole = Callable[[Any], AbstractContextManager[Any]]
 
 GROUPS: dict[str, tuple[type[nn.Module], ...]] = {
     "all": (nn.Linear, Conv1D, nn.Conv2d),
@@ -43,7 +42,7 @@ GROUPS: dict[str, tuple[type[nn.Module], ...]] = {
 
 
 def prune_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Full names of the layers that `targets` choose, anywhere in the model, in its order.
+    """Return full names of the layers that `targets` choose, anywhere in the model, in its order.
 
     A target is a name or the end of one, or a group: `all`, `linear`, `convolutions`. Groups leave out the head (what
     a transformers model has above its base model); a name chooses it.
@@ -71,11 +70,11 @@ def prune_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
 def collecting_norms(
     model: nn.Module, names: Sequence[str], chosen: Callable[[], Tensor] | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """Within: what `wanda` needs of the inputs, summed over all forward passes that are run.
+    """Sum what `wanda` needs of the inputs, over all forward passes that are run within the block.
 
-    Gives, by layer, the sum of squares of each input and, last, the number of positions: [D + 1] in float64 on the
-    layer's device. Workers add theirs. A convolution's inputs are its channels at each place of the kernel, in the
-    order of the flattened weight. `chosen` gives the mask of the tokens that count in the batch being run; it serves
+    Yields, by layer, the sum of squares of each input and, last, the number of positions: [D + 1] in float64 on the
+    layer's device. Workers add theirs. A convolution's inputs are its channels at each position of the kernel, in the
+    order of the flattened weight. `chosen` returns the mask of the tokens that count in the batch being run; it serves
     linear layers that see all tokens.
 
     Raises:
@@ -85,19 +84,16 @@ def collecting_norms(
 
     def add(name: str, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         input_: Tensor = args[0] if args else next(iter(kwargs.values()))
-        square_D, count = _squares(
-            name, layer, input_.detach(), chosen() if chosen is not None else None
-        )
+        mask = None if chosen is None else chosen()
+        square_D, count = _squares(name, layer, input_.detach(), mask)
         norms[name] += torch.cat([square_D, square_D.new_tensor([count])])
 
     with ExitStack() as stack:
         for name, layer in _named(model, names).items():
-            norms[name] = torch.zeros(
-                _width(name, layer) + 1, dtype=torch.float64, device=layer.weight.device
-            )
-            stack.enter_context(
-                hook_scope(layer.register_forward_pre_hook(partial(add, name), with_kwargs=True))
-            )
+            size, device = _width(name, layer) + 1, layer.weight.device
+            norms[name] = torch.zeros(size, dtype=torch.float64, device=device)
+            hook = layer.register_forward_pre_hook(partial(add, name), with_kwargs=True)
+            stack.enter_context(hook_scope(hook))
         yield norms
 
 
@@ -112,9 +108,8 @@ def prune_(
 ) -> dict[str, Tensor]:
     """Zero the share `sparsity` of each named layer, in place; returns the masks by parameter name.
 
-    Equal scores are pruned in the order of their index, so that all workers find the same masks. Nothing is changed
-    when an error is raised. `wanda` needs `norms` as `collecting_norms` gives them. Under `whole` a parameter is read
-    and written, for DeepSpeed's ZeRO-3, which partitions parameters.
+    Equal scores are pruned in the order of their index, so that all workers make the same masks. Nothing is changed
+    when an error is raised. `wanda` needs `norms` as `collecting_norms` yields them.
 
     Raises:
         ValueError: method, sparsity, quantised weights; for `wanda` a grouped convolution, no inputs.
@@ -140,13 +135,13 @@ def prune_(
         with whole(layer.weight):
             full = torch.promote_types(layer.weight.dtype, torch.float32)
             weight_OD = _as_rows(layer.weight.detach(), layer).to(full)
-            norm_D = (
-                norms[name][:-1].sqrt().to(weight_OD)
-                if norms is not None and method == "wanda"
-                else 1.0
-            )
-            keep_OD = _kept(weight_OD, method, sparsity, norm_D)
-            keep = (keep_OD.T if isinstance(layer, Conv1D) else keep_OD).reshape(layer.weight.shape)
+            norm_D: Tensor | float = 1.0
+            if norms is not None and method == "wanda":
+                norm_D = norms[name][:-1].sqrt().to(weight_OD)
+            keep_OD = _unpruned(weight_OD, method, sparsity, norm_D)
+            if isinstance(layer, Conv1D):
+                keep_OD = keep_OD.T
+            keep = keep_OD.reshape(layer.weight.shape)
             layer.weight.masked_fill_(~keep, 0)
         masks[f"{name}.weight"] = keep.cpu().contiguous()
     return masks
@@ -190,15 +185,16 @@ def hold_rows_(
 
 
 def kept_rows(mask: Tensor, module: nn.Module) -> Tensor | None:
-    """Which outputs a mask keeps, [O], or None if it cuts through a row; `module` is the mask's layer."""
-    keep_OD = _as_rows(mask, module.base_layer if isinstance(module, LoraLayer) else module)
+    """Return which outputs a mask keeps, [O], or None if it cuts through a row; `module` is the mask's layer."""
+    layer = module.base_layer if isinstance(module, LoraLayer) else module
+    keep_OD = _as_rows(mask, layer)
     keep_O = keep_OD.any(dim=1)
     return keep_O if torch.equal(keep_O, keep_OD.all(dim=1)) else None
 
 
 @torch.no_grad()
 def sparsity(model: nn.Module, masks: Mapping[str, Tensor], whole: Whole = nullcontext) -> float:
-    """The share of exact zeros among all weights of the masked layers."""
+    """Return the share of exact zeros among all weights of the masked layers."""
     zeros = 0
     for layer in _named(model, masks).values():
         with whole(layer.weight):
@@ -207,34 +203,35 @@ def sparsity(model: nn.Module, masks: Mapping[str, Tensor], whole: Whole = nullc
 
 
 def _layers(model: nn.Module) -> dict[str, Layer]:
-    """Every layer that can be pruned, by its name in the model without adapters."""
+    """Return every layer that can be pruned, by its name in the model without adapters."""
     root: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
-    found: dict[str, Layer] = {}
+    layers: dict[str, Layer] = {}
     adapted: tuple[str, ...] = ()
     for name, module in root.named_modules():
         if isinstance(module, LoraLayer):
-            adapted += (
-                f"{name}.",
-            )  # what lies within is the base layer, found here, and the adapter's own layers
+            # What lies within is the base layer, which is taken here, and the adapter's own layers.
+            adapted += (f"{name}.",)
             module = module.base_layer
         elif name.startswith(adapted):
             continue
         if isinstance(module, GROUPS["all"]):
-            found[name] = module  # pyright: ignore[reportArgumentType]  # the tuple is Layer's
-    return found
+            layers[name] = module  # pyright: ignore[reportArgumentType]  # the tuple is Layer's
+    return layers
 
 
 def _named(model: nn.Module, names: Iterable[str]) -> dict[str, Layer]:
-    """Layers by their names, or by their weights' names; all are checked before the first is used."""
+    """Return layers by their names, or by their weights' names; all are checked before the first is used."""
     layers = _layers(model)
-    found = {name: layers.get(name.removesuffix(".weight")) for name in names}
-    for name, layer in found.items():
+    named: dict[str, Layer] = {}
+    for name in names:
+        layer = layers.get(name.removesuffix(".weight"))
         if layer is None:
             choices = ", ".join(sorted({ending(other) for other in layers}))
             raise ValueError(
                 f"masks: no layer for '{name}' in this model, whose layers end with: {choices}"
             )
-    return {name: layer for name, layer in found.items() if layer is not None}
+        named[name] = layer
+    return named
 
 
 def _matches(model: nn.Module, layers: Mapping[str, Layer], target: str) -> set[str]:
@@ -244,32 +241,31 @@ def _matches(model: nn.Module, layers: Mapping[str, Layer], target: str) -> set[
     base = getattr(root, "base_model_prefix", "")
     inside = f"{base}." if base and hasattr(root, base) else ""
     head = root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None
-    names = {
-        name
-        for name, layer in layers.items()
-        if isinstance(layer, GROUPS[target]) and layer is not head
-    }
-    return {name for name in names if name.startswith(inside)}
+    names: set[str] = set()
+    for name, layer in layers.items():
+        if isinstance(layer, GROUPS[target]) and layer is not head and name.startswith(inside):
+            names.add(name)
+    return names
 
 
 def _refuse_shared(model: nn.Module, layers: Mapping[str, Layer]) -> None:
-    """Pruning a tied output head would zero the embeddings of the same tokens, too."""
+    """Refuse shared weights: pruning a tied output head would zero the embeddings of the same tokens, too."""
     owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(module)
     for name, layer in layers.items():
         if len(owners[id(layer.weight)]) > 1:
-            kinds = ", ".join(
-                type(other).__name__ for other in owners[id(layer.weight)] if other is not layer
-            )
+            others = [owner for owner in owners[id(layer.weight)] if owner is not layer]
+            kinds = ", ".join(type(other).__name__ for other in others)
             raise ValueError(
-                f"prune.targets: '{name}' shares its weight with another module ({kinds}); leave it out"
+                f"prune.targets: '{name}' shares its weight with another module ({kinds}); "
+                "leave it out"
             )
 
 
 def _width(name: str, layer: Layer) -> int:
-    """D, from the layer's settings: a partitioned weight has no shape."""
+    """Return D, from the layer's settings: a partitioned weight has no shape."""
     if not isinstance(layer, nn.Conv2d):
         return layer.nx if isinstance(layer, Conv1D) else layer.in_features
     if layer.groups > 1:
@@ -280,7 +276,7 @@ def _width(name: str, layer: Layer) -> int:
 
 
 def _squares(name: str, layer: Layer, input_: Tensor, chosen: Tensor | None) -> tuple[Tensor, int]:
-    """The sum of squares of each input over all positions, [D] in float64, and the positions' number."""
+    """Return the sum of squares of each input over all positions, [D] in float64, and the number of positions."""
     if not isinstance(layer, nn.Conv2d):
         input_ND = input_.reshape(-1, input_.shape[-1])
         if chosen is not None and len(input_ND) != len(chosen):  # pooled: one position a row
@@ -303,12 +299,12 @@ def _squares(name: str, layer: Layer, input_: Tensor, chosen: Tensor | None) -> 
 
 
 def _as_rows(weight: Tensor, layer: nn.Module) -> Tensor:
-    """A weight, or its mask, as [O, D]."""
+    """Reshape a weight, or its mask, to [O, D]."""
     return weight.T if isinstance(layer, Conv1D) else weight.flatten(1)
 
 
-def _kept(weight_OD: Tensor, method: Method, sparsity: float, norm_D: Tensor | float) -> Tensor:
-    """The mask [O, D] of one layer."""
+def _unpruned(weight_OD: Tensor, method: Method, sparsity: float, norm_D: Tensor | float) -> Tensor:
+    """Return the mask [O, D] of one layer, True where a weight stays."""
     if method == "rows":
         pruned_1O = _smallest(torch.linalg.vector_norm(weight_OD, dim=1)[None], sparsity)
         return ~pruned_1O.T.expand_as(weight_OD)

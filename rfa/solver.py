@@ -1,7 +1,7 @@
-"""From data to a solved adapter: one forward over the kept sets, then the forget set's rows alone.
+"""From data to a solved adapter: one forward over the retained sets, then the forget set's rows alone.
 
-`collect` streams the retain and utility rows once, for the targets and the kept sets' second moments. `solve` needs the
-forget set's rows only, so that trying another strength costs no further pass over what is kept. Two modes:
+`collect` streams the retain and utility rows once, for the targets and the retained sets' second moments. `solve` needs
+the forget set's rows only, so that trying another strength costs no further pass over what is retained. Two modes:
 
     one_pass   all modules are solved from the base model's features
     blockwise  module by module from the lowest block up, each from what it sees with the residuals below in place.
@@ -35,84 +35,96 @@ from rfa.objective import ResidualAlignment
 from rfa.settings import SolveSettings
 from rfa.targets import SAMPLE_TOKENS, FeatureSums
 
-KEPT = ("retain", "utility")
+# The sets whose behaviour the solver holds.
+RETAINED_SETS = ("retain", "utility")
 
 
 class OnePassSolver:
-    """Solves the adapters of one alignment. Use: `collect` every kept batch, `reduce`, then `solve` as often as wanted.
+    """Solves the adapters of one alignment.
+
+    Use: `collect` every retained batch, `reduce`, then `solve` as often as wanted.
 
     Args:
         alignment: the model with its adapters (B = 0) and objective, whose residuals must be `local`.
-        place: puts lora_A [K, D] and lora_B [O, K] of the module of that name into the model; every worker calls it.
+        write: writes lora_A [K, D] and lora_B [O, K] of the module of that name into the model; every worker calls it.
     """
 
     def __init__(
         self,
         alignment: ResidualAlignment,
         settings: SolveSettings,
-        place: Callable[[str, Tensor, Tensor], None] | None = None,
+        write: Callable[[str, Tensor, Tensor], None] | None = None,
     ) -> None:
         assert alignment.objective.residual == "local", "the closed form is that of local residuals"
         self.alignment = alignment
         self.settings = settings
         self.layers: dict[str, Any] = dict(lora_layers(alignment.model))
-        self._place = place or self._place_here
+        self._write = write or self._write_here
         self.features = {name: FeatureSums() for name in self.layers}
-        self.sums: dict[str, dict[str, InputMoments]] = {kind: {} for kind in KEPT}
-        self._kept: Mapping[str, InverseMoments] = {}
+        self.sums: dict[str, dict[str, InputMoments]] = {kind: {} for kind in RETAINED_SETS}
+        self._inverses: Mapping[str, InverseMoments] = {}
         self._owner = _owners({name: input_width(layer) for name, layer in self.layers.items()})
-
-    def _empty_sums(self, name: str) -> InputMoments:
-        layer, settings = self.layers[name], self.settings
-        width = input_width(layer)
-        columns = width if width <= settings.exact_width else settings.sketch_columns
-        return InputMoments.empty(name, width, columns, layer.lora_A[ADAPTER].weight.device)
 
     @torch.no_grad()
     def collect(self, batch: UnlearnBatch, sample_tokens: int = SAMPLE_TOKENS) -> None:
-        """Add a batch of retain and utility rows. Its retain rows serve the targets, too: `cluster_mean` keeps
-        `sample_tokens` features of each; with 0 they do not."""
+        """Add a batch of retain and utility rows.
+
+        Its retain rows serve the targets, too, unless `sample_tokens` is 0: `cluster_mean` samples as many of each.
+        """
         tokens_BT = batch.retain_tokens_BT()
         utility_B1 = batch.utility_B[:, None]
         masks = {"retain": tokens_BT & ~utility_B1, "utility": tokens_BT & utility_B1}
 
         def add_input(name: str, input_BSD: Tensor, _output_BSO: Tensor) -> None:
             for kind, mask_BT in masks.items():
+                # Also for no tokens: every worker takes part in the reduction of every module.
                 if name not in self.sums[kind]:
-                    self.sums[kind][name] = self._empty_sums(name)
+                    self.sums[kind][name] = self._empty_moments(name)
                 if mask_BT.any():
                     self.sums[kind][name].add(batch.select(input_BSD, mask_BT).feature_ND)
 
         with self._observing(self.layers, add_input):
             features = self.alignment.feature_sums(batch, sample_tokens)
-        for name in features if sample_tokens else ():
-            self.features[name].merge(features[name])
+        if sample_tokens:
+            for name, sums in features.items():
+                self.features[name].merge(sums)
+
+    def _empty_moments(self, name: str) -> InputMoments:
+        layer, settings = self.layers[name], self.settings
+        width = input_width(layer)
+        columns = width if width <= settings.exact_width else settings.sketch_columns
+        return InputMoments.empty(name, width, columns, layer.lora_A[ADAPTER].weight.device)
 
     def reduce(self) -> None:
-        """Add up all workers' sums, fit the targets everywhere, and factor each module's kept moments on its owner."""
+        """Add up all workers' sums, fit the targets on every worker, and factor each module's moments on its owner."""
         self.alignment.fit(merged_features(self.features))
-        kept: dict[str, InverseMoments] = {}
+        inverses: dict[str, InverseMoments] = {}
         for name, owner in self._owner.items():
-            own = {kind: self.sums[kind].pop(name) for kind in KEPT}
-            for sums in own.values():
-                exchange.sum_on(owner, sums)
+            moments = {kind: self.sums[kind].pop(name) for kind in RETAINED_SETS}
+            for set_moments in moments.values():
+                exchange.sum_on(owner, set_moments)
             if owner == exchange.rank():
-                kept[name] = kept_inverse(own, self.settings)
-        self._kept = kept
+                inverses[name] = inverse_of(moments, self.settings)
+        self._inverses = inverses
 
-    def adopt(self, kept: Mapping[str, InverseMoments]) -> None:
-        """Use what other solvers of this model have collected, instead of `collect` and `reduce`; the alignment's
-        targets are fitted already."""
-        self._kept = kept
+    def adopt(self, inverses: Mapping[str, InverseMoments]) -> None:
+        """Use what other solvers of this model have collected, instead of `collect` and `reduce`.
+
+        The alignment's targets must be fitted already.
+        """
+        self._inverses = inverses
 
     @torch.no_grad()
     def solve(
         self, batches: Sequence[UnlearnBatch], strength: float, *, with_logits: bool = False
     ) -> list[Tensor] | None:
-        """Solve and place all adapters, from this worker's forget rows. `with_logits` gives what the solved model then
-        predicts of each batch's answers [N, V], where the same forward can tell; else None."""
+        """Solve and write all adapters, from this worker's forget rows and the other workers'.
+
+        Returns, with `with_logits`, what the solved model then predicts of each batch's answers, [N, V], where the same
+        forward computes it; else None.
+        """
         for name in self.layers:
-            self._place_solution(name, None)
+            self._write_solution(name, None)
         if self.settings.mode == "blockwise" and len(batches) == 1:
             logits_NV = self._solve_in_passing(batches[0], strength, with_logits=with_logits)
             return None if logits_NV is None else [logits_NV]
@@ -135,9 +147,9 @@ class OnePassSolver:
         """Solve each module when the rows reach it, after its base layer and before its adapter has run."""
 
         def solve_here(name: str, input_BSD: Tensor, output_BSO: Tensor) -> None:
-            found = self._no_rows([name])
-            self._add_forget(found, batch, name, input_BSD, output_BSO)
-            self._solve_together(found, strength)
+            rows = self._no_rows([name])
+            self._add_forget(rows, batch, name, input_BSD, output_BSO)
+            self._solve_together(rows, strength)
 
         with self._observing(self.layers, solve_here):
             if with_logits:
@@ -146,16 +158,17 @@ class OnePassSolver:
             return None
 
     def _stages(self) -> list["_Stage"]:
-        """Which modules are solved at once, in order."""
+        """Return which modules are solved at once, in order."""
         last_block = self.alignment.hooks.last_block
-        block_of = {name: block_range(self.alignment.model, name)[0] for name in self.layers}
         if self.settings.mode == "one_pass":
             return [_Stage(list(self.layers), last_block + 1, advances=False)]
+        block_of = {name: block_range(self.alignment.model, name)[0] for name in self.layers}
         last_of_block = {block: name for name, block in block_of.items()}
-        return [
-            _Stage([name], block + 1, advances=last_of_block[block] == name and block < last_block)
-            for name, block in block_of.items()
-        ]
+        stages: list[_Stage] = []
+        for name, block in block_of.items():
+            advances = last_of_block[block] == name and block < last_block
+            stages.append(_Stage([name], block + 1, advances))
+        return stages
 
     def _run(self, batch: UnlearnBatch, hidden_BTD: Tensor | None, start: int, stop: int) -> Tensor:
         return self.alignment.run(batch, hidden_BTD, start, stop).hidden_BTD
@@ -175,26 +188,25 @@ class OnePassSolver:
         start: int,
         stop: int,
     ) -> dict[str, ForgetRows]:
-        """This worker's forget tokens at some modules; there may be none."""
-        found = self._no_rows(names)
+        """Return this worker's forget tokens at some modules; there may be none."""
+        rows = self._no_rows(names)
         for batch, hidden_BTD in zip(batches, hidden, strict=True):
-            with self._observing(names, partial(self._add_forget, found, batch)):
+            with self._observing(names, partial(self._add_forget, rows, batch)):
                 self._run(batch, hidden_BTD, start, stop)
-        return found
+        return rows
 
     def _no_rows(self, names: Iterable[str]) -> dict[str, ForgetRows]:
-        sizes = {
-            name: (input_width(self.layers[name]), output_width(self.layers[name]))
-            for name in names
-        }
-        return {
-            name: ForgetRows.of(torch.empty(0, width), torch.empty(0, out))
-            for name, (width, out) in sizes.items()
-        }
+        rows: dict[str, ForgetRows] = {}
+        for name in names:
+            layer = self.layers[name]
+            rows[name] = ForgetRows.of(
+                torch.empty(0, input_width(layer)), torch.empty(0, output_width(layer))
+            )
+        return rows
 
     def _add_forget(
         self,
-        found: dict[str, ForgetRows],
+        rows: dict[str, ForgetRows],
         batch: UnlearnBatch,
         name: str,
         input_BSD: Tensor,
@@ -210,11 +222,11 @@ class OnePassSolver:
         weight_N = torch.ones(len(input_ND))
         if not batch.classified:
             weight_N[batch.fact_BT[tokens_BT].cpu()] = self.settings.fact_weight
-        rows = ForgetRows.of(input_ND.cpu(), (target_NO - feature_NO).cpu(), weight_N)
-        found[name] = found[name].merged(rows)
+        added = ForgetRows.of(input_ND.cpu(), (target_NO - feature_NO).cpu(), weight_N)
+        rows[name] = rows[name].merged(added)
 
     def _solve_together(self, rows: dict[str, ForgetRows], strength: float) -> None:
-        """Solve modules on their owners, from all workers' rows, and place the solutions everywhere."""
+        """Solve modules on their owners, from all workers' rows, and write the solutions on every worker."""
         solutions: dict[str, LowRankUpdate] = {}
         for name, worker_rows in rows.items():
             parts = exchange.gather_on(self._owner[name], worker_rows)
@@ -222,7 +234,7 @@ class OnePassSolver:
                 layer = self.layers[name]
                 solutions[name] = solve(
                     reduce(ForgetRows.merged, parts),
-                    self._kept[name],
+                    self._inverses[name],
                     rank=layer.r[ADAPTER],
                     strength=strength,
                     scaling=layer.scaling[ADAPTER],
@@ -230,10 +242,13 @@ class OnePassSolver:
         # All are solved before the first is sent: owners work side by side.
         for name in rows:
             solution = exchange.broadcast_from(self._owner[name], solutions.get(name))
-            self._place_solution(name, solution)
+            self._write_solution(name, solution)
 
-    def _place_solution(self, name: str, solution: LowRankUpdate | None) -> None:
-        """Fill an adapter; columns of B that a solution does not use are zero, with rows of A that can still learn."""
+    def _write_solution(self, name: str, solution: LowRankUpdate | None) -> None:
+        """Write a solution into an adapter.
+
+        Unused rank gets B = 0 and a random A, so that gradient steps can still use it.
+        """
         layer = self.layers[name]
         rank, width = layer.r[ADAPTER], input_width(layer)
         generator = torch.Generator().manual_seed(0)
@@ -243,9 +258,9 @@ class OnePassSolver:
             used = len(solution.a_KD)
             a_KD[:used], b_OK[:, :used] = solution.a_KD, solution.b_OK
         a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        self._place(name, a_KD.view(_shape(a)), b_OK.view(_shape(b)))
+        self._write(name, a_KD.view(_shape(a)), b_OK.view(_shape(b)))
 
-    def _place_here(self, name: str, a_KD: Tensor, b_OK: Tensor) -> None:
+    def _write_here(self, name: str, a_KD: Tensor, b_OK: Tensor) -> None:
         layer = self.layers[name]
         layer.lora_A[ADAPTER].weight.copy_(a_KD)
         layer.lora_B[ADAPTER].weight.copy_(b_OK)
@@ -254,23 +269,23 @@ class OnePassSolver:
     def _observing(
         self, names: Iterable[str], observe: Callable[[str, Tensor, Tensor], None]
     ) -> Iterator[None]:
-        """Within: `observe(name, input, output)` for each of these modules' base layers, as it runs; [B, S, D] each."""
+        """Call `observe(name, input, output)` when one of these modules' base layers runs within the block.
 
-        def hook(name: str) -> Callable[..., None]:
-            return lambda module, inputs, output: observe(
-                name, input_places(module, inputs[0]), as_positions(output)
-            )
+        Input and output are [B, S, D] and [B, S, O].
+        """
+
+        def call(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            observe(name, input_positions(module, inputs[0]), as_positions(output))
 
         with ExitStack() as stack:
             for name in names:
-                stack.enter_context(
-                    hook_scope(self.layers[name].base_layer.register_forward_hook(hook(name)))
-                )
+                hook = self.layers[name].base_layer.register_forward_hook(partial(call, name))
+                stack.enter_context(hook_scope(hook))
             yield
 
 
-def input_places(module: nn.Module, feature: Tensor) -> Tensor:
-    """A layer's inputs as [B, S, D]; a convolution's are the patches that it sees, D = C * kernel size."""
+def input_positions(module: nn.Module, feature: Tensor) -> Tensor:
+    """Return a layer's inputs as [B, S, D]; a convolution's are the patches that it sees, D = C * kernel size."""
     if not isinstance(module, nn.Conv2d):
         return as_positions(feature)
     assert module.groups == 1 and not isinstance(module.padding, str)
@@ -281,24 +296,24 @@ def input_places(module: nn.Module, feature: Tensor) -> Tensor:
 
 
 def input_width(layer: Any) -> int:
-    """D of an adapted layer."""
+    """Return D of an adapted layer."""
     return math.prod(_shape(layer.lora_A[ADAPTER].weight)[1:])
 
 
 def output_width(layer: Any) -> int:
-    """O of an adapted layer."""
+    """Return O of an adapted layer."""
     return _shape(layer.lora_B[ADAPTER].weight)[0]
 
 
 def _shape(parameter: Tensor) -> tuple[int, ...]:
-    """A parameter's whole shape, also where ZeRO-3 has partitioned it."""
+    """Return a parameter's full shape, also where ZeRO-3 has partitioned it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def kept_inverse(sums: Mapping[str, InputMoments], settings: SolveSettings) -> InverseMoments:
-    """The factored second moments of one module's kept sets, weighted."""
-    weights = {"retain": 1.0, "utility": settings.utility_weight}
-    return InverseMoments([(weights[kind], own) for kind, own in sums.items()], settings.ridge)
+def inverse_of(moments: Mapping[str, InputMoments], settings: SolveSettings) -> InverseMoments:
+    """Factor the weighted second moments of one module's inputs over the retained sets."""
+    weighted = [(1.0, moments["retain"]), (settings.utility_weight, moments["utility"])]
+    return InverseMoments(weighted, settings.ridge)
 
 
 class _Stage(NamedTuple):

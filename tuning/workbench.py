@@ -35,7 +35,7 @@ from rfa.closed_form import InverseMoments
 from rfa.moments import InputMoments
 from rfa.objective import ResidualAlignment
 from rfa.settings import TargetKind, TokenKind
-from rfa.solver import KEPT, OnePassSolver, kept_inverse
+from rfa.solver import RETAINED_SETS, OnePassSolver, inverse_of
 from rfa.targets import FeatureSums, ModuleTarget, Targets, fit_target
 from tuning.contracts import RUNGS, Measured, Shared
 
@@ -207,8 +207,8 @@ class Workbench:
 
         @functools.cache
         def factor(module: str) -> InverseMoments:
-            moments = {kind: self._statistics.moments[kind][module] for kind in KEPT}
-            return kept_inverse(moments, settings)
+            moments = {kind: self._statistics.moments[kind][module] for kind in RETAINED_SETS}
+            return inverse_of(moments, settings)
 
         return factor
 

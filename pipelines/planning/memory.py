@@ -30,7 +30,7 @@ from rfa.adapters import lora_layers
 from rfa.batch import Row, UnlearnBatch, collate
 from rfa.blocks import BlockRunner
 from rfa.objective import ResidualAlignment
-from rfa.solver import KEPT, input_width
+from rfa.solver import RETAINED_SETS, input_width
 from rfa.targets import ModuleTarget, Targets
 
 ADAMW_BYTES = 8  # two fp32 moments a parameter
@@ -147,7 +147,7 @@ class Planner:
         """Bytes of the solver's sums on a worker, while it collects them."""
         if self.cfg.solve.mode == "off":
             return 0
-        return 4 * len(KEPT) * sum(width * columns for width, columns in self._widths())
+        return 4 * len(RETAINED_SETS) * sum(width * columns for width, columns in self._widths())
 
     def _widths(self) -> Iterator[tuple[int, int]]:
         solve = self.cfg.solve

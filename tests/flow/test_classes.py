@@ -2,12 +2,15 @@
 
 import json
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
@@ -44,6 +47,13 @@ def images(folder: Path, *changes: str) -> list[str]:
     kept = [f"data.{name}.values=[0, 1, 3]" for name in ("retain", "general")]
     head = "adapter.targets=[classifier.1]"
     return [*paths, "data.forget.values=[2]", *kept, *SMALL, *LEARN, head, *changes]
+
+
+def train_pixels(folder: Path) -> torch.Tensor:
+    """The training images as the model sees them: [240, 1, 8, 8], from -1 to 1."""
+    files = pq.read_table(folder / "train.parquet")["image"].to_pylist()
+    images = [np.array(Image.open(BytesIO(file))) for file in files]
+    return torch.tensor(np.stack(images), dtype=torch.float32)[:, None] / 127.5 - 1
 
 
 def scores_of(run: RunFolder) -> tuple[dict[str, float], dict[str, Any]]:
@@ -148,8 +158,7 @@ def test_salun_trains_salient_weights_alone(resnet: Path, command_here: CommandH
     code, told = command_here("finetune", "rfa_image", *images(resnet, *changes, *own))
     assert code == 0, told
     model = AutoModelForImageClassification.from_pretrained(start).eval()
-    raw = (resnet / "images" / "train-images-idx3-ubyte").read_bytes()[16:]
-    pixels = torch.tensor(list(raw), dtype=torch.float32).view(-1, 1, 8, 8) / 127.5 - 1
+    pixels = train_pixels(resnet / "images")
     torch.nn.functional.cross_entropy(model(pixels[2::4]).logits, torch.full((60,), 2)).backward()
     gradients = {
         name: own.grad.abs() for name, own in model.named_parameters() if own.grad is not None

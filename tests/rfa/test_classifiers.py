@@ -20,7 +20,7 @@ from rfa.batch import Row, TokenCounts, UnlearnBatch, collate
 from rfa.blocks import BlockRunner
 from rfa.objective import ResidualAlignment
 from rfa.settings import Objective, SolveSettings, Weights
-from rfa.solver import OnePassSolver, input_places
+from rfa.solver import OnePassSolver, input_positions
 
 CLASSES = 5
 TARGETS = {
@@ -161,7 +161,7 @@ def residual_errors(
     layer = dict(lora_layers(alignment.model))[name]
     found: list[Tensor] = []
     handle = layer.base_layer.register_forward_hook(
-        lambda module, args, output: found.extend((input_places(module, args[0]), output))
+        lambda module, args, output: found.extend((input_positions(module, args[0]), output))
     )
     with torch.no_grad(), alignment.hooks.recording() as base:
         alignment.run(batch, None, 0, alignment.hooks.last_block + 1)

@@ -245,8 +245,8 @@ def test_features_that_are_not_finite_are_an_error(broken: float) -> None:
         problem.kept()
 
 
-def test_no_kept_tokens_are_an_error() -> None:
-    with pytest.raises(ValueError, match="no tokens to hold on to"):
+def test_retained_sets_without_tokens_are_an_error() -> None:
+    with pytest.raises(ValueError, match="sets have no tokens"):
         InverseMoments([(1.0, InputMoments.empty("module", INPUTS, INPUTS))], 1e-3)
 
 
