@@ -1,4 +1,4 @@
-"""Tiny random models of three architectures, and batches for them."""
+"""Tiny random models of four families, and batches for them."""
 
 import warnings
 from collections.abc import Callable
@@ -13,6 +13,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 from rfa.adapters import attach
@@ -21,10 +23,11 @@ from rfa.objective import ResidualAlignment
 from rfa.settings import Objective
 
 VOCABULARY = 97
-TARGETS = {
+FAMILIES = {
     "llama": ("o_proj", "down_proj"),
     "gpt2": ("attn.c_proj", "mlp.c_proj"),
     "gemma": ("o_proj", "down_proj"),
+    "qwen2": ("o_proj", "down_proj"),
 }
 
 
@@ -51,6 +54,8 @@ def tiny_model(kind: str = "llama") -> PreTrainedModel:
         return Gemma3ForCausalLM(
             Gemma3TextConfig(head_dim=8, sliding_window=4, sliding_window_pattern=2, **shape)
         )
+    if kind == "qwen2":  # its queries, keys and values have biases
+        return Qwen2ForCausalLM(Qwen2Config(**shape))
     return LlamaForCausalLM(LlamaConfig(**shape))
 
 
@@ -84,7 +89,7 @@ def build() -> Callable[..., ResidualAlignment]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = attach(
-                tiny_model(kind), rank=2, alpha=4, targets=targets or TARGETS[kind], layers=layers
+                tiny_model(kind), rank=2, alpha=4, targets=targets or FAMILIES[kind], layers=layers
             )
         alignment = ResidualAlignment(model, objective or Objective(clusters=3))
         alignment.fit(alignment.feature_sums(collate(tiny_rows(4, seed=1), [], 0)))

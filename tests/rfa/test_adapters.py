@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from rfa.adapters import adapters_off, attach, check_gradients, lora_layers, target_names
-from tests.rfa.conftest import TARGETS, tiny_model
+from tests.rfa.conftest import FAMILIES, tiny_model
 
 IDS = torch.tensor([[5, 6, 7]])
 
@@ -38,11 +38,11 @@ def test_layers_out_of_bounds_name_the_bounds(layers: tuple[int, int]) -> None:
         target_names(tiny_model(), ("o_proj",), layers)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma"])
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_adapters_off_is_the_base_model(kind: str) -> None:
     base = tiny_model(kind).eval()
     expected = base(IDS).logits
-    model = attach(tiny_model(kind), rank=2, alpha=4, targets=TARGETS[kind]).eval()
+    model = attach(tiny_model(kind), rank=2, alpha=4, targets=FAMILIES[kind]).eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)

@@ -11,7 +11,7 @@ from rfa.adapters import adapters_off
 from rfa.batch import Row, TokenCounts, UnlearnBatch, collate
 from rfa.objective import LossOutput, ResidualAlignment, distance
 from rfa.settings import Objective, Weights
-from tests.rfa.conftest import tiny_rows
+from tests.rfa.conftest import FAMILIES, tiny_rows
 
 Build = Callable[..., ResidualAlignment]
 ALL_TERMS = Weights(1.0, 1.0, 0.5, 0.5, 0.5)
@@ -32,7 +32,7 @@ def gradients(alignment: ResidualAlignment, total: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in alignment.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma"])
+@pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("residual", ["local", "drift"])
 def test_the_residual_is_zero_at_the_start(
     build: Build, batch: UnlearnBatch, residual: str, kind: str
@@ -92,7 +92,7 @@ def test_padding_changes_nothing(
 
 
 @pytest.mark.parametrize("residual", ["local", "drift"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma"])
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_the_loss_does_not_depend_on_how_rows_are_split(
     build: Build, residual: str, kind: str
 ) -> None:

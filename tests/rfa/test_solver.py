@@ -14,7 +14,7 @@ from rfa.moments import ForgetRows, InputMoments
 from rfa.objective import ResidualAlignment
 from rfa.settings import Objective, SolveSettings
 from rfa.solver import OnePassSolver
-from tests.rfa.conftest import tiny_rows
+from tests.rfa.conftest import FAMILIES, tiny_rows
 
 Build = Callable[..., ResidualAlignment]
 RETAIN = tiny_rows(12, seed=1)
@@ -67,7 +67,7 @@ def recorded(
     return found[0]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma"])
+@pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("mode", ["one_pass", "blockwise"])
 @pytest.mark.parametrize(
     "target", ["retain_mean", "class_mean", "cluster_mean", "balanced_mean", "gaussian"]
