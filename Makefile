@@ -20,7 +20,7 @@ test: .venv/.test model  ## everything CI checks
 	$(BIN)/basedpyright
 	$(BIN)/pytest --durations=40
 
-test-fast: .venv/.test  ## the inner loop: style, types, and the tests without a Ray cluster
+test-fast: .venv/.test model  ## the inner loop: style, types, and the tests without a Ray cluster
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 	$(BIN)/pytest -m "not ray"

@@ -1,0 +1,34 @@
+"""The README and the documents: their example runs, their links lead somewhere, the README stays short."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_readme_has_at_most_a_thousand_words() -> None:
+    assert len(README.split()) <= 1000
+
+
+def test_the_notebook_example_forgets_one_fact_and_keeps_the_others(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    numbers = [float(number) for number in re.findall(r"\d\.\d\d", capsys.readouterr().out)]
+    retained_before, forgotten_before, retained_after, forgotten_after = numbers
+    assert retained_after > 0.9 * retained_before
+    assert forgotten_after < 0.1 * forgotten_before
+    printed = "It prints {:.2f} and {:.2f} before, {:.2f} and {:.2f} after."
+    assert printed.format(*numbers) in README
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_to_a_file(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
