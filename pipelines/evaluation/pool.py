@@ -55,9 +55,11 @@ def evaluate(
     def start(worker: Any, task: Task) -> Any:
         return worker.score.remote(task.model, *task.rows)
 
+    # Cutting the sets needs CPUs, and the workers take all there are: sets first.
+    tasks = _tasks(cfg, models, pieces_of(cfg, sets))
     pool: Any = ActorPool(start_workers(cfg, models))
     samples: defaultdict[ScoredModel, Samples] = defaultdict(dict)
-    for done in pool.map_unordered(start, _tasks(cfg, models, pieces_of(cfg, sets))):
+    for done in pool.map_unordered(start, tasks):
         for model, of_model in done.samples.items():
             samples[model] |= of_model
         advance(done.work)
