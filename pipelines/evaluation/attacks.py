@@ -1,4 +1,4 @@
-"""Attacks that bring back what a model has forgotten: rounding its weights, and relearning.
+"""Attacks on what a model has forgotten: rounding its weights, relearning, and gradient norms.
 
 Rounding can undo unlearning whose changes are smaller than its steps (Zhang et al. 2024, arXiv
 2410.16454).
@@ -65,6 +65,29 @@ def quantise_blocks_(model: nn.Module, bits: int) -> list[str]:
             names.append(f"{prefix}.{name}")
     assert names, "an adapted model has linear layers in its blocks"
     return names
+
+
+def gradient_norm(model: nn.Module, loss: Tensor) -> float:
+    """Return the norm of a loss's gradient by each parameter, mean over the parameters.
+
+    Text that a model has learned needs no large step (Wang et al. 2024, arXiv 2402.17012; with the
+    mean as in open-unlearning). A gradient is dropped once its norm is known, so that there are
+    never all of them.
+    """
+    norms: list[Tensor] = []
+
+    def measure(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        norms.append(parameter.grad.float().norm())
+        parameter.grad = None
+
+    hooks = [weight.register_post_accumulate_grad_hook(measure) for weight in model.parameters()]
+    try:
+        loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return float(torch.stack([norm.cpu() for norm in norms]).mean())
 
 
 def halves(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -5,7 +5,7 @@ a time. Rows leave the workers as numbers; no text comes back.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +19,7 @@ from pipelines.data.sets import Sets
 from pipelines.evaluation.metrics import Sample, relearn_scores, summarise
 from pipelines.evaluation.metrics.keys import Rounding
 from pipelines.evaluation.metrics.relearning import STEPS
-from pipelines.evaluation.scored_model import CHANGES, Change, Relearned, ScoredModel
+from pipelines.evaluation.scored_model import CHANGES, Beside, Change, Relearned, ScoredModel
 
 if TYPE_CHECKING:
     from pipelines.evaluation.scorer import Samples, Scorer
@@ -28,6 +28,9 @@ ROWS_A_PIECE = 16
 # Models whose robustness is measured, by name. The original has forgotten nothing.
 ATTACKED_MODELS = ("after", "model", "oracle")
 QUANTISED_SETS = ("forget", "retain")  # sets that models of rounded weights are scored on
+# Sets whose next-token distributions are compared with the oracle's, and with the original's.
+FORGOTTEN_SETS = ("forget",)
+KEPT_SETS = ("retain", "utility", "general")
 
 
 class Task(NamedTuple):
@@ -63,28 +66,32 @@ def evaluate(
         for model, of_model in done.samples.items():
             samples[model] |= of_model
         advance(done.work)
+    for model, of_model in samples.items():
+        if isinstance(model.change, Beside):
+            for row, distances in of_model.items():
+                samples[ScoredModel(model.name)][row].update(distances)
     scores: dict[str, dict[str, float | None]] = {}
     for name in models:
         oracle = None
         if "oracle" in models and name != "oracle":
             oracle = _in_order(samples[ScoredModel("oracle")])
         scores[name] = summarise(_in_order(samples[ScoredModel(name)]), oracle)
-        for change in _changes_of(cfg, name):
+        for change in _attacks_on(cfg, name):
             scores[name] |= _scores_of_change(ScoredModel(name, change), samples)
     return scores
 
 
-def evaluation_work(cfg: UnlearnConfig, models: Iterable[str], sets: Sets) -> int:
+def evaluation_work(cfg: UnlearnConfig, models: Collection[str], sets: Sets) -> int:
     """Return the work that `evaluate` reports in all: rows scored, and steps of relearning."""
     rows = {name: _rows_scored(cfg, sets, name) for name in sets.names()}
     work = 0
     for name in models:
         work += sum(rows.values())
-        for change in _changes_of(cfg, name):
+        for change in _changes_of(cfg, name, models):
             if isinstance(change, Relearned):
                 work += change.steps
             else:
-                work += sum(rows[set_name] for set_name in QUANTISED_SETS)
+                work += sum(rows.get(set_name, 0) for set_name in _sets_of(change))
     return work
 
 
@@ -132,28 +139,46 @@ class _Worker:
         return asked.select(["row"]).append_column("answer", answers), asked.num_rows
 
 
-def _changes_of(cfg: UnlearnConfig, name: str) -> list[Change]:
-    """Return the changes that a model of this name is scored after."""
+def _changes_of(cfg: UnlearnConfig, name: str, models: Container[str]) -> list[Change]:
+    """Return what else a model of this name is scored after or beside, of these models."""
+    changes = _attacks_on(cfg, name)
+    if cfg.task == "causal_lm":
+        if "oracle" in models and name != "oracle":
+            changes.append(Beside("oracle"))
+        if "before" in models and name == "after":
+            changes.append(Beside("before"))
+    return changes
+
+
+def _attacks_on(cfg: UnlearnConfig, name: str) -> list[Change]:
+    """Return the changes that could bring back what a model of this name has forgotten."""
     if name not in ATTACKED_MODELS:
         return []
     return [CHANGES[change] for change in cfg.evaluation.robustness]
 
 
+def _sets_of(change: Change) -> tuple[str, ...]:
+    """Return the sets that are scored after or beside a change, besides all."""
+    if isinstance(change, Beside):
+        return FORGOTTEN_SETS if change.reference == "oracle" else KEPT_SETS
+    return QUANTISED_SETS
+
+
 def _tasks(
-    cfg: UnlearnConfig, models: Iterable[str], pieces: Mapping[str, list[Any]]
+    cfg: UnlearnConfig, models: Collection[str], pieces: Mapping[str, list[Any]]
 ) -> list[Task]:
     """Return the longest tasks first, then model after model, so that a worker loads each once."""
     relearnings: list[Task] = []
     tasks: list[Task] = []
-    rounded_pieces = [rows for name in QUANTISED_SETS for rows in pieces[name]]
     for name in models:
         tasks += [Task(ScoredModel(name), [rows]) for rows in chain(*pieces.values())]
-        for change in _changes_of(cfg, name):
+        for change in _changes_of(cfg, name, models):
             model = ScoredModel(name, change)
             if isinstance(change, Relearned):
                 relearnings.append(Task(model, pieces["forget"]))
-            else:
-                tasks += [Task(model, [rows]) for rows in rounded_pieces]
+                continue
+            for set_name in _sets_of(change):
+                tasks += [Task(model, [rows]) for rows in pieces.get(set_name, [])]
     return relearnings + tasks
 
 

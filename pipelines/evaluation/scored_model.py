@@ -1,4 +1,4 @@
-"""Which model is scored: one of the configuration, as it is or changed in memory.
+"""Which model is scored, and how: as it is, changed in memory, or beside a reference model.
 
 The changes are what could bring back what a model has forgotten (`pipelines.evaluation.attacks`).
 """
@@ -15,11 +15,17 @@ class Relearned(NamedTuple):
     steps: int
 
 
-Change = Rounding | Relearned
+class Beside(NamedTuple):
+    """A comparison, token by token, with another model of the run."""
+
+    reference: str
+
+
+Change = Rounding | Relearned | Beside
 
 
 class ScoredModel(NamedTuple):
-    """A model by its name in the run, and what is changed once it is loaded."""
+    """A model by its name in the run, and what is done with it once it is loaded."""
 
     name: str
     change: Change | None = None

@@ -15,7 +15,7 @@ from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.evaluation.attacks import quantise_blocks_
 from pipelines.evaluation.metrics import Sample
 from pipelines.evaluation.metrics.keys import Rounding
-from pipelines.evaluation.scored_model import Relearned, ScoredModel
+from pipelines.evaluation.scored_model import Beside, Relearned, ScoredModel
 from pipelines.model.load import load_base
 from rfa.blocks import BlockRunner
 
@@ -31,6 +31,7 @@ class Scorer(ABC):
         if self.device == "cpu":
             torch.set_num_threads(max(1, int(cfg.train.cpus_per_worker)))
         self._loaded: tuple[ScoredModel, BlockRunner] | None = None
+        self._reference: BlockRunner | None = None  # what the loaded model is compared with
 
     def hold(self, model: ScoredModel, network: PreTrainedModel) -> None:
         """Take a model that is in memory, to score it as it stands whenever rows come."""
@@ -40,7 +41,11 @@ class Scorer(ABC):
         """Return the numbers of each row under a model."""
         self.load(model)
         with torch.inference_mode():
-            return self._score(rows)
+            return self._compare(rows) if isinstance(model.change, Beside) else self._score(rows)
+
+    def _compare(self, rows: pa.Table) -> Samples:
+        """Return each row's distances between the loaded model and its reference."""
+        raise NotImplementedError("only language models are compared token by token")
 
     @abstractmethod
     def _score(self, rows: pa.Table) -> Samples:
@@ -60,23 +65,35 @@ class Scorer(ABC):
         assert self._loaded is not None, "rows are scored under a model that is loaded"
         return self._loaded[1]
 
+    @property
+    def reference(self) -> BlockRunner:
+        """The model that the loaded one is compared with."""
+        assert self._reference is not None, "a model is loaded beside another to be compared"
+        return self._reference
+
     def load(self, model: ScoredModel) -> None:
         """Load a model and make its change, unless it is the one that is held."""
         if self._loaded is not None and self._loaded[0] == model:
             return
-        self._loaded = None  # frees the old model before the new one takes memory
+        self._loaded = self._reference = None  # frees old models before new ones take memory
         # The small steps of relearning would be lost in bf16's 8 bits.
         relearns = isinstance(model.change, Relearned)
-        precision = "fp32" if relearns else self.cfg.train.precision
-        task = self.cfg.task
-        spread = task == "causal_lm" and self.device == "cuda" and torch.cuda.device_count() > 1
-        config = self.models[model.name]
-        network = load_base(config, precision, task=task, spread=spread).eval()
-        if not spread:
-            network.to(self.device)  # pyright: ignore[reportArgumentType]
+        network = self._network(model.name, "fp32" if relearns else self.cfg.train.precision)
         if isinstance(model.change, Rounding):
             quantise_blocks_(network, model.change.bits)
+        if isinstance(model.change, Beside):
+            reference = self._network(model.change.reference, self.cfg.train.precision)
+            self._reference = BlockRunner(reference)
         self._loaded = model, BlockRunner(network)
+
+    def _network(self, name: str, precision: str) -> PreTrainedModel:
+        """Load a model of the configuration onto this worker's devices."""
+        task = self.cfg.task
+        spread = task == "causal_lm" and self.device == "cuda" and torch.cuda.device_count() > 1
+        network = load_base(self.models[name], precision, task=task, spread=spread).eval()
+        if not spread:
+            network.to(self.device)  # pyright: ignore[reportArgumentType]
+        return network
 
 
 def samples_of(

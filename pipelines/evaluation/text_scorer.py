@@ -8,17 +8,24 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.encoding.text import TextEncoder
-from pipelines.evaluation.attacks import halves, relearn_
+from pipelines.evaluation.attacks import gradient_norm, halves, relearn_
 from pipelines.evaluation.metrics import TokenStatistics, sample_scores
-from pipelines.evaluation.metrics.forward import token_statistics
+from pipelines.evaluation.metrics.distance import parts_of_divergence
+from pipelines.evaluation.metrics.forward import (
+    TokenDistances,
+    token_distances,
+    token_statistics,
+)
 from pipelines.evaluation.metrics.memorization import fact_recall
 from pipelines.evaluation.metrics.text import rouge_f1, rouge_recall
 from pipelines.evaluation.scored_model import Relearned, ScoredModel
 from pipelines.evaluation.scorer import Samples, Scorer, samples_of
-from rfa.batch import Row, collate
+from rfa.batch import Row, UnlearnBatch, collate
+from rfa.blocks import BlockRunner
 
 # Sets that are also asked in other words.
 PARAPHRASED = ("forget",)
@@ -26,6 +33,8 @@ PARAPHRASED = ("forget",)
 TRUTH_RATIO = ("forget", "retain", "general")
 # Sets whose greedy answers are compared with the right one.
 GENERATED = ("forget", "retain", "general")
+# Sets whose rows' gradients an attack compares.
+WITH_GRADIENTS = ("forget", "holdout")
 # The number that a text's fact gives, by the kind of text.
 FACT_RECALL = {"answer": "fact_recall", "loss_paraphrased": "fact_recall_paraphrased"}
 VERBATIM_TOKENS = 128  # tokens generated for plain text (open-unlearning, commit d3d7cf9)
@@ -97,6 +106,8 @@ class TextScorer(Scorer):
             for index, row in enumerate(records):
                 if row["set"] in GENERATED:
                     asked[index] = self._question(row, "prompt")
+                if row["set"] in WITH_GRADIENTS:
+                    numbers[index]["grad_norm"] = self._gradient_norm(row)
                 if row["set"] in PARAPHRASED and row["paraphrased_prompt"]:
                     asked_in_other_words[index] = self._question(row, "paraphrased_prompt")
             for index, score in self._rouge(asked):
@@ -104,6 +115,37 @@ class TextScorer(Scorer):
             for index, score in self._rouge(asked_in_other_words):
                 numbers[index]["rouge_paraphrased"] = score
         return samples_of(records, numbers)
+
+    def _compare(self, rows: pa.Table) -> Samples:
+        """Return distances to the reference: of forget rows in both wordings, of others as kept."""
+        records = rows.to_pylist()
+        texts: list[Text] = []
+        for index, row in enumerate(records):
+            is_forgotten = row["set"] == "forget"
+            kind = "token_distance" if is_forgotten else "kept_distance"
+            texts.append(Text(index, kind, row["prompt"], row["answer"]))
+            if is_forgotten and row["paraphrased_prompt"]:
+                prompt, kind = row["paraphrased_prompt"], "token_distance_paraphrased"
+                texts.append(Text(index, kind, prompt, row["answer"]))
+        numbers: list[dict[str, Any]] = [{} for _ in records]
+        for text, distances in zip(texts, self._distances(texts), strict=True):
+            parts = parts_of_divergence(distances.divergence, distances.surplus)
+            numbers[text.row][text.kind] = parts["distance"]
+            if text.kind == "token_distance":
+                numbers[text.row]["token_distance_above"] = parts["distance_above"]
+                numbers[text.row]["token_distance_below"] = parts["distance_below"]
+        return samples_of(records, numbers)
+
+    def _gradient_norm(self, row: Mapping[str, Any]) -> float:
+        """Return the norm of the gradient of a row's loss."""
+        # Tensors made in inference mode cannot be kept for a backward pass.
+        with torch.inference_mode(False), torch.enable_grad():
+            encoded = Row(*self._encoder.pair(row["prompt"], row["answer"]))
+            batch = collate([encoded], [], self._encoder.pad_token_id).to(self.device)
+            logits_NV = _answer_logits(self.runner, batch)
+            labels_N = batch.expected(batch.answer_BT)
+            loss = torch.nn.functional.cross_entropy(logits_NV.float(), labels_N)
+            return gradient_norm(self.runner.model, loss)
 
     def _likelihoods(self, num_rows: int, texts: list[Text]) -> list[dict[str, Any]]:
         """Return the teacher-forced numbers of each row, from its texts."""
@@ -124,17 +166,31 @@ class TextScorer(Scorer):
 
     def _statistics(self, texts: list[Text]) -> list[TokenStatistics]:
         """Return the token statistics of each text's answer."""
-        rows = [Row(*self._encoder.pair(text.prompt, text.answer)) for text in texts]
         statistics: dict[int, TokenStatistics] = {}
-        for indices in self._by_length(rows):
-            batch = collate([rows[index] for index in indices], [], self._encoder.pad_token_id)
-            batch = batch.to(self.device)
-            logits_NV = self.runner(batch, logits_at_BT=batch.answer_BT).logits_NV
-            assert logits_NV is not None
+        for indices, batch in self._batches(texts):
+            logits_NV = _answer_logits(self.runner, batch)
             of_batch = token_statistics(logits_NV, batch.expected(batch.answer_BT))
             of_rows = of_batch.split(batch.answer_BT.sum(1).tolist())
             statistics.update(zip(indices, of_rows, strict=True))
         return [statistics[index] for index in range(len(texts))]
+
+    def _distances(self, texts: list[Text]) -> list[TokenDistances]:
+        """Return the distances of each text's answer, token by token, to the reference model."""
+        distances: dict[int, TokenDistances] = {}
+        for indices, batch in self._batches(texts):
+            reference_NV = _answer_logits(self.reference, batch)
+            logits_NV = _answer_logits(self.runner, batch)
+            of_batch = token_distances(reference_NV, logits_NV, batch.expected(batch.answer_BT))
+            of_rows = of_batch.split(batch.answer_BT.sum(1).tolist())
+            distances.update(zip(indices, of_rows, strict=True))
+        return [distances[index] for index in range(len(texts))]
+
+    def _batches(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], UnlearnBatch]]:
+        """Yield the texts' indices in batches of similar length, with each batch's tokens."""
+        rows = [Row(*self._encoder.pair(text.prompt, text.answer)) for text in texts]
+        for indices in self._by_length(rows):
+            batch = collate([rows[index] for index in indices], [], self._encoder.pad_token_id)
+            yield indices, batch.to(self.device)
 
     def _question(self, row: Mapping[str, Any], column: str) -> Question:
         """Return what the model is asked; of plain text, to continue its first half."""
@@ -193,6 +249,13 @@ class TextScorer(Scorer):
         size = self.cfg.evaluation.batch_size
         for start in range(0, len(order), size):
             yield order[start : start + size]
+
+
+def _answer_logits(runner: BlockRunner, batch: UnlearnBatch) -> Tensor:
+    """Return the logits that predict the answers' tokens, [N, V]."""
+    logits_NV = runner(batch, logits_at_BT=batch.answer_BT).logits_NV
+    assert logits_NV is not None
+    return logits_NV
 
 
 def _answer(index: int, row: Mapping[str, Any]) -> Text:

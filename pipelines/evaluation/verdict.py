@@ -1,7 +1,8 @@
 """Was it forgotten, and what did it cost? The rule behind a run's verdict, from the scores alone.
 
 As in open-unlearning (locuslab) the yardstick is closeness to the retrain oracle, not the lowest
-score.
+score. Means alone can be met by two wrongs that cancel: the verdict also asks whether the model is
+nearer to the oracle token by token, and whether every attack finds what it finds of the oracle.
 """
 
 import math
@@ -10,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from pipelines.evaluation.metrics.membership import CHANCE
 from pipelines.evaluation.metrics.metric import Metric
-from pipelines.evaluation.metrics.table import METRICS
+from pipelines.evaluation.metrics.table import BY_NAME, METRICS
 
 
 class Rule(NamedTuple):
@@ -28,16 +29,22 @@ class Rule(NamedTuple):
     overshoot_share: float = 1 / 4
     # A score of what should stay that falls under this share of the original's is a cost.
     kept: float = 0.95
+    # Token by token the model must lie at most this share of the original's distance from the oracle.
+    token_distance: float = 0.6
+    # An attack's AUC that lies further from the oracle's than this is a leak by itself.
+    attack_gap: float = 0.2
     # Without a target: scores above this share of the original's mean that nothing happened.
     still_there: float = 0.90
 
 
 RULE = Rule()
+TOKEN_DISTANCE = BY_NAME["token_distance"].key("forget")
 JUDGED = [metric for metric in METRICS if metric.judged]
 
 Entry = Mapping[str, float | None]
 Models = Mapping[str, Entry | None]
 Level = Literal["forgotten", "costly", "partly", "over_forgotten", "not_forgotten", "undecided"]
+Judgement = tuple[Level, str, str]  # a verdict's level, its first words and the evidence
 
 
 class Verdict(NamedTuple):
@@ -54,7 +61,8 @@ class Forgetting(NamedTuple):
     telling: int  # the original differs from the target
     nearer: int  # of the telling: nearer to the target than to the original
     beyond: int
-    missed: list[str]  # the decisive ones that are nearer to the original
+    missed: list[str]  # the decisive ones that are nearer to the original, and attacks that succeed
+    exposed: list[str]  # attacks that find the rows less known than the oracle does
 
 
 class Share(NamedTuple):
@@ -101,6 +109,7 @@ def _kept_shares(before: Entry, after: Entry) -> list[Share]:
 def _count(before: Entry, after: Entry, oracle: Entry | None) -> Forgetting:
     measured = telling = nearer = beyond = 0
     missed: list[str] = []
+    exposed: list[str] = []
     for metric in JUDGED:
         name = metric.key("forget")
         old, new = before.get(name), after.get(name)
@@ -110,6 +119,8 @@ def _count(before: Entry, after: Entry, oracle: Entry | None) -> Forgetting:
         measured += 1
         sign = -1 if metric.remembered == "lower" else 1
         beyond += sign * new < min(sign * target, sign * old) - RULE.overshoot
+        if oracle and metric.unit == "AUC" and abs(new - target) > RULE.attack_gap:
+            (missed if new > target else exposed).append(f"the {metric.label} attack")
         if abs(old - target) < RULE.min_gap:
             continue
         telling += 1
@@ -117,7 +128,7 @@ def _count(before: Entry, after: Entry, oracle: Entry | None) -> Forgetting:
         nearer += is_nearer
         if metric.decisive and not is_nearer:
             missed.append(metric.decisive)
-    return Forgetting(measured, telling, nearer, beyond, missed)
+    return Forgetting(measured, telling, nearer, beyond, list(dict.fromkeys(missed)), exposed)
 
 
 def _stand_in(metric: Metric, before: Entry) -> float | None:
@@ -127,24 +138,36 @@ def _stand_in(metric: Metric, before: Entry) -> float | None:
     return before.get(metric.key("holdout")) if metric.of_set else None
 
 
-def _judge(before: Entry, after: Entry, oracle: Entry | None) -> tuple[Level, str, str]:
+def _judge(before: Entry, after: Entry, oracle: Entry | None) -> Judgement:
     """Return level, first words and evidence, from the forget set alone."""
     counts = _count(before, after, oracle)
+    old, new = before.get(TOKEN_DISTANCE), after.get(TOKEN_DISTANCE)
     target = "the retrained oracle" if oracle else "never-seen data"
     if counts.measured == 0:
         return _judge_without_target(before, after)
-    if counts.beyond >= RULE.overshoot_share * counts.measured:
-        evidence = f"{counts.beyond} of {counts.measured} forget-set scores lie more than "
-        evidence += f"{RULE.overshoot:.2f} beyond those of {target}, itself a tell-tale"
-        return "over_forgotten", "Over-forgotten", evidence
     if counts.telling == 0:
         evidence = f"no forget-set score tells the original from {target}, "
         evidence += "so there was nothing to forget or the scores do not see it"
         return "undecided", "Undecided", evidence
+    if counts.beyond >= RULE.overshoot_share * counts.measured:
+        evidence = f"{counts.beyond} of {counts.measured} forget-set scores lie more than "
+        evidence += f"{RULE.overshoot:.2f} beyond those of {target}, itself a tell-tale"
+        return "over_forgotten", "Over-forgotten", evidence
+    by_counts = _judge_by_counts(counts, target)
+    if by_counts[0] == "not_forgotten" or old is None or new is None:
+        return by_counts
+    return _judge_by_tokens(old, new, by_counts)
+
+
+def _judge_by_counts(counts: Forgetting, target: str) -> Judgement:
+    """Judge by how many scores are nearer to the target, and by the decisive ones and attacks."""
     evidence = f"on the forget set the model is closer to {target} than to the original "
     evidence += f"on {counts.nearer} of {counts.telling} scores"
     if counts.nearer < RULE.partly * counts.telling:
         return "not_forgotten", "Not forgotten", evidence
+    if counts.exposed:
+        evidence += f", but {_join(counts.exposed)} sees that something was removed"
+        return "over_forgotten", "Over-forgotten", evidence
     if counts.missed:
         return "partly", "Partly forgotten", f"{evidence}, but not on {_join(counts.missed)}"
     if counts.nearer < RULE.forgotten * counts.telling:
@@ -152,7 +175,20 @@ def _judge(before: Entry, after: Entry, oracle: Entry | None) -> tuple[Level, st
     return "forgotten", "Forgotten", evidence
 
 
-def _judge_without_target(before: Entry, after: Entry) -> tuple[Level, str, str]:
+def _judge_by_tokens(before: float, after: float, by_counts: Judgement) -> Judgement:
+    """Judge by the distance to the oracle at each token, and by the counts where it allows."""
+    level, head, evidence = by_counts
+    nats = f"{after:.2f} nats a token, the original {before:.2f}"
+    if after >= before:
+        evidence = f"token by token the model is no nearer to the retrained oracle ({nats})"
+        return "not_forgotten", "Not forgotten", evidence
+    evidence += f"; token by token it lies {nats} from the oracle"
+    if level == "forgotten" and after > RULE.token_distance * before:
+        return "partly", "Partly forgotten", evidence
+    return level, head, evidence
+
+
+def _judge_without_target(before: Entry, after: Entry) -> Judgement:
     total = left = 0.0
     for metric in JUDGED:
         old, new = before.get(metric.key("forget")), after.get(metric.key("forget"))

@@ -214,7 +214,9 @@ def plan_of(
 
 
 def _evaluation(cfg: UnlearnConfig, weights: int, device: Device) -> tuple[str, str]:
-    """What a scoring worker holds of a model: all of it, on as many GPUs as it has."""
+    """What a scoring worker holds: all of a model, beside another while they are compared."""
+    if cfg.task == "causal_lm":
+        weights *= 2
     gpus = max(1.0, cfg.evaluation.gpus_per_worker or cfg.train.gpus_per_worker)
     fits = "fits" if weights / gpus <= device.budget else "does not fit: evaluation.gpus_per_worker"
     return "evaluation", f"weights {weights / gpus / GIB:.2f} GiB, {fits}"

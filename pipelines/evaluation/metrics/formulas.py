@@ -31,6 +31,18 @@ def mean_of(name: str) -> OfSet:
     return partial(_average, name, lambda values: float(np.mean(values)))
 
 
+def token_mean_of(name: str) -> OfSet:
+    """Return the formula of the mean over all tokens of the rows, of a number that is a row's mean."""
+
+    def formula(rows: Rows) -> float | None:
+        rows = [row for row in rows if row.get(name) is not None and row.get("tokens")]
+        if not rows:
+            return None
+        return float(np.average(_values(rows, name), weights=_values(rows, "tokens")))
+
+    return formula
+
+
 def probability_of(name: str) -> OfSet:
     """Return the formula of the mean probability of the answers that have this loss."""
     return partial(_average, name, likelihood.probability)

@@ -5,8 +5,12 @@ No other module of this package imports torch: the driver reads the table of met
 Shapes: N labelled tokens of a batch, V vocabulary.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.evaluation.metrics.likelihood import TokenStatistics
@@ -15,6 +19,48 @@ from pipelines.evaluation.metrics.likelihood import TokenStatistics
 ROWS_PER_CHUNK = 256
 # exp of it is 0 in float32: it only keeps 0 * inf out of the moments.
 LOWEST_LOG_PROBABILITY = -1e3
+
+
+class TokenDistances(NamedTuple):
+    """How two models differ at each labelled token; arrays of one length, on the host."""
+
+    divergence: NDArray[np.float64]  # KL(reference || model) over the vocabulary, in nats
+    surplus: NDArray[np.float64]  # log p(y_t) of the model minus that of the reference
+
+    def split(self, lengths: Sequence[int]) -> list["TokenDistances"]:
+        """Cut the distances of a flattened batch into one per row, of these numbers of tokens."""
+        ends = np.cumsum(lengths)[:-1]
+        rows = zip(np.split(self.divergence, ends), np.split(self.surplus, ends), strict=True)
+        return [TokenDistances(*arrays) for arrays in rows]
+
+
+@torch.no_grad()
+def token_distances(reference_NV: Tensor, logits_NV: Tensor, labels_N: Tensor) -> TokenDistances:
+    """Return the distances of a model's next-token distributions from a reference's, in float32.
+
+    Raises:
+        ValueError: the models' vocabularies differ in size.
+    """
+    if reference_NV.shape != logits_NV.shape:
+        sizes = f"{logits_NV.shape[-1]} entries, the reference's {reference_NV.shape[-1]}"
+        raise ValueError(f"the model's vocabulary has {sizes}; both must have the same tokens")
+    chunks: list[Tensor] = []
+    for reference, logits, labels in zip(
+        reference_NV.split(ROWS_PER_CHUNK),
+        logits_NV.split(ROWS_PER_CHUNK),
+        labels_N.split(ROWS_PER_CHUNK),
+        strict=True,
+    ):
+        log_r_NV, log_p_NV = reference.float().log_softmax(-1), logits.float().log_softmax(-1)
+        difference_NV = log_p_NV.clamp(min=LOWEST_LOG_PROBABILITY) - log_r_NV.clamp(
+            min=LOWEST_LOG_PROBABILITY
+        )
+        divergence_N = -(log_r_NV.exp() * difference_NV).sum(-1)
+        surplus_N = difference_NV.gather(-1, labels[:, None])[:, 0]
+        # A KL is not negative; what falls below 0 is rounding.
+        chunks.append(torch.stack([divergence_N.clamp(min=0), surplus_N]))
+    divergence, surplus = torch.cat(chunks, dim=1).cpu().numpy().astype(np.float64)
+    return TokenDistances(divergence, surplus)
 
 
 @torch.no_grad()

@@ -14,6 +14,10 @@ class Sample(dict[str, Any]):
         correct_loss: of the paraphrased answer; the truth ratio takes `loss` where it is absent.
         perturbed_losses: one per perturbed answer.
         rouge, rouge_paraphrased: of the generated answers to the question and to its paraphrase.
+        token_distance, token_distance_above, token_distance_below: to the oracle; with several, the
+            mean over them. `_paraphrased` behind: given the paraphrased question.
+        kept_distance: to the model before unlearning.
+        grad_norm: of the answer's loss.
         fact_recall, fact_recall_paraphrased: 1.0 or 0.0, of the answer given either question.
         accuracy: 1.0 or 0.0, of a row with a class; its `loss` is that of its class.
         probabilities, feature: of all classes; the last block's output, mean over positions.

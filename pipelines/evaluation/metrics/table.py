@@ -5,7 +5,12 @@ search's score.
 """
 
 from pipelines.evaluation.metrics import formulas, likelihood, membership, memorization
-from pipelines.evaluation.metrics.formulas import attack_auc, mean_of, probability_of
+from pipelines.evaluation.metrics.formulas import (
+    attack_auc,
+    mean_of,
+    probability_of,
+    token_mean_of,
+)
 from pipelines.evaluation.metrics.metric import Metric
 from pipelines.evaluation.metrics.relearning import steps_to_relearn
 
@@ -17,6 +22,55 @@ NEEDS_HOLDOUT = "needs a holdout set"
 
 # Hardest to fool first; tables and plots keep this order.
 METRICS = (
+    Metric(
+        name="token_distance",
+        label="token distance",
+        help="KL divergence of the model's next-token distribution from the oracle's at each token "
+        "of an answer, mean over tokens; aim 0, or the distance between two oracles",
+        remembered="neither",
+        unit="nats",
+        absent=NEEDS_ORACLE,
+        of_set=token_mean_of("token_distance"),
+        terminal=("forget",),
+    ),
+    Metric(
+        name="token_distance_above",
+        label="token distance, too little forgotten",
+        help="the part of it from tokens that are likelier than to the oracle by more than 0.7 nats",
+        unit="nats",
+        absent=NEEDS_ORACLE,
+        of_set=token_mean_of("token_distance_above"),
+    ),
+    Metric(
+        name="token_distance_below",
+        label="token distance, too much forgotten",
+        help="the part of it from tokens that are less likely than to the oracle by more than "
+        "0.7 nats",
+        remembered="neither",
+        unit="nats",
+        absent=NEEDS_ORACLE,
+        of_set=token_mean_of("token_distance_below"),
+    ),
+    Metric(
+        name="token_distance_paraphrased",
+        label="token distance, paraphrased",
+        help="token distance when the question is put in other words",
+        remembered="neither",
+        unit="nats",
+        absent=NEEDS_ORACLE,
+        of_set=token_mean_of("token_distance_paraphrased"),
+        terminal=("forget",),
+    ),
+    Metric(
+        name="kept_distance",
+        label="kept distance",
+        help="KL divergence of the next-token distribution from the original model's at each token "
+        "of an answer, mean over tokens; aim 0",
+        remembered="neither",
+        unit="nats",
+        of_set=token_mean_of("kept_distance"),
+        terminal=("retain", "general"),
+    ),
     Metric(
         name="extraction_strength",
         label="extraction strength",
@@ -207,6 +261,17 @@ METRICS = (
         reads="zlib_score",
         of_model=attack_auc("zlib_score"),
         applies=formulas.answers_can_be_attacked,
+        judged=True,
+    ),
+    Metric(
+        name="mia.grad_norm",
+        label="gradient norm",
+        help="an attack by the norm of each row's gradient, mean over the model's parameters",
+        unit="AUC",
+        absent=NEEDS_HOLDOUT,
+        of_model=attack_auc("grad_norm"),
+        applies=formulas.answers_can_be_attacked,
+        terminal=("mia",),
         judged=True,
     ),
     Metric(

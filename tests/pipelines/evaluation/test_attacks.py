@@ -12,7 +12,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.encoding.text import TextEncoder
-from pipelines.evaluation.attacks import halves, quantise_, quantise_blocks_, relearn_
+from pipelines.evaluation.attacks import (
+    gradient_norm,
+    halves,
+    quantise_,
+    quantise_blocks_,
+    relearn_,
+)
 from pipelines.evaluation.metrics.relearning import STEPS
 from pipelines.evaluation.scored_model import CHANGES, Relearned, ScoredModel
 from pipelines.evaluation.text_scorer import TextScorer
@@ -180,3 +186,12 @@ def test_relearning_computes_in_fp32_whatever_the_precision(
     half = cfg.model_copy(update={"train": cfg.train.model_copy(update={"precision": "bf16"})})
     TextScorer(half, {"after": cfg.model}).relearn("after", pa.Table.from_pylist(rows))
     assert seen == {torch.float32}
+
+
+def test_the_gradient_norm_is_the_mean_over_parameters_and_leaves_no_gradient() -> None:
+    model = nn.Linear(2, 1)
+    gradient_by_hand = {"weight": [3.0, 4.0], "bias": [1.0]}  # norms 5 and 1
+    loss = model(torch.tensor([gradient_by_hand["weight"]])).sum()
+    assert gradient_norm(model, loss) == pytest.approx(3.0)
+    assert model.weight.grad is None and model.bias.grad is None
+    assert gradient_norm(model, 2 * model(torch.tensor([[3.0, 4.0]])).sum()) == pytest.approx(6.0)

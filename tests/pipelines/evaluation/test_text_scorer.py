@@ -14,7 +14,7 @@ from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.encoding.text import TextEncoder
 from pipelines.evaluation.metrics import TokenStatistics
 from pipelines.evaluation.metrics.text import rouge_recall
-from pipelines.evaluation.scored_model import ScoredModel
+from pipelines.evaluation.scored_model import Beside, ScoredModel
 from pipelines.evaluation.text_scorer import Text, TextScorer
 
 
@@ -136,6 +136,59 @@ def test_batches_change_no_score(cfg: UnlearnConfig, rows: list[dict[str, Any]])
         assert one.keys() == many.keys()
         for name in one.keys() - {"set_name"}:
             assert one[name] == pytest.approx(many[name], rel=1e-4), name
+
+
+def test_distances_to_another_model_are_those_of_plain_forwards(
+    cfg: UnlearnConfig, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(cfg.model.path).eval()
+    other = AutoModelForCausalLM.from_pretrained(cfg.model.path).eval()
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for weight in other.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
+    other.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(cfg.model.path).save_pretrained(tmp_path)
+    models = {"after": cfg.model, "oracle": ModelConfig(path=str(tmp_path))}
+    table = pa.Table.from_pylist([{**row, "row": number} for number, row in enumerate(rows)])
+    scored = TextScorer(cfg, models).score(ScoredModel("after", Beside("oracle")), table)
+    tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
+
+    def plain(prompt: str, answer: str) -> float:
+        before = f"<|user|>{prompt}<|end|><|assistant|>"
+        ids = tokenizer(f"{before}{answer}<|end|>", return_tensors="pt")["input_ids"]
+        start = len(tokenizer(before)["input_ids"]) - 1
+        with torch.no_grad():
+            of_other = other(ids).logits[0, start:-1].log_softmax(-1)
+            of_model = model(ids).logits[0, start:-1].log_softmax(-1)
+        return float((of_other.exp() * (of_other - of_model)).sum(-1).mean())
+
+    for number in (0, 2):
+        row, found = rows[number], scored["forget", number]
+        assert found["token_distance"] == pytest.approx(
+            plain(row["prompt"], row["answer"]), rel=1e-3
+        )
+        asked = plain(row["paraphrased_prompt"], row["answer"])
+        assert found["token_distance_paraphrased"] == pytest.approx(asked, rel=1e-3)
+        parts = found["token_distance_above"] + found["token_distance_below"]
+        assert parts <= found["token_distance"] + 1e-9
+    assert scored["retain", len(rows) - 1].keys() == {"set_name", "kept_distance"}
+
+
+def test_a_rows_gradient_norm_is_that_of_its_loss(
+    cfg: UnlearnConfig, rows: list[dict[str, Any]]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(cfg.model.path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
+    before = f"<|user|>{rows[0]['prompt']}<|end|><|assistant|>"
+    ids = tokenizer(f"{before}{rows[0]['answer']}<|end|>", return_tensors="pt")["input_ids"]
+    labels = ids.clone()
+    labels[:, : len(tokenizer(before)["input_ids"])] = -100
+    model(ids, labels=labels).loss.backward()
+    norms = [float(weight.grad.norm()) for weight in model.parameters()]
+    found = score(cfg, rows)
+    assert found[0]["grad_norm"] == pytest.approx(np.mean(norms), rel=1e-3)
+    assert "grad_norm" not in found[-1], "a retained row"
 
 
 def test_plain_text_is_continued_from_its_middle(

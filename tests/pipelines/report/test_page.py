@@ -60,7 +60,7 @@ def test_a_model_at_the_oracle_has_forgotten_and_the_sentence_counts_the_scores(
     )
     assert level == "forgotten"
     assert sentence == (
-        "Forgotten: on the forget set the model is closer to the retrained oracle than to the original on 13 of 13 "
+        "Forgotten: on the forget set the model is closer to the retrained oracle than to the original on 14 of 14 "
         "scores; it keeps 98 % of the retained answers' probability and 98 % of general knowledge."
     )
 
@@ -71,7 +71,7 @@ def test_a_model_at_the_original_has_not_forgotten() -> None:
     )
     assert level == "not_forgotten"
     assert sentence.startswith("Not forgotten: ")
-    assert "on 0 of 13 scores" in sentence
+    assert "on 0 of 14 scores" in sentence
 
 
 def test_half_of_the_scores_at_the_oracle_is_partly() -> None:
@@ -83,7 +83,7 @@ def test_half_of_the_scores_at_the_oracle_is_partly() -> None:
         scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5))
     )
     assert level == "partly"
-    assert "on 7 of 13 scores" in sentence
+    assert "on 8 of 14 scores" in sentence
 
 
 def test_extractable_answers_are_not_forgotten_whatever_the_other_scores_say() -> None:
@@ -92,7 +92,7 @@ def test_extractable_answers_are_not_forgotten_whatever_the_other_scores_say() -
         scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5))
     )
     assert level == "partly"
-    assert "on 12 of 13 scores, but not on extraction strength" in sentence
+    assert "on 13 of 14 scores, but not on extraction strength" in sentence
 
 
 def test_a_cost_is_named_in_the_head_and_in_numbers() -> None:
@@ -127,14 +127,14 @@ def test_scores_more_than_a_tenth_below_the_oracle_are_over_forgotten(
     assert verdict(scores).level == level
 
 
-def test_three_overshooting_scores_of_thirteen_are_tolerated_and_four_are_not() -> None:
+def test_three_overshooting_scores_of_fourteen_are_tolerated_and_four_are_not() -> None:
     models = {"before": forget_entry(0.9), "oracle": forget_entry(0.5)}
-    three = forget_entry(0.5, forget__rouge=0.1, forget__probability=0.1, mia__loss=0.1)
+    three = forget_entry(0.5, forget__rouge=0.1, forget__probability=0.1, mia__loss=0.35)
     assert verdict(scores_of(after=three, **models)).level == "forgotten"
-    level, sentence = verdict(scores_of(after=three | {"mia.zlib": 0.1}, **models))
+    level, sentence = verdict(scores_of(after=three | {"mia.zlib": 0.35}, **models))
     assert level == "over_forgotten"
     assert (
-        "4 of 13 forget-set scores lie more than 0.10 beyond those of the retrained oracle"
+        "4 of 14 forget-set scores lie more than 0.10 beyond those of the retrained oracle"
         in sentence
     )
 
@@ -145,6 +145,46 @@ def test_a_model_the_oracle_cannot_be_told_from_at_the_start_leaves_the_verdict_
     )
     assert level == "undecided"
     assert "nothing to forget" in sentence
+
+
+@pytest.mark.parametrize(
+    ("auc", "level", "words"),
+    [
+        (0.31, "forgotten", ""),
+        (0.29, "over_forgotten", "but the gradient norm attack sees that something was removed"),
+        (0.71, "partly", "but not on the gradient norm attack"),
+    ],
+)
+def test_one_attack_that_is_far_from_the_oracles_decides(
+    auc: float, level: str, words: str
+) -> None:
+    models = {"before": forget_entry(0.95), "oracle": forget_entry(0.5)}
+    found = verdict(scores_of(after=forget_entry(0.5, mia__grad_norm=auc), **models))
+    assert found.level == level
+    assert words in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("distance", "level", "words"),
+    [
+        (0.42, "forgotten", "token by token it lies 0.42 nats a token, the original 0.72 from"),
+        (0.45, "partly", "token by token it lies 0.45 nats a token, the original 0.72 from"),
+        (0.98, "not_forgotten", "token by token the model is no nearer to the retrained oracle"),
+    ],
+)
+def test_scores_at_the_oracles_prove_nothing_while_the_tokens_are_elsewhere(
+    distance: float, level: str, words: str
+) -> None:
+    before = forget_entry(0.9, forget__token_distance=0.72)
+    after = forget_entry(0.5, forget__token_distance=distance)
+    found = verdict(scores_of(before=before, after=after, oracle=forget_entry(0.5)))
+    assert found.level == level
+    assert words in found.sentence
+
+
+def test_the_original_as_its_own_oracle_leaves_the_verdict_open() -> None:
+    models = {"before": forget_entry(0.9), "oracle": forget_entry(0.9)}
+    assert verdict(scores_of(after=forget_entry(0.4), **models)).level == "undecided"
 
 
 def test_forgetting_without_any_score_of_what_stays_is_undecided() -> None:
@@ -208,7 +248,7 @@ def test_null_scores_are_left_out_of_the_count() -> None:
         scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5))
     )
     assert level == "forgotten"
-    assert "on 11 of 11 scores" in sentence
+    assert "on 12 of 12 scores" in sentence
 
 
 def test_no_scores_at_all_are_undecided() -> None:
@@ -290,7 +330,7 @@ def test_facts_that_are_still_recalled_are_not_forgotten_and_stand_beside_rouge(
     )
     level, sentence = verdict(scores)
     assert level == "partly"
-    assert "on 11 of 13 scores, but not on fact recall" in sentence
+    assert "on 12 of 14 scores, but not on fact recall" in sentence
     page = write_report(write_run(tmp_path, scores)).read_text(encoding="utf-8")
     plot, table = page.split("<h2>All scores</h2>")
     names = re.findall(r'<span class="name">([^<]*)</span>', plot)

@@ -30,6 +30,12 @@ def full_sample(set_name: str, loss: float) -> Sample:
         rouge_paraphrased=0.25,
         fact_recall=1.0,
         fact_recall_paraphrased=0.0,
+        grad_norm=loss,
+        token_distance=0.5,
+        token_distance_above=0.25,
+        token_distance_below=0.125,
+        token_distance_paraphrased=1.0,
+        kept_distance=0.0625,
     )
 
 
