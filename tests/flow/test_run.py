@@ -54,9 +54,8 @@ def test_scores_hold_every_metric_of_every_model(run_dir: Path) -> None:
     for entry in scores["models"].values():
         for name in ("forget", "retain", "general"):
             assert {f"{name}.{metric}" for metric in METRICS} <= set(entry)
-        assert {"mia.loss", "mia.zlib", "mia.min_k", "mia.min_k_plus_plus", "model_utility"} <= set(
-            entry
-        )
+        attacks = {"loss", "zlib", "min_k", "min_k_plus_plus", "grad_norm"}
+        assert {f"mia.{attack}" for attack in attacks} | {"model_utility"} <= set(entry)
         paraphrased = {
             f"forget.{metric}_paraphrased" for metric in ("rouge", "fact_recall", "probability")
         }
@@ -65,7 +64,11 @@ def test_scores_hold_every_metric_of_every_model(run_dir: Path) -> None:
     before, after, oracle = (scores["models"][name] for name in ("before", "after", "oracle"))
     assert before["forget.loss"] == pytest.approx(oracle["forget.loss"])
     assert before["forget_quality"] == pytest.approx(1.0)
+    assert before["forget.token_distance"] == pytest.approx(0, abs=1e-6)
     assert after["forget.loss"] != pytest.approx(before["forget.loss"], rel=1e-4)
+    assert after["forget.token_distance"] > 1e-5
+    assert after["forget.token_distance_paraphrased"] > 1e-5
+    assert {f"{name}.kept_distance" for name in ("retain", "general")} <= set(after)
     cost = scores["cost"]
     assert cost["num_workers"] == 2
     assert (
