@@ -30,6 +30,7 @@ BEHIND_THE_WALL = {
     "pipelines.evaluation.class_scorer",
     "pipelines.evaluation.attacks",
     "pipelines.planning.memory",
+    "pipelines.planning.step",
     "tuning.workbench",
 }
 FILE_LINES, FUNCTION_LINES = 420, 75

@@ -14,8 +14,11 @@ from typer.testing import CliRunner
 from pipelines.__main__ import app
 from pipelines.config.load import load_config
 from pipelines.model.load import blank_model
-from pipelines.planning.check import plan_of, planned_device
-from pipelines.planning.memory import Layout, Planner
+from pipelines.planning.check import plan_run
+from pipelines.planning.devices import planned_device
+from pipelines.planning.memory import Planner
+from pipelines.planning.plan import Layout
+from pipelines.planning.table import plan_rows
 
 
 def shape(
@@ -114,18 +117,16 @@ def test_the_plan_is_within_15_percent_of_what_a_step_takes(
 @pytest.mark.parametrize("preset", LARGE)
 def test_a_preset_of_a_large_model_fits_its_gpus_as_it_is(preset: str, steps: int) -> None:
     cfg = load_config(preset, [f"train.steps={steps}"])
-    rows = dict(
-        plan_of(
-            cfg,
-            blank(cfg, LARGE[preset]),
-            planned_device(cfg.train, "H100"),
-            {"retain": 20000, "forget": 100},
-        )
-    )
-    (own,) = [value for name, value in rows.items() if name.endswith("the run's")]
-    assert " fits: " in own
+    device = planned_device(cfg.train, "H100")
+    plan = plan_run(cfg, blank(cfg, LARGE[preset]), device, {"retain": 20000, "forget": 100})
+    assert plan.stages[plan.configured.stage].total <= device.budget
+    assert plan.recommended == plan.configured
+    assert plan.scoring_bytes <= device.budget
+    rows = dict(plan_rows(plan))
+    (configured,) = [value for name, value in rows.items() if name.endswith("the run's")]
+    assert " fits: " in configured
     assert rows["recommended"] == "as configured"
-    assert rows["evaluation"].endswith(" fits") or rows["evaluation"].endswith("GiB, fits")
+    assert rows["evaluation"].endswith("GiB, fits")
 
 
 def test_a_70b_model_needs_parameters_in_cpu_memory_on_gpus_half_the_size() -> None:
@@ -133,37 +134,32 @@ def test_a_70b_model_needs_parameters_in_cpu_memory_on_gpus_half_the_size() -> N
         "llama_70b",
         ["solve.mode=off", "train.steps=50", "train.num_workers=2", "solve.sketch_columns=64"],
     )
-    rows = dict(
-        plan_of(
-            cfg,
-            blank(cfg, LARGE["llama_70b"]),
-            planned_device(cfg.train, "A100"),
-            {"retain": None},
-            2.0,
-        )
-    )
+    device = planned_device(cfg.train, "A100")
+    plan = plan_run(cfg, blank(cfg, LARGE["llama_70b"]), device, {"retain": None}, 2.0)
+    assert plan.recommended is not None
+    assert plan.recommended.offload_parameters
+    assert plan.stages[0].total > device.budget
+    assert plan.cost == pytest.approx(2.0 * 2 * plan.seconds / 3600)
+    rows = dict(plan_rows(plan))
     assert rows["recommended"].endswith("train.deepspeed.offload_parameters=true"), rows
-    assert "4 at 2 a GPU hour" not in rows["cost"] and "at 2 a GPU hour, 2 GPUs" in rows["cost"]
-    assert "does not fit" in rows["ZeRO 0"]
+    assert rows["cost"].endswith(" at 2 a GPU hour, 2 GPUs")
+    assert "with 1,000 rows of each set" in rows["time"]
 
 
 def test_what_does_not_fit_is_told_with_what_would() -> None:
-    cfg = load_config("llama_8b", ["train.steps=10", "train.forget_batch_size=256"])
+    changes = ["train.steps=10", "train.forget_batch_size=256"]
+    cfg = load_config("llama_8b", changes)
+    device = planned_device(cfg.train, "A100-40G")
     model, rows = blank(cfg, LARGE["llama_8b"]), {"retain": 10, "forget": 1}
-    found = dict(plan_of(cfg, model, planned_device(cfg.train, "A100-40G"), rows))
-    assert "does not fit" in found["ZeRO 2, the run's"]
-    cfg = load_config(
-        "llama_8b", ["train.steps=10", "train.forget_batch_size=256", *found["recommended"].split()]
-    )
-    assert (
-        " fits: "
-        in dict(plan_of(cfg, model, planned_device(cfg.train, "A100-40G"), rows))[
-            "ZeRO 2, the run's"
-        ]
-    )
-    assert dict(
-        plan_of(cfg, model, planned_device(cfg.train, "L4")._replace(memory_bytes=2**33), rows)
-    )["recommended"].startswith("nothing fits")
+    table = dict(plan_rows(plan_run(cfg, model, device, rows)))
+    assert "does not fit" in table["ZeRO 2, the run's"]
+    mended = load_config("llama_8b", [*changes, *table["recommended"].split()])
+    table = dict(plan_rows(plan_run(mended, model, device, rows)))
+    assert " fits: " in table["ZeRO 2, the run's"]
+    tiny = planned_device(cfg.train, "L4")._replace(memory_bytes=2**33)
+    plan = plan_run(mended, model, tiny, rows)
+    assert plan.recommended is None
+    assert dict(plan_rows(plan))["recommended"].startswith("nothing fits")
 
 
 def test_the_command_plans_without_a_cluster_data_or_weights(problem: Path, tmp_path: Path) -> None:
