@@ -1,4 +1,5 @@
-"""Residual feature alignment: the unlearning method as tensors and modules; no Ray, no files, no tracking.
+"""Residual feature alignment: the unlearning method as tensors and modules.
 
-After Qin et al. 2024 (arXiv 2411.08443); the reconstruction is this project's. README.md shows its use in a notebook.
+It knows no Ray, no files and no tracking, so that it also runs in a notebook, as README.md shows.
+The method is after Qin et al. 2024 (arXiv 2411.08443). The reconstruction is this project's.
 """

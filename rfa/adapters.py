@@ -21,12 +21,14 @@ def target_names(
     *,
     everywhere: bool = False,
 ) -> list[str]:
-    """Return full names of the layers that `targets` and `layers` choose, lowest first.
+    """Return the full names of the layers that `targets` and `layers` choose, lowest first.
 
-    With `everywhere` and without `layers`, layers outside the blocks are taken too, as a classifier's head is.
+    With `everywhere` and without `layers`, layers outside the blocks are matched too, such as a
+    classifier's head.
 
     Raises:
-        ValueError: a target matches nothing, or the layers lie outside the model; the message lists the choices.
+        ValueError: a target matches nothing, or the layers lie outside the model. The message lists
+            the choices.
     """
     prefix, blocks = find_blocks(model)
     first, last = layers if layers is not None else (0, len(blocks) - 1)
@@ -61,9 +63,14 @@ def target_names(
 
 
 def ending(name: str) -> str:
-    """Return the last part of a name, with the one before it where the last is a number, as in `nn.Sequential`."""
+    """Return the last part of a name, or the last two if the last is a number.
+
+    The children of an `nn.Sequential` are numbered, and a number alone names no kind of layer.
+    """
     parts = name.rsplit(".", 2)
-    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
+    if parts[-1].isdigit():
+        return ".".join(parts[-2:])
+    return parts[-1]
 
 
 def attach(
@@ -76,22 +83,28 @@ def attach(
     dropout: float = 0.0,
     everywhere: bool = False,
 ) -> PeftModel:
-    """Freeze a model and put LoRA on the chosen layers; B starts at zero, so nothing changes yet.
+    """Freeze a model and put LoRA on the chosen layers.
+
+    B starts at zero, so that the model computes what it did before.
 
     Raises:
         ValueError: as `target_names`.
     """
     names = target_names(model, targets, layers, everywhere=everywhere)
+    # Conv1D stores its weight transposed, and PEFT has one setting for all the layers.
+    transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in names)
     config = LoraConfig(
         r=rank,
-        # PEFT only divides it by r.
+        # PEFT asks for an integer, but only divides it by r.
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=dropout,
         target_modules=names,
-        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in names),
+        fan_in_fan_out=transposed,
+        # PEFT's classes for classification would train and save the whole head beside the adapter.
         task_type=None if everywhere else "CAUSAL_LM",
     )
     peft_model = get_peft_model(model, config)
+    # PEFT matches names by their ends, and could adapt more layers than were named.
     adapted = [name for name, _ in lora_layers(peft_model)]
     assert len(adapted) == len(names), (adapted, names)
     return peft_model
@@ -104,13 +117,14 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
 
 
 def check_gradients(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
-    """Require that every trainable parameter gets a gradient from the logits, else it would never learn.
+    """Raise unless every trainable parameter gets a gradient from the logits.
 
-    A known trap is `nn.MultiheadAttention`, which reads its output projection's weight directly. Costs one forward and
-    one backward pass on `inputs`; on the meta device, nothing.
+    A parameter without one would never learn. A known trap is `nn.MultiheadAttention`, which reads
+    its output projection's weight and never calls the layer. The check costs one forward and one
+    backward pass on `inputs`, and nothing on the meta device.
 
     Raises:
-        ValueError: names the parameters without one.
+        ValueError: the message names the parameters without a gradient.
     """
     model(**inputs).logits.float().sum().backward()
     silent = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -120,16 +134,17 @@ def check_gradients(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         if len(silent) > 3:
             shown += f" and {len(silent) - 3} more"
         raise ValueError(
-            f"adapter.targets: no gradient reaches {shown}; choose layers that the forward pass calls"
+            f"adapter.targets: no gradient reaches {shown}; "
+            "choose layers that the forward pass calls"
         )
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Turn the model into its base within the block, by scaling the residuals with 0.
+    """Make the model compute as its base within the scope, by scaling the residuals with 0.
 
-    Unlike PEFT's `disable_adapter` this changes neither `requires_grad` nor the order in which modules run, which
-    DeepSpeed's ZeRO-3 prefetch depends on.
+    Unlike PEFT's `disable_adapter` this changes neither `requires_grad` nor the order in which
+    modules run, which DeepSpeed's ZeRO-3 prefetch depends on.
     """
     layers = [module for _, module in lora_layers(model)]
     scales = [layer.scaling[ADAPTER] for layer in layers]

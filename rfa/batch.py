@@ -1,10 +1,11 @@
 """Forget and retain rows in one batch, so that one forward pass serves both.
 
-A row is tokens with an answer (a causal language model), tokens with a class, or an image with a class. An image counts
-as one token. Wherever a module has more positions than the batch has tokens (patches, a feature map), all of a row's
-count.
+A row is tokens with an answer (a causal language model), tokens with a class, or an image with a
+class. An image counts as one token. Where a module has more positions than the batch has tokens
+(patches, a feature map), all positions of a row count.
 
-Shapes: B rows, T tokens, C channels, H height, W width, S positions of a module, N selected ones, D features, R rows.
+Shapes: B rows, T tokens, C channels, H height, W width, S positions of a module, N selected
+positions, D features, R selected rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,9 +20,9 @@ from rfa.settings import TokenKind
 class Row(NamedTuple):
     """One tokenised row.
 
-    `answer_start` is the index of the first answer token. `label` is a class, or a group of rows, and -1 where there
-    is none. `utility` marks a row of the utility set. `fact` is where the tokens that carry the row's fact begin and
-    end.
+    `answer_start` is the index of the first answer token. `label` is a class, or a group of rows,
+    and -1 if there is none. `utility` marks a row of the utility set. `fact` is the first token
+    that carries the row's fact, and the one after the last.
     """
 
     input_ids: Sequence[int]
@@ -35,16 +36,18 @@ class Row(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Number of tokens. An image counts one per 16 x 16 patch, as in ViT."""
+        """Return the number of tokens. An image counts one per 16 x 16 patch, as in ViT."""
         if self.pixels_CHW is None:
             return len(self.input_ids)
         return max(1, self.pixels_CHW[0].numel() // 256)
 
 
 class SelectedFeatures(NamedTuple):
-    """Features at selected positions of a module's output, the batch's row each belongs to, and its weight in a sum.
+    """Features at selected positions of a module's output.
 
-    Weights sum to 1 per row in a batch of classified rows and are 1 per token otherwise, matching `TokenCounts`.
+    `index_N` is the batch's row that each position belongs to, `weight_N` its weight in a sum.
+    Weights sum to 1 per row in a batch of classified rows and are 1 per token otherwise, matching
+    the denominators in `TokenCounts`.
     """
 
     feature_ND: Tensor
@@ -55,11 +58,13 @@ class SelectedFeatures(NamedTuple):
 class UnlearnBatch(NamedTuple):
     """Rows padded on the right.
 
-    Position t of `answer_BT` is true when token t + 1 belongs to the answer, of `fact_BT` when it carries the row's
-    fact. In a batch of `classified` rows the first position of `answer_BT` is true and stands for the class.
+    Position t of `answer_BT` is true when token t + 1 belongs to the answer, and of `fact_BT` when
+    token t + 1 carries the row's fact. In a batch of `classified` rows only the first position of
+    `answer_BT` is true. It stands for the class.
 
-    `forget_B` marks the forget set's rows, `utility_B` which of the others come from the utility set. `row_B` is a
-    row's number in its set, `label_B` its class or group. Images have `pixels_BCHW`, and one token a row.
+    `forget_B` marks the forget set's rows, and `utility_B` those of the others that come from the
+    utility set. `row_B` is a row's number in its set, `label_B` its class or group. Images have
+    `pixels_BCHW`, and one token a row.
     """
 
     input_ids_BT: Tensor
@@ -89,13 +94,14 @@ class UnlearnBatch(NamedTuple):
         return self._replace(**changed)
 
     def model_inputs(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-        """Return the keyword arguments of a model's forward; pixels come in the model's precision."""
+        """Return the keyword arguments of a model's forward, with pixels as `dtype`."""
         if self.pixels_BCHW is not None:
             return {"pixel_values": self.pixels_BCHW.to(dtype)}
         inputs: dict[str, Any] = {
             "input_ids": self.input_ids_BT,
             "attention_mask": self.attention_BT.long(),
         }
+        # Classifiers know no such argument. A decoder's cache would only hold memory here.
         if not self.classified:
             inputs["use_cache"] = False
         return inputs
@@ -108,10 +114,12 @@ class UnlearnBatch(NamedTuple):
         return self.input_ids_BT[index_N2[:, 0], index_N2[:, 1] + 1]
 
     def select(self, feature_BSD: Tensor, tokens_BT: Tensor) -> SelectedFeatures:
-        """Select features at tokens, or at all positions of the tokens' rows in a module whose positions are no tokens.
+        """Select features at tokens.
 
-        The mask may be on the CPU where the features are on any device, the meta device too.
+        Where a module's positions are no tokens, all positions of the tokens' rows are selected.
         """
+        # The planner runs this on the meta device with the masks on the CPU, as a mask without
+        # values has no number of selected positions. So `index_N` is made of the mask alone.
         selected_BS = tokens_BT
         if feature_BSD.shape[1] != tokens_BT.shape[1]:
             selected_BS = tokens_BT.any(1)[:, None].expand(feature_BSD.shape[:2])
@@ -122,7 +130,7 @@ class UnlearnBatch(NamedTuple):
         return SelectedFeatures(feature_BSD[selected_BS], index_N, weight_N.to(feature_BSD.device))
 
     def retain_tokens_BT(self, tokens: TokenKind = "all") -> Tensor:
-        """Mark tokens of retained rows, the retain and the utility set's."""
+        """Mark tokens of the retain set's and the utility set's rows."""
         return self._feature_tokens_BT(tokens) & ~self.forget_B[:, None]
 
     def forget_tokens_BT(self, tokens: TokenKind) -> Tensor:
@@ -130,21 +138,23 @@ class UnlearnBatch(NamedTuple):
         return self._feature_tokens_BT(tokens) & self.forget_B[:, None]
 
     def _feature_tokens_BT(self, tokens: TokenKind) -> Tensor:
-        """Mark tokens whose features count: all real ones but a row's first, or those that predict the answer.
+        """Mark the tokens whose features count.
 
-        Of classified rows, all real tokens count.
+        These are all real tokens but a row's first, or those that predict the answer. Of classified
+        rows, all real tokens count.
         """
         if self.classified:
             return self.attention_BT
         marked_BT = self.answer_BT if tokens == "answer" else self.attention_BT
         tokens_BT = marked_BT.clone()
-        # A language model's first token is an attention sink: the same in every row, and its features are so large
-        # (in SmolLM2's block 11, 1,000 times the others' norm) that E|h0|^2 would be its own.
+        # A language model's first token is an attention sink. It is the same in every row, and its
+        # features are so large (in SmolLM2's block 11, 1,000 times the others' norm) that E|h0|^2
+        # would be that token's alone.
         tokens_BT[:, 0] = False
         return tokens_BT
 
     def counts(self, tokens: TokenKind) -> "TokenCounts":
-        """Count what each term of the objective averages over, in this batch alone."""
+        """Count the tokens or rows that each term averages over, in this batch alone."""
         answers_B = self.answer_BT.sum(1)
         retain_BT, forget_BT = self.retain_tokens_BT(), self.forget_tokens_BT(tokens)
         if self.classified:
@@ -159,10 +169,10 @@ class UnlearnBatch(NamedTuple):
 
 
 class TokenCounts(NamedTuple):
-    """Tokens, or rows where they are classified, that each term is averaged over.
+    """The tokens (of classified rows: the rows) that each term is averaged over.
 
-    They are counted over all workers and micro-batches of a step, so that the loss does not depend on how rows are
-    split. `forget_rows` are the forget rows that have an answer.
+    They are counted over all workers and micro-batches of a step, so that the loss does not depend
+    on how rows are split. `forget_rows` are the forget rows that have an answer.
     """
 
     retain: float
@@ -175,17 +185,18 @@ class TokenCounts(NamedTuple):
 def collate(
     retain: Sequence[Row], forget: Sequence[Row], pad_token_id: int, blank: Row | None = None
 ) -> UnlearnBatch:
-    """Pad retain rows, then forget rows, to the longest of them.
+    """Make a batch of retain rows and then forget rows, padded to the longest of them.
 
-    With no rows at all (a worker whose share of a small set is empty) the batch is one row that no term counts, which
-    is `blank` where rows are classified.
+    With no rows at all the batch is one row that no term counts. Classified rows need `blank` for
+    it, a row of their kind.
     """
     rows = [*retain, *forget]
+    # A worker's share of a small set may be empty, but it must run the model as often as the
+    # others: they wait for it in every exchange.
     if not rows:
         empty = collate([blank or Row([pad_token_id], 1)], [], pad_token_id)
         nowhere_BT = torch.zeros_like(empty.attention_BT)
         return empty._replace(attention_BT=nowhere_BT, answer_BT=nowhere_BT, fact_BT=nowhere_BT)
-    classified = rows[0].classified
     width = max(len(row.input_ids) for row in rows)
     input_ids_BT = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
     lengths_B = torch.tensor([len(row.input_ids) for row in rows])
@@ -195,8 +206,9 @@ def collate(
     starts_B = torch.tensor([row.answer_start for row in rows])
     # Position t predicts token t + 1: from the token before the answer to the last but one.
     answer_BT = (position_T >= starts_B[:, None] - 1) & (position_T < lengths_B[:, None] - 1)
-    fact_B2 = torch.tensor([row.fact for row in rows])[:, None] - 1
-    fact_BT = (position_T >= fact_B2[..., 0]) & (position_T < fact_B2[..., 1])
+    fact_B12 = torch.tensor([row.fact for row in rows])[:, None] - 1
+    fact_BT = (position_T >= fact_B12[..., 0]) & (position_T < fact_B12[..., 1])
+    classified = rows[0].classified
     if classified:
         answer_BT = (position_T == 0).expand(len(rows), -1)
     images = [row.pixels_CHW for row in rows if row.pixels_CHW is not None]

@@ -1,4 +1,7 @@
-"""What workers exchange: each function also works where torch.distributed does not run, as on one worker."""
+"""Exchange values between workers.
+
+Every function also works without torch.distributed, as on one worker.
+"""
 
 from typing import Any, TypeVar
 
@@ -21,18 +24,19 @@ def rank() -> int:
 
 
 def sum_on(owner: int, moments: InputMoments) -> None:
-    """Add up all workers' moments on `owner`; the others' are undefined afterwards."""
+    """Add up all workers' moments on `owner`. The others' are undefined afterwards."""
     if not dist.is_initialized():
         return
     dist.reduce(moments.sum_DL, owner)
     device = moments.sum_DL.device
+    # In float64: float32 counts tokens exactly to 16.8 million only.
     totals = torch.tensor([moments.count, moments.trace], dtype=torch.float64, device=device)
     dist.reduce(totals, owner)
     moments.count, moments.trace = int(totals[0]), float(totals[1])
 
 
 def gather_on(owner: int, value: Value) -> list[Value]:
-    """Gather every worker's value on `owner`; the others get an empty list."""
+    """Gather every worker's value on `owner`. The other workers get an empty list."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] | None = None

@@ -1,9 +1,11 @@
-"""Reading residual features off a running model.
+"""Read residual features off a running model.
 
-Two readings, two different losses: `local` is what each adapted module's LoRA adds, `drift` is how far a block's output
-moved from the base model's. They agree exactly at the lowest adapted module.
+There are two kinds of residual, and so two losses. `local` is what each adapted module's LoRA adds.
+`drift` is how far a block's output has moved from the base model's. They agree exactly at the
+lowest adapted module.
 
-Shapes: B rows, T tokens, S positions of a module, D features, C channels, H height, W width, N selected positions.
+Shapes: B rows, T tokens, S positions of a module, D features, C channels, H height, W width, N
+selected positions.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,26 +21,30 @@ from rfa.settings import ResidualKind
 
 
 def as_positions(feature: Tensor) -> Tensor:
-    """Reshape features [B, T, D], a feature map [B, C, H, W] or pooled features [B, D] to [B, S, D]."""
+    """Reshape features [B, T, D], a feature map [B, C, H, W] or pooled features [B, D] to [B, S,
+    D].
+    """
     if feature.ndim == 4:
         return feature.flatten(2).transpose(1, 2)
-    return feature[:, None] if feature.ndim == 2 else feature
+    if feature.ndim == 2:
+        return feature[:, None]
+    return feature
 
 
 class LocalFeatures(NamedTuple):
-    """Features of one pass: what each adapted module's base layer gives, [B, S, D], and what LoRA adds to it."""
+    """Features of one pass: each adapted module's base output and LoRA's part, [B, S, D]."""
 
     batch: UnlearnBatch
     base: Mapping[str, Tensor]
     added: Mapping[str, Tensor]
 
     def residual(self, name: str, tokens_BT: Tensor) -> tuple[SelectedFeatures, Tensor]:
-        """Return the residual and the base features that it is added to, at the selected tokens."""
+        """Return the residual, and the base features it is added to, at the selected tokens."""
         reference_ND = self.batch.select(self.base[name], tokens_BT).feature_ND
         return self.batch.select(self.added[name], tokens_BT), reference_ND
 
     def adapted(self, name: str, tokens_BT: Tensor) -> tuple[SelectedFeatures, Tensor]:
-        """Return the adapted features in float32, and those that nearest targets look at."""
+        """Return the adapted features, and those that nearest targets compare, both in float32."""
         base = self.batch.select(self.base[name], tokens_BT)
         base_ND = base.feature_ND.float()
         added_ND = self.batch.select(self.added[name], tokens_BT).feature_ND.float()
@@ -46,8 +52,11 @@ class LocalFeatures(NamedTuple):
 
 
 class DriftFeatures(NamedTuple):
-    """Features of two passes: the adapted model's block outputs, [B, S, D], and the base model's of the `rows` that
-    its pass has run; `reference` is empty where no term looks at it."""
+    """Features of two passes, one of the adapted model and one of the base model: [B, S, D].
+
+    `reference` has the base model's block outputs of the batch's `rows` (indices) alone. It
+    is empty where no term reads it.
+    """
 
     batch: UnlearnBatch
     blocks: Mapping[str, Tensor]
@@ -55,16 +64,17 @@ class DriftFeatures(NamedTuple):
     rows: Tensor
 
     def residual(self, name: str, tokens_BT: Tensor) -> tuple[SelectedFeatures, Tensor]:
-        """Return the drift and the base features that it started from, at the selected tokens."""
+        """Return the drift, and the base features it started from, at the selected tokens."""
         adapted = self.batch.select(self.blocks[name], tokens_BT)
         reference_ND = self._reference(name, tokens_BT)
         return adapted._replace(feature_ND=adapted.feature_ND - reference_ND), reference_ND
 
     def adapted(self, name: str, tokens_BT: Tensor) -> tuple[SelectedFeatures, Tensor]:
-        """Return the adapted features in float32, and those that nearest targets look at: the base model's where its
-        pass has run all rows, else the adapted ones, which no target looks at then."""
+        """Return the adapted features in float32, and those that nearest targets compare."""
         adapted = self.batch.select(self.blocks[name], tokens_BT)
         adapted = adapted._replace(feature_ND=adapted.feature_ND.float())
+        # The base model has run without the forget rows, so no target compares features. The
+        # adapted ones are returned for their shape.
         if len(self.rows) < len(self.batch.forget_B):
             return adapted, adapted.feature_ND
         return adapted, self._reference(name, tokens_BT)
@@ -75,10 +85,11 @@ class DriftFeatures(NamedTuple):
 
 
 class FeatureHooks:
-    """Hooks at the aligned modules: adapted ones (`local`) or the blocks that hold them (`drift`).
+    """Record the outputs of the aligned modules: adapted ones (`local`) or their blocks (`drift`).
 
-    The hooks only look. While nobody records (a teacher pass, a recomputation by activation checkpointing) they do
-    nothing. `close` takes them off a model that lives on.
+    The hooks change nothing, and outside of `recording` they do nothing either, as in a teacher
+    pass or a recomputation by activation checkpointing. Call `close` to take them off a model that
+    is used further.
     """
 
     def __init__(self, model: nn.Module, residual: ResidualKind) -> None:
@@ -87,7 +98,7 @@ class FeatureHooks:
         ranges = [block_range(model, name) for name, _ in modules]
         self.first_block = min(first for first, _ in ranges)
         last_block = max(last for _, last in ranges)
-        # What stands above all blocks runs with the logits.
+        # Modules above all blocks run with the logits alone.
         self.reaches_head = last_block == len(blocks)
         self.last_block = min(last_block, len(blocks) - 1)
         self.residual = residual
@@ -122,7 +133,7 @@ class FeatureHooks:
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, Tensor]]:
-        """Record within the scope, by name: each block's (`drift`) or base layer's (`local`) output, [B, S, D]."""
+        """Record the outputs of blocks (`drift`) or base layers (`local`) by name, [B, S, D]."""
         self._base, self._added = {}, {}
         try:
             yield self._base

@@ -1,10 +1,11 @@
-"""What may be asked of a model's answers to the forget set: the field's baselines, a function and a table row each.
+"""Losses on a model's answers to the forget set: the baselines of the field.
 
-`objective.output` chooses a row of `FORGET_LOSSES`, `objective.weights.output` weighs it. Gradient difference (Liu et
-al. 2022, arXiv 2203.12817) is `ascent` with `objective.weights.task`.
+Each is a function and a row of `FORGET_LOSSES`. `objective.output` chooses the row, and
+`objective.weights.output` weighs it. Gradient difference (Liu et al. 2022, arXiv 2203.12817) is
+`ascent` with `objective.weights.task`.
 
-Torch is not imported here: the configuration reads names and ranges off the table, and the command line starts
-without torch.
+Torch is not imported here, because the configuration reads names and ranges off the table, and the
+command line starts without torch.
 
 Shapes: N answer tokens or classified rows, R rows, V vocabulary or classes.
 """
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class Answers(NamedTuple):
-    """What the model says where the forget set's answers are predicted.
+    """The model's predictions of the forget set's answers.
 
-    Log-probabilities `log_NV` of every token or class, the right one `label_N`, the batch's row `index_N` that it
-    belongs to, counted from 0, and that row's number in its set `number_N`. `teacher_NV` are the base model's
-    log-probabilities, for losses that need a teacher.
+    `log_NV` are the log-probabilities of every token or class, and `label_N` is the right one.
+    `index_N` counts the rows from 0, and `number_N` is the row's number in its set. `teacher_NV`
+    are the base model's log-probabilities, for losses that need a teacher.
     """
 
     log_NV: "Tensor"
@@ -32,7 +33,7 @@ class Answers(NamedTuple):
     teacher_NV: "Tensor | None" = None
 
     def label_log_N(self, log_NV: "Tensor") -> "Tensor":
-        """Return the right answers' log-probabilities in `log_NV`, [N]."""
+        """Return the log-probabilities of the labels in `log_NV`, [N]."""
         return log_NV.gather(1, self.label_N[:, None])[:, 0]
 
     def row_sums(self, value_N: "Tensor") -> "Tensor":
@@ -42,10 +43,8 @@ class Answers(NamedTuple):
 
 
 def unlikelihood(answers: Answers) -> "Tensor":
-    """Return -log(1 - p) of the label, [N] (Welleck et al. 2019, arXiv 1908.04319).
-
-    1 - p is the sum of the other probabilities, so that no digits are lost where p is nearly 1.
-    """
+    """Return -log(1 - p) of the label, [N] (Welleck et al. 2019, arXiv 1908.04319)."""
+    # 1 - p is the sum of the other probabilities. The difference would lose its digits near p = 1.
     return -answers.log_NV.scatter(1, answers.label_N[:, None], -math.inf).logsumexp(1)
 
 
@@ -55,7 +54,10 @@ def ascent(answers: Answers) -> "Tensor":
 
 
 def random_label(answers: Answers) -> "Tensor":
-    """Return the cross-entropy of another label, [N], drawn by the row (Golatkar et al. 2020, arXiv 1911.04933)."""
+    """Return the cross-entropy of another label, [N] (Golatkar et al. 2020, arXiv 1911.04933).
+
+    The label depends on the row's number alone, so that it is the same at every step.
+    """
     classes = answers.log_NV.shape[1]
     hashed_N = answers.number_N * 2654435761 % 2**32  # Knuth's multiplicative hash
     other_N = (answers.label_N + 1 + hashed_N % (classes - 1)) % classes
@@ -63,9 +65,10 @@ def random_label(answers: Answers) -> "Tensor":
 
 
 def bad_teacher(answers: Answers) -> "Tensor":
-    """Return KL(uniform || model), [N]: a teacher that knows nothing.
+    """Return KL(uniform || model), [N].
 
-    Chundawat et al. 2023 (arXiv 2205.08096) take a network of random weights.
+    The uniform distribution is a teacher that knows nothing. Chundawat et al. 2023 (arXiv
+    2205.08096) use a network of random weights as the teacher.
     """
     return -answers.log_NV.mean(1) - math.log(answers.log_NV.shape[1])
 
@@ -73,16 +76,18 @@ def bad_teacher(answers: Answers) -> "Tensor":
 def scrub(answers: Answers) -> "Tensor":
     """Return -KL(base || model), [N].
 
-    Kurmanji et al. 2023 (arXiv 2302.09880) take it in turns with what is retained; here both are one step.
+    Kurmanji et al. 2023 (arXiv 2302.09880) alternate it with steps on the retain set. Here both are
+    parts of one step.
     """
     assert answers.teacher_NV is not None
     return -divergence(answers.teacher_NV, answers.log_NV)
 
 
 def npo(answers: Answers, *, beta: float) -> "Tensor":
-    """Return -(2 / beta) log sigmoid(-beta log(p(answer) / p_base(answer))), [R] (Zhang et al. 2024, arXiv 2404.05868).
+    """Return -(2 / beta) log sigmoid(-beta log(p(answer) / p_base(answer))), [R].
 
-    A row's log-probability is the sum over its answer's tokens, as published.
+    This is NPO (Zhang et al. 2024, arXiv 2404.05868). As published, a row's log-probability is the
+    sum over its answer's tokens.
     """
     assert answers.teacher_NV is not None
     ratio_N = answers.label_log_N(answers.log_NV) - answers.label_log_N(answers.teacher_NV)
@@ -90,7 +95,10 @@ def npo(answers: Answers, *, beta: float) -> "Tensor":
 
 
 def simnpo(answers: Answers, *, beta: float, gamma: float) -> "Tensor":
-    """Return -(2 / beta) log sigmoid(-beta * mean log p(token) - gamma), [R] (Fan et al. 2024, arXiv 2410.07163)."""
+    """Return -(2 / beta) log sigmoid(-beta * mean log p(token) - gamma), [R].
+
+    This is SimNPO (Fan et al. 2024, arXiv 2410.07163).
+    """
     log_N = answers.label_log_N(answers.log_NV)
     mean_R = answers.row_sums(log_N) / answers.row_sums(log_N.new_ones(len(log_N)))
     return -2 / beta * log_sigmoid(-beta * mean_R - gamma)
@@ -98,16 +106,17 @@ def simnpo(answers: Answers, *, beta: float, gamma: float) -> "Tensor":
 
 def log_sigmoid(value: "Tensor") -> "Tensor":
     """Return log(1 / (1 + exp(-value))) without overflow."""
+    # `torch.nn.functional.logsigmoid` would need torch at import.
     return -(-value).logaddexp(value.new_zeros(()))
 
 
 def divergence(teacher_NV: "Tensor", log_NV: "Tensor") -> "Tensor":
-    """Return KL(teacher || model) of each pair of distributions, [N], both as log-probabilities."""
+    """Return KL(teacher || model) of each pair of distributions of log-probabilities, [N]."""
     return (teacher_NV.exp() * (teacher_NV - log_NV)).sum(1)
 
 
 class Parameter(NamedTuple):
-    """A number that a loss takes: its default, as published, and the range that is allowed."""
+    """A parameter of a loss: its default, as published, and the range that is allowed."""
 
     default: float
     low: float
@@ -115,8 +124,11 @@ class Parameter(NamedTuple):
 
 
 class ForgetLoss(NamedTuple):
-    """A loss, what it asks for in words, what it averages over, whether it reads the base model's output, and its
-    parameters by name."""
+    """A loss and its properties.
+
+    `help` is its aim in words, `per` the unit that it is averaged over, `needs_teacher` whether it
+    reads the base model's predictions.
+    """
 
     function: Callable[..., "Tensor"]
     help: str
@@ -125,9 +137,10 @@ class ForgetLoss(NamedTuple):
     parameters: Mapping[str, Parameter] = {}
 
     def __call__(self, answers: Answers, parameters: Mapping[str, float] | None = None) -> "Tensor":
-        """Return the loss of each token or row; parameters that are not given have their defaults."""
-        defaults = {name: parameter.default for name, parameter in self.parameters.items()}
-        return self.function(answers, **defaults | dict(parameters or {}))
+        """Return the loss of each token or row, with defaults for parameters not given."""
+        values = {name: parameter.default for name, parameter in self.parameters.items()}
+        values.update(parameters or {})
+        return self.function(answers, **values)
 
 
 FORGET_LOSSES: dict[str, ForgetLoss] = {
@@ -153,12 +166,12 @@ FORGET_LOSSES: dict[str, ForgetLoss] = {
 
 
 def describe_losses() -> str:
-    """Return what every loss asks for, for help texts."""
+    """List every loss with its aim, for help texts."""
     return "; ".join(f"{name}: {loss.help}" for name, loss in FORGET_LOSSES.items())
 
 
 def describe_parameters() -> str:
-    """Return every loss's parameters with defaults and ranges, for help texts."""
+    """List every loss's parameters with defaults and ranges, for help texts."""
     described: list[str] = []
     for name, loss in FORGET_LOSSES.items():
         for parameter, (default, low, high) in loss.parameters.items():

@@ -1,4 +1,6 @@
-"""What the one-pass solver needs of the data: small values that add up, so that they can be collected anywhere.
+"""Statistics of the data for the one-pass solver.
+
+They are sums over tokens, so that any worker can collect its part and the parts are added up.
 
 Shapes: N tokens, D input features, O output features, L columns (L = D for exact second moments).
 """
@@ -16,9 +18,10 @@ from torch import Tensor
 class InputMoments:
     """Second moments of the inputs of one module over the tokens of one set.
 
-    Exact: `sum_DL` is sum x x^T, D x D. Low memory, for wide inputs: sum x (x^T basis), D x L with a fixed random
-    basis, from which Nystroem's approximation is made (Gittens & Mahoney 2013, arXiv 1303.1849). Both are sums over
-    tokens: they add up in any order. Accumulated in float32 on the inputs' device.
+    In the exact form `sum_DL` is sum x x^T, D x D. In the low-memory form, for wide inputs, it is
+    sum x (x^T basis), D x L with a fixed random basis, from which Nystroem's approximation is made
+    (Gittens & Mahoney 2013, arXiv 1303.1849). Both are sums over tokens and add up in any order.
+    They are accumulated in float32 on the inputs' device.
     """
 
     name: str
@@ -31,18 +34,20 @@ class InputMoments:
     def empty(
         cls, name: str, width: int, columns: int, device: torch.device | str = "cpu"
     ) -> "InputMoments":
-        """Return sums over no tokens; exact unless `columns` is less than `width`."""
+        """Return sums over no tokens, in the exact form unless `columns` is less than `width`."""
         return cls(name, torch.zeros(width, min(columns, width), device=device))
 
     @property
     def is_exact(self) -> bool:
-        """Whether nothing is approximated."""
+        """Whether the sums have the exact form."""
         return self.sum_DL.shape[0] == self.sum_DL.shape[1]
 
     def add(self, input_ND: Tensor) -> None:
-        """Add tokens' inputs."""
+        """Add the inputs of N tokens."""
         input_ND = input_ND.detach().float()
-        right_NL = input_ND if self.is_exact else input_ND @ self.basis().to(input_ND.device)
+        right_NL = input_ND
+        if not self.is_exact:
+            right_NL = input_ND @ self.basis().to(input_ND.device)
         self.sum_DL.addmm_(input_ND.T, right_NL)
         self.count += len(input_ND)
         self.trace += float(input_ND.square().sum(dtype=torch.float64))
@@ -50,13 +55,15 @@ class InputMoments:
     def merge(self, other: "InputMoments") -> None:
         """Add another worker's sums of the same module."""
         assert self.name == other.name
-        # A new tensor: the old one's memory may be shared.
+        # This makes a new tensor, as the memory of an unpickled one is shared with other processes.
         self.sum_DL = self.sum_DL + other.sum_DL.to(self.sum_DL.device)
         self.count += other.count
         self.trace += other.trace
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle the sums as a NumPy array, which protocol 5 passes on without a copy: they are large, and shared."""
+        """Return the state to pickle, with the sums as a NumPy array."""
+        # Ray passes NumPy arrays on without a copy (pickle protocol 5), but copies tensors. The
+        # sums are large, and all processes of a node read the same ones.
         return {
             "name": self.name,
             "count": self.count,
@@ -66,12 +73,15 @@ class InputMoments:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         with warnings.catch_warnings():
-            # The memory may be shared and read-only: nothing writes to it.
+            # Torch warns of read-only memory. Nothing here writes to it.
             warnings.simplefilter("ignore", UserWarning)
             self.__dict__.update(state, sum_DL=torch.from_numpy(state["sum_DL"]), _basis_DL=None)
 
     def basis(self) -> Tensor:
-        """Return the random D x L basis of the low-memory form: a function of the module's name alone."""
+        """Return the random D x L basis of the low-memory form.
+
+        It depends on the module's name alone, so that all workers' sums have the same one.
+        """
         if self._basis_DL is None:
             generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
             self._basis_DL = torch.randn(self.sum_DL.shape, generator=generator)
@@ -80,13 +90,10 @@ class InputMoments:
 
 @dataclass
 class ForgetRows:
-    """The forget set at one module.
+    """The forget set's tokens at one module.
 
-    Inputs, and how far each output is from its target (t - h0), each times the root of its token's weight. `count` is
-    the sum of the weights.
-
-    The solution depends on these rows through `input^T input` and `shift^T input` alone, so once there are more rows
-    than input features they are replaced by as many rows with the same two products.
+    `input_ND` has their inputs and `shift_NO` the way from each output to its target, t - h0. Both
+    are multiplied with the root of the token's weight. `count` is the sum of the weights.
     """
 
     input_ND: Tensor
@@ -95,7 +102,7 @@ class ForgetRows:
 
     @classmethod
     def of(cls, input_ND: Tensor, shift_NO: Tensor, weight_N: Tensor | None = None) -> "ForgetRows":
-        """Return the rows of some tokens, or of none; without weights each weighs 1."""
+        """Return the rows of N tokens, each of weight 1 unless `weight_N` is given. N may be 0."""
         if weight_N is None:
             weight_N = torch.ones(len(input_ND))
         root_N1 = weight_N.double().sqrt()[:, None]
@@ -104,9 +111,14 @@ class ForgetRows:
         )
 
     def merged(self, other: "ForgetRows") -> "ForgetRows":
-        """Return these rows and other rows of the same module."""
+        """Return these rows and other rows of the same module.
+
+        Once there are more rows than input features, they are replaced by as many rows as features.
+        """
         input_ND = torch.cat([self.input_ND, other.input_ND])
         shift_NO = torch.cat([self.shift_NO, other.shift_NO])
+        # The solution depends on the rows through input^T input and shift^T input alone. A rotation
+        # of the rows changes neither, and QR's makes all rows beyond D zero.
         if len(input_ND) > input_ND.shape[1]:
             rotation_ND, input_ND = torch.linalg.qr(input_ND)
             shift_NO = rotation_ND.T @ shift_NO

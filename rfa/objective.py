@@ -1,14 +1,17 @@
-"""The objective of residual feature alignment, after Qin et al. 2024 (arXiv 2411.08443); its reconstruction is ours.
+"""The objective of residual feature alignment.
+
+It is after Qin et al. 2024 (arXiv 2411.08443). The reconstruction is this project's.
 
     L = w_retain * zero(r on D_r) + w_forget * shift(r on D_f)
         + w_kl * KL(base || adapted on D_r) + w_task * CE(D_r) + w_output * output(D_f)
 
-Every term is a sum over tokens divided by the tokens of the whole step, over all workers. A module's distances are in
-units of its E|h0|^2, so that weights carry over between layers and models. Classified rows count, not their tokens: a
-row's term is the mean over its positions. A term of weight 0 is not computed.
+Every term is a sum over tokens divided by the number of tokens in the step, over all workers. A
+module's distances are in units of its E|h0|^2, so that weights carry over between layers and
+models. Of classified rows each row counts as one, and its term is the mean over its positions. A
+term of weight 0 is not computed.
 
-Shapes: B rows, T tokens, S positions of a module, D features, N selected tokens or positions, V vocabulary or classes,
-R rows of a kind.
+Shapes: B rows, T tokens, S positions of a module, D features, N selected tokens or positions, V
+vocabulary or classes, R rows of a kind.
 """
 
 from collections.abc import Mapping
@@ -26,11 +29,11 @@ from rfa.blocks import BlockRunner, BlocksOutput
 from rfa.features import DriftFeatures, FeatureHooks, LocalFeatures
 from rfa.forget_losses import FORGET_LOSSES, Answers, divergence
 from rfa.settings import DistanceKind, Objective, TokenKind
-from rfa.targets import SAMPLE_TOKENS, FeatureSums, Targets, fit_target
+from rfa.targets import SAMPLE_TOKENS, FeatureSums, ModuleTarget, Targets, fit_target
 
 
 class LossOutput(NamedTuple):
-    """The objective and its unweighted terms, each a scalar; terms that are off are 0."""
+    """The objective and its unweighted terms, each a scalar. A term that is off is 0."""
 
     total: Tensor
     retain: Tensor
@@ -41,20 +44,24 @@ class LossOutput(NamedTuple):
 
 
 class _Predictions(NamedTuple):
-    """Log-probabilities where answers are predicted, of retained and of forget rows: [N, V] each."""
+    """Log-probabilities at the answers' positions of retained and of forget rows."""
 
     retain_NV: Tensor
     forget_NV: Tensor
 
     @classmethod
     def of(cls, logits_NV: Tensor, forget_N: Tensor) -> "_Predictions":
+        """Split the predictions of a batch. `forget_N` marks those of forget rows."""
         log_NV = logits_NV.float().log_softmax(-1)
         return cls(log_NV[~forget_N], log_NV[forget_N])
 
 
 class _Teacher(NamedTuple):
-    """One pass of the base model: the hidden states below the first adapted block, of all rows, and of the `rows` that
-    some term compares features and predictions."""
+    """One pass of the base model.
+
+    `prefix_BTD` are the hidden states of all rows below the first adapted block. Features and
+    predictions are of the `rows` (indices) that some term compares.
+    """
 
     prefix_BTD: Tensor | None = None
     rows: Tensor | None = None
@@ -67,10 +74,11 @@ def distance(
 ) -> Tensor:
     """Return each token's distance between `desired + difference` and `desired`: [N].
 
-    `squared` is |difference|^2 / energy; `smooth_l1` its robust form, equal to it while every component is under one
-    standard unit sqrt(energy / D); `cosine` is 1 - cos. No square root is taken at a zero difference, where its
-    gradient would be NaN.
+    `squared` is |difference|^2 / energy. `smooth_l1` is its robust form, equal to it while every
+    component is under one standard unit, sqrt(energy / D). `cosine` is 1 - cos.
     """
+    # LoRA starts at a zero difference, where the gradient of a norm's square root is NaN. So no
+    # kind takes one of the difference.
     difference_ND, desired_ND = difference_ND.float(), desired_ND.float()
     if kind == "squared":
         return difference_ND.square().sum(-1) / energy
@@ -83,18 +91,18 @@ def distance(
 
 
 class ResidualAlignment(nn.Module):
-    """A model with LoRA and the objective that trains it: one forward for forget and retain rows.
+    """A model with LoRA and the objective that trains it, in one forward for all rows of a batch.
 
-    Work is counted: blocks above the last aligned one run only when a term needs logits, logits are computed only at
-    the positions a term reads, and where the base model's features are needed too (a teacher) the frozen prefix below
-    the first adapted block is run once for both.
+    Only what a term reads is computed. Blocks above the last aligned one run only when a term needs
+    logits. Logits are computed only at the positions that a term reads. Where the base model's
+    features are needed as well (a teacher), the frozen prefix below the first adapted block is run
+    once for both.
 
-    Before training, where features are aligned, `feature_sums` is collected over the retain set and `fit` makes the
-    targets of it.
+    Where features are aligned, call `feature_sums` over the retain set and `fit` before training.
 
     Args:
-        learns_statistics: whether batch normalisation's statistics follow the rows that are trained on, as they must
-            where pruning has changed what they describe.
+        learns_statistics: whether batch normalisation's statistics follow the rows that are trained
+            on. They must where pruning has changed the features that they describe.
     """
 
     def __init__(
@@ -116,11 +124,9 @@ class ResidualAlignment(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> "ResidualAlignment":
-        """Set training mode for the adapters alone.
-
-        Dropout in the frozen model would make student and teacher differ.
-        """
+        """Set training mode for the adapters alone."""
         super().train(mode)
+        # Dropout in the frozen model would make student and teacher differ.
         self.model.eval()
         for _, layer in lora_layers(self.model):
             layer.lora_dropout.train(mode)
@@ -129,7 +135,8 @@ class ResidualAlignment(nn.Module):
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.train(mode)
         for block in self.runner.blocks:
-            # This flag alone, not its children's: activation checkpointing asks for it.
+            # Activation checkpointing asks for a block's own flag. Its children stay in evaluation
+            # mode.
             block.training = mode
         return self
 
@@ -139,13 +146,13 @@ class ResidualAlignment(nn.Module):
         sample_tokens: int = SAMPLE_TOKENS,
         tokens: TokenKind | None = None,
     ) -> dict[str, FeatureSums]:
-        """Sum the base features of a batch's retain rows by module, at tokens of the kind that is shifted.
+        """Sum the base features of a batch's retain rows, by module.
 
         Args:
-            batch: rows of any set; those of the utility set are passed over.
-            sample_tokens: tokens a row whose features `cluster_mean` samples; with 0 the batch is run and nothing is
-                summed.
-            tokens: the kind, by default the objective's own.
+            batch: rows of any set. Only those of the retain set are summed.
+            sample_tokens: number of tokens per row that `cluster_mean` samples. With 0 the batch is
+                run and nothing is summed.
+            tokens: the kind of tokens, by default the kind that the objective shifts.
         """
         with torch.no_grad(), adapters_off(self.model), self.hooks.recording() as base:
             self.run(batch, None, 0, self.hooks.last_block + 1)
@@ -166,30 +173,34 @@ class ResidualAlignment(nn.Module):
         return sums
 
     def fit(self, sums: dict[str, FeatureSums]) -> None:
-        """Make the targets from the retain set's sums (of all workers)."""
-        objective = self.objective
-        modules = {
-            name: fit_target(
-                objective.target, sums[name], clusters=objective.clusters, seed=self.seed
-            )
-            for name in self.hooks.names
-        }
-        self.targets = Targets(objective.target, modules, self.seed)
+        """Fit the targets to the retain set's sums of all workers."""
+        kind, clusters = self.objective.target, self.objective.clusters
+        modules: dict[str, ModuleTarget] = {}
+        for name in self.hooks.names:
+            modules[name] = fit_target(kind, sums[name], clusters=clusters, seed=self.seed)
+        self.targets = Targets(kind, modules, self.seed)
 
     def forward(self, batch: UnlearnBatch, counts: TokenCounts | None = None) -> LossOutput:
-        """Return the loss of a batch; `counts` are the whole step's tokens, by default this batch's own."""
+        """Return the loss of a batch. `counts` are those of the step, by default of this batch."""
         objective, weights = self.objective, self.objective.weights
         counts = counts or batch.counts(objective.tokens)
         teacher = self._teacher(batch) if objective.needs_teacher else _Teacher()
-        logits_at_BT = self._logit_positions(batch) if objective.needs_logits else None
+        logits_at_BT = None
+        if objective.needs_logits:
+            reads_retained = weights.kl > 0 or weights.task > 0
+            logits_at_BT = _answers_of(batch, retain=reads_retained, forget=weights.output > 0)
         with self.hooks.recording() as recorded:
             out = self._run_above(batch, teacher.prefix_BTD, logits_at_BT)
-        # Zero with a graph: a worker without rows of a kind still takes part in the gradient exchange.
-        whole = out.hidden_BTD[:, :0] if out.logits_NV is None else out.logits_NV[:0]
-        zero = whole.float().sum()
+        # This zero has a graph, so that a worker without rows of a kind has gradients to exchange.
+        empty = out.hidden_BTD[:, :0] if out.logits_NV is None else out.logits_NV[:0]
+        zero = empty.float().sum()
         terms = dict.fromkeys(("retain", "forget", "kl", "task", "output"), zero)
         if objective.aligns:
-            features = self._features(batch, recorded, teacher)
+            if objective.residual == "local":
+                features = LocalFeatures(batch, recorded, self.hooks.residuals())
+            else:
+                assert teacher.rows is not None
+                features = DriftFeatures(batch, recorded, teacher.features, teacher.rows)
             if weights.retain:
                 terms["retain"] = self._zero(batch, features) / max(counts.retain, 1)
             if weights.forget:
@@ -209,7 +220,8 @@ class ResidualAlignment(nn.Module):
         stop: int,
         logits_at_BT: Tensor | None = None,
     ) -> BlocksOutput:
-        """Run blocks `start` to `stop`, and the head after the last one where it is adapted or logits are wanted."""
+        """Run blocks `start` to `stop`, and the head if `stop` is the depth and it is needed."""
+        # An adapted head runs even when no term reads its logits, as its features are aligned.
         if logits_at_BT is None and self.hooks.reaches_head and stop == len(self.runner.blocks):
             logits_at_BT = batch.answer_BT
         return self.runner(
@@ -226,14 +238,25 @@ class ResidualAlignment(nn.Module):
 
     @torch.no_grad()
     def _teacher(self, batch: UnlearnBatch) -> _Teacher:
-        """Run the frozen prefix, and above it the base model, on the rows that a term compares with it."""
+        """Run the frozen prefix and, on the rows that some term compares, the base model."""
         objective = self.objective
-        prefix_BTD = None
+        # Forget rows are compared only where a target or a loss reads the base model's view of
+        # them.
+        all_rows = objective.compares_answers
+        if objective.residual == "drift" and objective.aligns:
+            assert self.targets is not None
+            all_rows |= self.targets.looks_at_sample
+        rows_B = torch.ones_like(batch.forget_B) if all_rows else ~batch.forget_B
+        if not rows_B.any():
+            # A worker without retain rows runs one row, as the others wait for it. No term counts
+            # it.
+            rows_B[0] = True
+        rows = rows_B.nonzero().flatten()
+        compared = batch.rows(rows)
+        prefix_BTD = above_BTD = None
         if self.hooks.first_block > 0:
             prefix_BTD = self.runner(batch, stop=self.hooks.first_block).hidden_BTD
-        rows = self._teacher_rows(batch)
-        compared = batch.rows(rows)
-        above_BTD = None if prefix_BTD is None else prefix_BTD[rows]
+            above_BTD = prefix_BTD[rows]
         logits_at_BT = None
         if objective.weights.kl > 0 or objective.compares_answers:
             logits_at_BT = _answers_of(
@@ -247,32 +270,8 @@ class ResidualAlignment(nn.Module):
             predictions = _Predictions.of(out.logits_NV, forget_N)
         return _Teacher(prefix_BTD, rows, features, predictions)
 
-    def _teacher_rows(self, batch: UnlearnBatch) -> Tensor:
-        """Return the rows that the teacher runs, [R]: forget rows only where a target or a loss looks at them."""
-        all_rows = self.objective.compares_answers
-        if self.objective.residual == "drift" and self.objective.aligns:
-            assert self.targets is not None
-            all_rows |= self.targets.looks_at_sample
-        rows_B = torch.ones_like(batch.forget_B) if all_rows else ~batch.forget_B
-        if not rows_B.any():  # a worker's share without retain rows: run one row, count none
-            rows_B[0] = True
-        return rows_B.nonzero().flatten()
-
-    def _logit_positions(self, batch: UnlearnBatch) -> Tensor:
-        weights = self.objective.weights
-        retain = weights.kl > 0 or weights.task > 0
-        return _answers_of(batch, retain=retain, forget=weights.output > 0)
-
-    def _features(
-        self, batch: UnlearnBatch, recorded: dict[str, Tensor], teacher: _Teacher
-    ) -> LocalFeatures | DriftFeatures:
-        if self.objective.residual == "local":
-            return LocalFeatures(batch, recorded, self.hooks.residuals())
-        assert teacher.rows is not None
-        return DriftFeatures(batch, recorded, teacher.features, teacher.rows)
-
     def _zero(self, batch: UnlearnBatch, features: LocalFeatures | DriftFeatures) -> Tensor:
-        """zero(r on D_r): mean over modules, sum over retain tokens."""
+        """Return zero(r on D_r): the mean over modules of the sum over retain tokens."""
         assert self.targets is not None
         tokens_BT = batch.retain_tokens_BT()
         sums: list[Tensor] = []
@@ -284,7 +283,7 @@ class ResidualAlignment(nn.Module):
         return torch.stack(sums).mean()
 
     def _shift(self, batch: UnlearnBatch, features: LocalFeatures | DriftFeatures) -> Tensor:
-        """shift(r on D_f): mean over modules, sum over forget tokens."""
+        """Return shift(r on D_f): the mean over modules of the sum over forget tokens."""
         assert self.targets is not None
         tokens_BT = batch.forget_tokens_BT(self.objective.tokens)
         sums: list[Tensor] = []
@@ -306,7 +305,7 @@ class ResidualAlignment(nn.Module):
         teacher: _Teacher,
         counts: TokenCounts,
     ) -> dict[str, Tensor]:
-        """KL, cross-entropy and the output term, over answer tokens or classes."""
+        """Return the terms of KL, cross-entropy and output, over answer tokens or classes."""
         weights = self.objective.weights
         index_N = logits_at_BT.nonzero()[:, 0]
         forget_N = batch.forget_B[index_N]
@@ -338,6 +337,6 @@ class ResidualAlignment(nn.Module):
 
 
 def _answers_of(batch: UnlearnBatch, *, retain: bool, forget: bool) -> Tensor:
-    """Select the positions that predict the answers of retained rows, of forget rows, or of both: [B, T]."""
+    """Mark the positions that predict answers of retained or of forget rows, or of both: [B, T]."""
     wanted_B = (batch.forget_B & forget) | (~batch.forget_B & retain)
     return batch.answer_BT & wanted_B[:, None]

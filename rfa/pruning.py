@@ -1,16 +1,17 @@
-"""Pruning chosen layers, and keeping them pruned while LoRA repairs the model.
+"""Prune chosen layers, and hold them pruned while LoRA repairs the model.
 
-After Mittal 2024 (PruneLoRA, arXiv 2411.11907): prune, adapt, unlearn. `rows` is the paper's structured pruning: the
-output rows of smallest L2 norm, as torch's `ln_structured(n=2, dim=0)`. `magnitude` prunes a layer's smallest weights.
-`wanda` is after Sun et al. 2023 (arXiv 2306.11695): |weight| times its input's norm, compared within each output row.
+The method is after Mittal 2024 (PruneLoRA, arXiv 2411.11907): prune, adapt, unlearn. `rows` is the
+paper's structured pruning, of the output rows of smallest L2 norm, as torch's
+`ln_structured(n=2, dim=0)`. `magnitude` prunes a layer's smallest weights. `wanda` is after Sun et
+al. 2023 (arXiv 2306.11695). It scores |weight| times its input's norm within each output row.
 
-A row is one output: a row of a linear weight, a column of transformers' `Conv1D`, a filter of a convolution. How many
-are pruned is rounded, as torch does. Biases are left alone, as torch leaves them: a pruned output is its bias. Masks
-are bool tensors on the CPU, True where kept, by the weight's name in the model without adapters; one that does
-not fit the model is a ValueError.
+A row is one output: a row of a linear weight, a column of transformers' `Conv1D`, a filter of a
+convolution. The number of pruned rows or weights is rounded, and biases stay, both as in torch. So
+a pruned output is its bias. Masks are bool tensors on the CPU, True where a weight stays, by the
+weight's name in the model without adapters. A mask that does not fit the model raises ValueError.
 
-Shapes: O outputs, D inputs of one output (a convolution's: channels times kernel positions), R groups compared within,
-C candidates, N positions, B images, H x W pixels.
+Shapes: O outputs, D inputs of one output (of a convolution: channels times kernel positions), R
+groups compared within, C candidates, N positions, B images, C x H x W pixels.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +32,8 @@ from rfa.blocks import hook_scope
 
 Method = Literal["rows", "magnitude", "wanda"]
 Layer = nn.Linear | Conv1D | nn.Conv2d
-# A scope in which a parameter can be read and written in full: DeepSpeed's ZeRO-3 partitions parameters.
+# A scope in which a parameter can be read and written in full: DeepSpeed's ZeRO-3 partitions
+# parameters.
 Whole = Callable[[Any], AbstractContextManager[Any]]
 
 GROUPS: dict[str, tuple[type[nn.Module], ...]] = {
@@ -42,10 +44,10 @@ GROUPS: dict[str, tuple[type[nn.Module], ...]] = {
 
 
 def prune_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Return full names of the layers that `targets` choose, anywhere in the model, in its order.
+    """Return the full names of the layers that `targets` choose, in the model's order.
 
-    A target is a name or the end of one, or a group: `all`, `linear`, `convolutions`. Groups leave out the head (what
-    a transformers model has above its base model); a name chooses it.
+    A target is a name or the end of one, or a group: `all`, `linear`, `convolutions`. Groups leave
+    out the head (the part of a transformers model above its base model). Its name chooses it.
 
     Raises:
         ValueError: a target matches nothing, or a layer shares its weight with another module.
@@ -56,7 +58,8 @@ def prune_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
         matched = _matches(model, layers, target)
         if not matched:
             groups = [group for group in GROUPS if _matches(model, layers, group)]
-            choices = ", ".join(groups + sorted({ending(name) for name in layers}))
+            endings = {ending(name) for name in layers}
+            choices = ", ".join(groups + sorted(endings))
             raise ValueError(
                 f"prune.targets: no layer ends with '{target}'; this model has: {choices}"
             )
@@ -70,15 +73,16 @@ def prune_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
 def collecting_norms(
     model: nn.Module, names: Sequence[str], chosen: Callable[[], Tensor] | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """Sum what `wanda` needs of the inputs, over all forward passes that are run within the block.
+    """Sum the squares of the layers' inputs over all forward passes within the scope, for `wanda`.
 
-    Yields, by layer, the sum of squares of each input and, last, the number of positions: [D + 1] in float64 on the
-    layer's device. Workers add theirs. A convolution's inputs are its channels at each position of the kernel, in the
-    order of the flattened weight. `chosen` returns the mask of the tokens that count in the batch being run; it serves
-    linear layers that see all tokens.
+    Yields a tensor by layer, [D + 1] in float64 on the layer's device: the sum of squares of each
+    input and, last, the number of positions. Workers' tensors add up. The inputs of a convolution
+    are its channels at each position of the kernel, in the order of the flattened weight. `chosen`
+    returns the mask [B, T] of the tokens that count in the current batch. It serves linear layers
+    whose positions are tokens.
 
     Raises:
-        ValueError: a layer is a grouped convolution, or sees other positions than the mask has.
+        ValueError: a layer is a grouped convolution, or its positions are not those of the mask.
     """
     norms: dict[str, Tensor] = {}
 
@@ -106,13 +110,15 @@ def prune_(
     norms: Mapping[str, Tensor] | None = None,
     whole: Whole = nullcontext,
 ) -> dict[str, Tensor]:
-    """Zero the share `sparsity` of each named layer, in place; returns the masks by parameter name.
+    """Zero the share `sparsity` of each named layer, in place, and return the masks.
 
-    Equal scores are pruned in the order of their index, so that all workers make the same masks. Nothing is changed
-    when an error is raised. `wanda` needs `norms` as `collecting_norms` yields them.
+    Masks are by parameter name. Equal scores are pruned in the order of their index, so that all
+    workers make the same masks. `wanda` needs `norms` as `collecting_norms` yields them. `whole` is
+    a scope in which a parameter can be read and written in full.
 
     Raises:
-        ValueError: method, sparsity, quantised weights; for `wanda` a grouped convolution, no inputs.
+        ValueError: the method or the sparsity is not allowed, weights are quantised, or `wanda` has
+            a grouped convolution or no inputs. Then nothing has been changed.
     """
     if method not in get_args(Method):
         raise ValueError(f"prune.method: found '{method}', allowed: {', '.join(get_args(Method))}")
@@ -122,17 +128,20 @@ def prune_(
     for name, layer in layers.items():
         if not layer.weight.is_floating_point():
             raise ValueError(
-                f"prune.targets: '{name}' is quantised ({layer.weight.dtype}), allowed: float weights"
+                f"prune.targets: '{name}' is quantised ({layer.weight.dtype}), "
+                "allowed: float weights"
             )
         if method == "wanda":
-            _width(name, layer)  # refuses groups
+            _width(name, layer)  # raises for grouped convolutions
             if norms is None or name not in norms or not norms[name][-1]:
                 raise ValueError(
-                    f"prune.method: 'wanda' needs inputs, none reached '{name}'; allowed: rows, magnitude"
+                    f"prune.method: 'wanda' needs inputs, none reached '{name}'; "
+                    "allowed: rows, magnitude"
                 )
     masks: dict[str, Tensor] = {}
     for name, layer in layers.items():
         with whole(layer.weight):
+            # Norms in half precision would be rounded to many ties.
             full = torch.promote_types(layer.weight.dtype, torch.float32)
             weight_OD = _as_rows(layer.weight.detach(), layer).to(full)
             norm_D: Tensor | float = 1.0
@@ -149,7 +158,7 @@ def prune_(
 
 @torch.no_grad()
 def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor], whole: Whole = nullcontext) -> None:
-    """Zero the pruned weights again, in place: of a merged model, or of the layers below adapters."""
+    """Zero the pruned weights again, in place, in a merged model or below its adapters."""
     for name, layer in _named(model, masks).items():
         mask = masks[name]
         with whole(layer.weight):
@@ -163,12 +172,13 @@ def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor], whole: Whole = n
 def hold_rows_(
     peft_model: nn.Module, masks: Mapping[str, Tensor], whole: Whole = nullcontext
 ) -> list[RemovableHandle]:
-    """Hold the pruned rows of every adapted layer's B at zero, so that merging leaves them zero; returns the hooks.
+    """Hold the pruned rows of every adapted layer's B at zero, so that merging leaves them zero.
 
-    The rows are zeroed now and get no gradient from now on; then neither Adam's moments nor weight decay move them.
-    Call it before the optimizer exists: DeepSpeed's keeps a copy of the parameters. Layers whose mask is not one of
-    whole rows are passed over: they need `apply_masks_` after merging.
+    The rows are zeroed now and get no gradient from now on. Call it before the optimizer exists, as
+    DeepSpeed's optimizer copies the parameters. Layers with a mask that cuts through rows are left
+    out, and need `apply_masks_` after merging. Returns the hooks on the gradients.
     """
+    # Without a gradient Adam's moments stay zero, and weight decay leaves a zero where it is.
     adapted = {id(m.base_layer): m for m in peft_model.modules() if isinstance(m, LoraLayer)}
     handles: list[RemovableHandle] = []
     for name, layer in _named(peft_model, masks).items():
@@ -185,7 +195,7 @@ def hold_rows_(
 
 
 def kept_rows(mask: Tensor, module: nn.Module) -> Tensor | None:
-    """Return which outputs a mask keeps, [O], or None if it cuts through a row; `module` is the mask's layer."""
+    """Return the outputs [O] that the mask of `module` leaves, or None if it cuts through a row."""
     layer = module.base_layer if isinstance(module, LoraLayer) else module
     keep_OD = _as_rows(mask, layer)
     keep_O = keep_OD.any(dim=1)
@@ -203,13 +213,13 @@ def sparsity(model: nn.Module, masks: Mapping[str, Tensor], whole: Whole = nullc
 
 
 def _layers(model: nn.Module) -> dict[str, Layer]:
-    """Return every layer that can be pruned, by its name in the model without adapters."""
+    """Return all layers that can be pruned, by their names in the model without adapters."""
     root: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     layers: dict[str, Layer] = {}
     adapted: tuple[str, ...] = ()
     for name, module in root.named_modules():
         if isinstance(module, LoraLayer):
-            # What lies within is the base layer, which is taken here, and the adapter's own layers.
+            # Its children are the base layer, which is taken here, and the adapter's layers.
             adapted += (f"{name}.",)
             module = module.base_layer
         elif name.startswith(adapted):
@@ -220,13 +230,14 @@ def _layers(model: nn.Module) -> dict[str, Layer]:
 
 
 def _named(model: nn.Module, names: Iterable[str]) -> dict[str, Layer]:
-    """Return layers by their names, or by their weights' names; all are checked before the first is used."""
+    """Return layers by their names or by their weights' names, after checking all of the names."""
     layers = _layers(model)
     named: dict[str, Layer] = {}
     for name in names:
         layer = layers.get(name.removesuffix(".weight"))
         if layer is None:
-            choices = ", ".join(sorted({ending(other) for other in layers}))
+            endings = {ending(other) for other in layers}
+            choices = ", ".join(sorted(endings))
             raise ValueError(
                 f"masks: no layer for '{name}' in this model, whose layers end with: {choices}"
             )
@@ -235,6 +246,7 @@ def _named(model: nn.Module, names: Iterable[str]) -> dict[str, Layer]:
 
 
 def _matches(model: nn.Module, layers: Mapping[str, Layer], target: str) -> set[str]:
+    """Return the names that a target matches: a group, a name or the end of one."""
     if target not in GROUPS:
         return {name for name in layers if f".{name}".endswith(f".{target}")}
     root: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -249,15 +261,16 @@ def _matches(model: nn.Module, layers: Mapping[str, Layer], target: str) -> set[
 
 
 def _refuse_shared(model: nn.Module, layers: Mapping[str, Layer]) -> None:
-    """Refuse shared weights: pruning a tied output head would zero the embeddings of the same tokens, too."""
+    """Raise if a layer shares its weight with another module."""
+    # Pruning a tied output head would also zero the embeddings of the same tokens.
     owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(module)
     for name, layer in layers.items():
         if len(owners[id(layer.weight)]) > 1:
-            others = [owner for owner in owners[id(layer.weight)] if owner is not layer]
-            kinds = ", ".join(type(other).__name__ for other in others)
+            others = owners[id(layer.weight)]
+            kinds = ", ".join(type(other).__name__ for other in others if other is not layer)
             raise ValueError(
                 f"prune.targets: '{name}' shares its weight with another module ({kinds}); "
                 "leave it out"
@@ -265,29 +278,34 @@ def _refuse_shared(model: nn.Module, layers: Mapping[str, Layer]) -> None:
 
 
 def _width(name: str, layer: Layer) -> int:
-    """Return D, from the layer's settings: a partitioned weight has no shape."""
+    """Return D of a layer."""
+    # It is read off the layer's settings, as a weight that ZeRO-3 has partitioned has no shape.
     if not isinstance(layer, nn.Conv2d):
         return layer.nx if isinstance(layer, Conv1D) else layer.in_features
     if layer.groups > 1:
         raise ValueError(
-            f"prune.method: found 'wanda', '{name}' has {layer.groups} groups; allowed: rows, magnitude"
+            f"prune.method: found 'wanda', '{name}' has {layer.groups} groups; "
+            "allowed: rows, magnitude"
         )
     return layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]
 
 
 def _squares(name: str, layer: Layer, input_: Tensor, chosen: Tensor | None) -> tuple[Tensor, int]:
-    """Return the sum of squares of each input over all positions, [D] in float64, and the number of positions."""
+    """Return each input's sum of squares over positions, [D] in float64, and their number."""
     if not isinstance(layer, nn.Conv2d):
         input_ND = input_.reshape(-1, input_.shape[-1])
-        if chosen is not None and len(input_ND) != len(chosen):  # pooled: one position a row
+        # The input of a layer after pooling has one position a row, and no tokens to choose.
+        if chosen is not None and len(input_ND) != len(chosen):
             if chosen.numel() != len(input_ND):
                 raise ValueError(
-                    f"prune.targets: '{name}' sees {len(input_ND)} positions of {chosen.numel()} tokens"
+                    f"prune.targets: '{name}' sees {len(input_ND)} positions "
+                    f"of {chosen.numel()} tokens"
                 )
             input_ND = input_ND[chosen.reshape(-1).to(input_ND.device)]
         return input_ND.float().square().sum(dim=0, dtype=torch.float64), len(input_ND)
     assert chosen is None, f"{name}: tokens are chosen for linear layers alone"
-    # padding and unfolding only copy, so that the squares may be summed over the images first: one image is unfolded
+    # Padding and unfolding only copy. So the squares are summed over the images first, and only one
+    # image is unfolded.
     square_BCHW = input_.reshape(-1, *input_.shape[-3:]).float().square()
     square_CHW = square_BCHW.sum(dim=0, dtype=torch.float64)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -304,7 +322,7 @@ def _as_rows(weight: Tensor, layer: nn.Module) -> Tensor:
 
 
 def _unpruned(weight_OD: Tensor, method: Method, sparsity: float, norm_D: Tensor | float) -> Tensor:
-    """Return the mask [O, D] of one layer, True where a weight stays."""
+    """Return the mask of one layer, [O, D], True where a weight stays."""
     if method == "rows":
         pruned_1O = _smallest(torch.linalg.vector_norm(weight_OD, dim=1)[None], sparsity)
         return ~pruned_1O.T.expand_as(weight_OD)
@@ -314,11 +332,11 @@ def _unpruned(weight_OD: Tensor, method: Method, sparsity: float, norm_D: Tensor
 
 
 def _smallest(score_RC: Tensor, share: float) -> Tensor:
-    """True at the smallest `share` of each row, rounded; of equal scores, the first."""
+    """Mark the `round(share * C)` smallest scores in each row. Ties go to the lower index."""
     count = round(share * score_RC.shape[1])
     if count == 0:
         return torch.zeros_like(score_RC, dtype=torch.bool)
-    # a threshold: sorting 30 million scores took 3.9 s on two CPU cores, this 0.5 s
+    # Sorting 30 million scores took 3.9 s on two CPU cores, and this threshold 0.5 s.
     threshold_R1 = score_RC.kthvalue(count, dim=1, keepdim=True).values
     below_RC = score_RC < threshold_R1
     equal_RC = score_RC == threshold_R1
@@ -328,4 +346,5 @@ def _smallest(score_RC: Tensor, share: float) -> Tensor:
 
 def _without_rows(pruned_O: Tensor, grad: Tensor) -> Tensor:
     pruned = pruned_O.to(grad.device).view(-1, *[1] * (grad.dim() - 1))
-    return grad.masked_fill(pruned, 0)  # not a product: 0 times an overflowed gradient is not 0
+    # A product would not do: 0 times an overflowed gradient is NaN.
+    return grad.masked_fill(pruned, 0)

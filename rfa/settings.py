@@ -1,4 +1,6 @@
-"""What the method can be told, with its defaults: their only home. The configuration builds its keys on these classes.
+"""The settings of the method, and the only place of their defaults.
+
+The configuration builds its keys on these classes.
 
 Torch is not imported here, for the same reason as in `rfa.forget_losses`.
 """
@@ -26,10 +28,10 @@ class Weights(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """What is aligned, to what, and how.
+    """The features that are aligned, their target, and the distance to it.
 
-    `clusters` is the number of centroids of the target `cluster_mean`, `output` names a row of `FORGET_LOSSES`, and
-    `output_parameters` are that loss's own, by name.
+    `clusters` is the number of centroids of the target `cluster_mean`. `output` names a row of
+    `FORGET_LOSSES`, and `output_parameters` has that loss's parameters by name.
     """
 
     residual: ResidualKind = "local"
@@ -43,22 +45,22 @@ class Objective(NamedTuple):
 
     @property
     def aligns(self) -> bool:
-        """Whether any term looks at features."""
+        """Whether any term reads features."""
         return self.weights.retain > 0 or self.weights.forget > 0
 
     @property
     def needs_logits(self) -> bool:
-        """Whether any term looks at the model's output."""
+        """Whether any term reads the model's output."""
         return self.weights.kl > 0 or self.weights.task > 0 or self.weights.output > 0
 
     @property
     def reads_forget_set(self) -> bool:
-        """Whether any term looks at the forget set's rows."""
+        """Whether any term reads the forget set's rows."""
         return self.weights.forget > 0 or self.weights.output > 0
 
     @property
     def compares_answers(self) -> bool:
-        """Whether the output term looks at what the base model says of the forget set."""
+        """Whether the output term reads the base model's predictions on the forget set."""
         return self.weights.output > 0 and FORGET_LOSSES[self.output].needs_teacher
 
     @property
@@ -69,12 +71,13 @@ class Objective(NamedTuple):
 
 
 class SolveSettings(NamedTuple):
-    """How the closed-form solver works.
+    """Settings of the closed-form solver.
 
     Args:
-        mode: `one_pass` solves all modules from the base model's features, `blockwise` from the lowest block up.
-        utility_weight: weight of the utility set's stillness beside the retain set's.
-        fact_weight: weight of the forget tokens that carry a row's fact; all others weigh 1.
+        mode: `one_pass` solves all modules from the base model's features, `blockwise` from the
+            lowest block up.
+        utility_weight: weight of the residuals on the utility set beside those on the retain set.
+        fact_weight: weight of the forget tokens that carry a row's fact. All others weigh 1.
         ridge: added to the inputs' second moments, in units of their mean diagonal.
         exact_width: modules with more inputs than this are solved in the low-memory form.
         sketch_columns: columns of the low-memory form.

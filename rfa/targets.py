@@ -1,7 +1,8 @@
-"""Where the forget set's features are shifted to: five targets fitted on the retain set's base features.
+"""The targets that the forget set's features are shifted to.
 
-`retain_mean` is the target of Qin et al. 2024 (arXiv 2411.08443) as this project reconstructs it; the other four answer
-its weakness on imbalanced or multi-modal data and are this project's.
+There are five kinds, fitted on the retain set's base features. `retain_mean` is the target of Qin
+et al. 2024 (arXiv 2411.08443) as this project reconstructs it. The other four answer its weakness
+on imbalanced or multi-modal data and are this project's.
 
 Shapes: N tokens, D features, K centres.
 """
@@ -14,22 +15,28 @@ from torch import Tensor
 
 from rfa.settings import TargetKind
 
-# Bounds memory: per aligned module, the retain features that k-means sees.
+# The retain features that k-means sees per aligned module. It bounds memory.
 SAMPLE_TOKENS = 2048
 
 
 @dataclass
 class FeatureSums:
-    """What the targets need of one module's retain features: sums, so that workers can add theirs up."""
+    """Sums over one module's retain features, from which every target is fitted.
+
+    Workers' sums add up. `by_label` has the count and the sum of each label's features. `sample`
+    has some tokens' features of a row, by the row's number, so that their order is the same however
+    rows are split.
+    """
 
     count: int = 0
     sum_D: Tensor | float = 0.0
     square_D: Tensor | float = 0.0
     by_label: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
-    sample: dict[int, Tensor] = field(default_factory=dict)  # row number -> some of its tokens
+    sample: dict[int, Tensor] = field(default_factory=dict)
 
     def add(self, feature_ND: Tensor, row: int, label: int, sample_tokens: int) -> None:
-        """Add one row's features; up to `sample_tokens` of them, evenly spaced, are sampled for k-means."""
+        """Add one row's features, and sample up to `sample_tokens` of them, evenly spaced."""
+        # In float64, as the difference of large sums gives the variance.
         feature_ND = feature_ND.detach().to("cpu", torch.float64)
         tokens = len(feature_ND)
         sums = FeatureSums(tokens, feature_ND.sum(0), feature_ND.square().sum(0))
@@ -53,7 +60,11 @@ class FeatureSums:
 
 @dataclass
 class ModuleTarget:
-    """The target at one aligned module. `energy` is E|h0|^2 over retain tokens, the unit of every distance there."""
+    """The target at one aligned module.
+
+    `energy` is E|h0|^2 over retain tokens, the unit of every distance at the module. `label_K` are
+    the centres' labels (`class_mean`), `spread_D` the standard deviations (`gaussian`).
+    """
 
     energy: float
     centre_KD: Tensor
@@ -65,7 +76,8 @@ def fit_target(kind: TargetKind, sums: FeatureSums, *, clusters: int, seed: int)
     """Fit the target of one module to its retain sums.
 
     Raises:
-        ValueError: `class_mean` and `balanced_mean` without labels, or `class_mean` with fewer than two.
+        ValueError: `class_mean` and `balanced_mean` without labels, or `class_mean` with fewer than
+            two.
     """
     assert isinstance(sums.sum_D, Tensor)
     assert isinstance(sums.square_D, Tensor)
@@ -73,7 +85,8 @@ def fit_target(kind: TargetKind, sums: FeatureSums, *, clusters: int, seed: int)
     energy = float(sums.square_D.sum() / sums.count)
     if kind in ("class_mean", "balanced_mean") and not sums.by_label:
         raise ValueError(
-            f"objective.target: {kind} needs a label column (data.columns.label); the retain rows have none"
+            f"objective.target: {kind} needs a label column (data.columns.label); "
+            "the retain rows have none"
         )
     if kind == "retain_mean":
         return ModuleTarget(energy, mean_D[None].float())
@@ -81,7 +94,8 @@ def fit_target(kind: TargetKind, sums: FeatureSums, *, clusters: int, seed: int)
         variance_D = (sums.square_D / sums.count - mean_D.square()).clamp_min(0)
         return ModuleTarget(energy, mean_D[None].float(), spread_D=variance_D.sqrt().float())
     if kind == "cluster_mean":
-        # A second to import, in every process that knows this module.
+        # Imported here, as it takes a second, which every process that imports this module would
+        # pay.
         from sklearn.cluster import KMeans
 
         sample_ND = torch.cat([sums.sample[row] for row in sorted(sums.sample)]).double().numpy()
@@ -93,7 +107,11 @@ def fit_target(kind: TargetKind, sums: FeatureSums, *, clusters: int, seed: int)
         ).fit(sample_ND)
         return ModuleTarget(energy, torch.from_numpy(fitted.cluster_centers_).float())
     labels = sorted(sums.by_label)
-    means_KD = torch.stack([sums.by_label[label][1] / sums.by_label[label][0] for label in labels])
+    means: list[Tensor] = []
+    for label in labels:
+        count, sum_D = sums.by_label[label]
+        means.append(sum_D / count)
+    means_KD = torch.stack(means)
     if kind == "balanced_mean":
         return ModuleTarget(energy, means_KD.mean(0, keepdim=True).float())
     if len(labels) < 2:
@@ -106,8 +124,8 @@ def fit_target(kind: TargetKind, sums: FeatureSums, *, clusters: int, seed: int)
 class Targets:
     """The targets of all aligned modules.
 
-    `nearest` targets (`class_mean`, `cluster_mean`) look at the sample's base features; where the caller has only the
-    features with lower residuals already in place (`local`), those are what it looks at.
+    Nearest targets (`class_mean`, `cluster_mean`) depend on the sample's base features. With
+    `local` residuals the caller has them only with the lower residuals in place, and passes those.
     """
 
     def __init__(self, kind: TargetKind, modules: dict[str, ModuleTarget], seed: int) -> None:
@@ -121,7 +139,10 @@ class Targets:
         return self.modules[name].energy
 
     def __call__(self, name: str, feature_ND: Tensor, row_N: Tensor, label_N: Tensor) -> Tensor:
-        """Return the targets of N tokens with features `feature_ND`, grouped by `row_N`: [N, D], without gradient."""
+        """Return the targets of N tokens, [N, D], without gradient.
+
+        `row_N` is the number of each token's row and `label_N` that row's label.
+        """
         target = self.modules[name]
         centre_KD = target.centre_KD.to(feature_ND.device, torch.float32)
         feature_ND = feature_ND.detach().float()
@@ -131,6 +152,7 @@ class Targets:
         if self.kind == "class_mean":
             assert target.label_K is not None
             target_ND = target_ND.clone()
+            # A row has one target, the centre nearest to its mean, other than its own class's.
             for row in row_N.unique().tolist():
                 in_row_N = row_N == row
                 distance_K = torch.cdist(feature_ND[in_row_N].mean(0, keepdim=True), centre_KD)[0]
@@ -139,12 +161,13 @@ class Targets:
         if self.kind == "gaussian":
             assert target.spread_D is not None
             noise_ND = torch.zeros_like(feature_ND)
+            # The noise depends on seed, module and row alone, so that the target stays where it is
+            # at every step and on any worker.
             for row in row_N.unique().tolist():
-                noise_ND[row_N == row] = self._noise(name, row, feature_ND[row_N == row])
+                in_row_N = row_N == row
+                generator = torch.Generator()
+                generator.manual_seed(zlib.crc32(f"{self.seed}/{name}/{row}".encode()))
+                row_ND = torch.randn(feature_ND[in_row_N].shape, generator=generator)
+                noise_ND[in_row_N] = row_ND.to(feature_ND.device)
             target_ND = target_ND + target.spread_D.to(feature_ND.device) * noise_ND
         return target_ND
-
-    def _noise(self, name: str, row: int, like_ND: Tensor) -> Tensor:
-        """Standard normal noise that depends on seed, module and row alone: the same at every step, on any worker."""
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}/{row}".encode()))
-        return torch.randn(like_ND.shape, generator=generator).to(like_ND.device)
