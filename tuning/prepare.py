@@ -1,6 +1,8 @@
-"""What a search does once for all trials: tokenise, collect the solver's statistics, score the reference models.
+"""The work that a search does once for all trials.
 
-The driver imports none of what models take: that is in `tuning.workbench`, on the workers.
+It tokenises the sets, collects the solver's statistics and scores the reference models. The driver
+must not import transformers or peft. So `tuning.workbench` is imported inside of tasks, which run
+on the workers.
 """
 
 import json
@@ -20,6 +22,7 @@ from pipelines.encoding.encoder import build_encoder
 from pipelines.evaluation.pool import evaluate, evaluation_work, pieces_of
 from pipelines.preflight import oracle_of
 from pipelines.terminal import Terminal
+from rfa.settings import TokenKind
 from tuning.contracts import Shared
 from tuning.score import References
 from tuning.space import Space
@@ -32,21 +35,23 @@ def share_work(cfg: UnlearnConfig, space: Space, sets: Sets, terminal: Terminal)
     forget_batch_size = cfg.train.forget_batch_size
 
     def rows_of(dataset: Any, batch_size: int) -> Any:
-        # One block: Ray Data puts a plan's batches together, in order.
+        # It is one block, as Ray Data puts a plan's batches together in order.
         return plan_stream(dataset, encoder, batch_size, cfg.seed).rows.to_arrow_refs()[0]
 
     kept = sets.union(("retain", "utility"), present_only=True)
     holdout = None
     if sets.holdout is not None:
         holdout = rows_of(sets.holdout, forget_batch_size)
+    kinds: list[TokenKind] = [cfg.objective.tokens, *space.values("objective.tokens")]
+    scored = pieces_of(cfg, scored_sets(sets))
     shared = Shared(
         cfg=cfg,
         covering=covering_config(cfg, space),
-        token_kinds=tuple(dict.fromkeys([cfg.objective.tokens, *space.values("objective.tokens")])),
+        token_kinds=tuple(dict.fromkeys(kinds)),
         kept_rows=rows_of(kept, cfg.train.retain_batch_size),
         forget_rows=rows_of(sets.forget, forget_batch_size),
         holdout_rows=holdout,
-        scored_rows=list(chain(*pieces_of(cfg, scored_sets(sets)).values())),
+        scored_rows=list(chain(*scored.values())),
     )
     return shared._replace(statistics=_collect_on_workers(shared, terminal))
 
@@ -67,10 +72,10 @@ def _collect_on_workers(shared: Shared, terminal: Terminal) -> Any:
 
     bar = terminal.bar("Collecting statistics", train.max_workers + 1)
     task = ray.remote(collect).options(**_worker_resources(shared.cfg))
-    parts: list[Any] = [
-        task.remote(shared, rank, train.max_workers) for rank in range(train.max_workers)
-    ]
-    # Two returns: the driver awaits the flag, and never fetches the statistics to its own node.
+    world_size = train.max_workers
+    parts: list[Any] = [task.remote(shared, rank, world_size) for rank in range(world_size)]
+    # Of the two results the driver awaits only the flag, so that the statistics, which are large,
+    # are not copied to its own node.
     merged, is_done = ray.remote(num_cpus=0, num_returns=2)(merge).remote(*parts)  # pyright: ignore
     waiting = [*parts, is_done]
     while waiting:
@@ -81,7 +86,7 @@ def _collect_on_workers(shared: Shared, terminal: Terminal) -> Any:
 
 
 def save_adapter(shared: Shared, cfg: UnlearnConfig, folder: Path) -> None:
-    """Find the adapter of one configuration again, in a task, and write it in PEFT's format."""
+    """Compute the adapter of one configuration again, in a task, and write it in PEFT's format."""
 
     def save(shared: Shared) -> None:
         from tuning.workbench import Workbench
@@ -92,6 +97,7 @@ def save_adapter(shared: Shared, cfg: UnlearnConfig, folder: Path) -> None:
 
 
 def _worker_resources(cfg: UnlearnConfig) -> dict[str, float]:
+    """Return the options of a Ray task that does a training worker's work."""
     return {"num_cpus": cfg.train.cpus_per_worker, "num_gpus": cfg.train.gpus_per_worker}
 
 
@@ -102,13 +108,14 @@ def covering_config(cfg: UnlearnConfig, space: Space) -> UnlearnConfig:
         targets += choice
     ranges = [cfg.adapter.layers, *space.values("adapter.layers")]
     layers = None
-    if None not in ranges:  # None: all layers
+    # None stands for all layers.
+    if None not in ranges:
         layers = [min(first for first, _ in ranges), max(last for _, last in ranges)]
     values = {
         "adapter.targets": list(dict.fromkeys(targets)),
         "adapter.layers": layers,
         "adapter.rank": 1,
-        # Statistics for clusters serve all other targets, too.
+        # The statistics that clusters need serve all other targets as well.
         "objective.target": "cluster_mean",
         "objective.residual": "local",
     }
@@ -116,9 +123,10 @@ def covering_config(cfg: UnlearnConfig, space: Space) -> UnlearnConfig:
 
 
 def scored_sets(sets: Sets) -> Sets:
-    """Return the sets that trials are scored on: general knowledge, where there is any, in place of the utility set.
+    """Return the sets that trials are scored on.
 
-    The utility set is trained on, and general knowledge never is.
+    General knowledge, if there is such a set, takes the place of the utility set, because trials
+    are trained on the utility set and never on general knowledge.
     """
     if sets.general is None:
         return sets
@@ -128,14 +136,14 @@ def scored_sets(sets: Sets) -> Sets:
 
 
 def likelihoods_only(cfg: UnlearnConfig) -> UnlearnConfig:
-    """Return the configuration with the evaluation that trials get: no generation, no attacks."""
+    """Return the configuration with the evaluation of a trial: no generation and no attacks."""
     return with_values(cfg, {"evaluation.quick": True, "evaluation.robustness": []})
 
 
 def reference_scores(
     cfg: UnlearnConfig, sets: Sets, folder: Path, terminal: Terminal
 ) -> References:
-    """Score the original model and the oracle; a resumed search reads what the first one wrote."""
+    """Score the original model and the oracle, or read the scores that an earlier search wrote."""
     path = folder / "references.json"
     if not path.exists():
         cfg = likelihoods_only(cfg)

@@ -1,4 +1,4 @@
-"""The record of a search: every trial that has ended, in a file, in MLflow and on the terminal."""
+"""The record of a search: the trials that have ended, in a file, in MLflow and on the terminal."""
 
 import json
 import pickle
@@ -18,10 +18,11 @@ FILE_NAME = "trials.jsonl"
 
 
 class TrialRecord(NamedTuple):
-    """A trial that has ended: `finished`, `stopped` early by the scheduler, or `failed` for a reason.
+    """A trial that has ended: `finished`, `stopped` early by the scheduler, or `failed` for a
+    reason.
 
-    `values` are its changes to the configuration, `seconds` its wall-clock time, and `ended_s` is when it ended, in
-    seconds since the epoch.
+    `values` are its changes to the configuration. `seconds` is its wall-clock time, and `ended_s`
+    the time when it ended, in seconds since the epoch.
     """
 
     number: int
@@ -36,14 +37,14 @@ class TrialRecord(NamedTuple):
 
 
 class TrialLog(tune.Callback):
-    """Appends each trial to `trials.jsonl` as it ends, and reports it to MLflow and the terminal."""
+    """Append each trial to `trials.jsonl` as it ends, and report it to MLflow and the terminal."""
 
     def __init__(self, folder: Path, mirror: Mirror, terminal: Terminal, wanted: int) -> None:
         self.folder = folder
         self.trials = read_trials(folder)
         self._mirror = mirror
         if self.trials:
-            # Without the half line that a killed search may have left.
+            # This drops the half line that a killed search may have left.
             write_text(folder / FILE_NAME, "".join(map(_line, self.trials.values())))
             terminal.say(f"Going on after {len(self.trials)} trials")
         self.left = max(0, wanted - len(self.trials))
@@ -53,10 +54,11 @@ class TrialLog(tune.Callback):
         self._show()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune saves its callbacks for its own way of resuming, which is not used here
+        # Tune saves its callbacks to resume by itself, which is not used here.
+        return {}
 
     def settle(self, study: Any) -> None:
-        """Report recorded results to the Optuna study; enqueue trials again that were running at a kill."""
+        """Report recorded results to the Optuna study, and enqueue interrupted trials again."""
         from optuna.trial import TrialState
 
         for running in study.get_trials(states=(TrialState.RUNNING,)):
@@ -69,7 +71,7 @@ class TrialLog(tune.Callback):
                 study.enqueue_trial(running.params, user_attrs=running.user_attrs)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Note the time (called by Ray Tune)."""
+        """Record the time at which a trial starts (called by Ray Tune)."""
         self._started[trial.trial_id] = time.time()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -83,7 +85,17 @@ class TrialLog(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record a trial that raised an error or whose process died (called by Ray Tune)."""
-        self._add(self._ended(trial, "failed")._replace(reason=_reason(trial)))
+        if trial.pickled_error_file is None:
+            # The process died, and Ray has left text only.
+            text = Path(trial.error_file).read_text(encoding="utf-8")
+            reason = text.strip().splitlines()[-1]
+        else:
+            error = pickle.loads(Path(trial.pickled_error_file).read_bytes())
+            # Ray wraps the error that a trial raises.
+            cause = getattr(error, "cause", None) or error
+            message, _, _ = str(cause).strip().partition("\n")
+            reason = f"{type(cause).__name__}: {message}"
+        self._add(self._ended(trial, "failed")._replace(reason=reason[:300]))
 
     def _ended(self, trial: Any, state: str) -> TrialRecord:
         """Return a trial's record, as yet without scores."""
@@ -101,7 +113,7 @@ class TrialLog(tune.Callback):
 
     def _add(self, record: TrialRecord) -> None:
         self.trials[record.number] = record
-        # The file first: it is what a resumed search believes.
+        # The file comes first, as a resumed search reads it.
         with (self.folder / FILE_NAME).open("a", encoding="utf-8") as stream:
             stream.write(_line(record))
         self._mirror.send_lines(at_once=True)
@@ -109,7 +121,8 @@ class TrialLog(tune.Callback):
 
     def _show(self) -> None:
         notes: list[str] = []
-        best = min(scores_of(self.trials).values(), default=None)  # by distance, the first field
+        # Scores compare by their first field, the distance.
+        best = min(scores_of(self.trials).values(), default=None)
         if best is not None:
             notes.append(f"nearest {best.distance:.3f}, utility {best.utility:.3f}")
         failed = sum(record.state == "failed" for record in self.trials.values())
@@ -129,18 +142,10 @@ def scores_of(trials: Mapping[int, TrialRecord]) -> dict[int, Score]:
 
 def as_configured(trials: Mapping[int, TrialRecord]) -> TrialRecord | None:
     """Return the trial without changes to the configuration, once it has ended."""
-    return next((record for record in trials.values() if not record.values), None)
-
-
-def _reason(trial: Any) -> str:
-    """Return the kind of error and the first line of its message."""
-    path = trial.pickled_error_file
-    if path is None:  # the process died, so there is only text
-        return Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()[-1][:300]
-    error = pickle.loads(Path(path).read_bytes())
-    cause = getattr(error, "cause", None) or error  # Ray wraps what a trial raises
-    message, _, _ = str(cause).strip().partition("\n")
-    return f"{type(cause).__name__}: {message}"[:300]
+    for record in trials.values():
+        if not record.values:
+            return record
+    return None
 
 
 def _line(record: TrialRecord) -> str:
@@ -151,7 +156,7 @@ def _line(record: TrialRecord) -> str:
 
 
 def read_trials(folder: Path) -> dict[int, TrialRecord]:
-    """Read the trials of a search folder by number, without a line that a killed search has torn."""
+    """Read a search folder's trials by number, without a line that a killed search left torn."""
     path = folder / FILE_NAME
     trials: dict[int, TrialRecord] = {}
     if not path.exists():

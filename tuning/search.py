@@ -1,8 +1,9 @@
-"""The search: Ray Tune runs trials that Optuna suggests, on workbenches that share one model and its statistics, or as
-runs of their own.
+"""The search: Ray Tune runs trials that Optuna suggests.
 
-Everything lies in the output folder: Optuna's journal, from which its sampler goes on, and `trials.jsonl`, one line a
-trial that has ended, from which the result is made. The first trial is the configuration as it is.
+Trials run on workbenches that share a model and its statistics, or as separate runs. The output
+folder has Optuna's journal, from which its sampler goes on, and `trials.jsonl`, from which the
+result is made, with one line for each trial that has ended. The first trial is the configuration as
+it is.
 """
 
 import json
@@ -39,12 +40,13 @@ from tuning.trial import TrialBackend, run_per_trial, shared_model
 
 Method = Literal["tpe", "random", "grid"]
 OBJECTIVES = {"distance": "min", "utility": "max"}
-AS_IT_IS = "as_it_is"  # marks the trial of the configuration without changes
+# Marks the trial of the configuration without changes.
+AS_IT_IS = "as_it_is"
 SPACE_FILE, BEST_FILE = "space.yaml", "best.yaml"
 
 
 class SearchOptions(NamedTuple):
-    """What the user asks of a search."""
+    """The options of a search on the command line."""
 
     trials: int
     space: Path | None = None
@@ -62,10 +64,10 @@ class SearchOptions(NamedTuple):
         *,
         resume: bool,
     ) -> "SearchOptions":
-        """From the command line.
+        """Make options of the command line's values.
 
         Raises:
-            ConfigError: a method that there is not.
+            ConfigError: the method does not exist.
         """
         methods: dict[str, Method] = {name: name for name in get_args(Method)}
         if method not in methods:
@@ -74,7 +76,7 @@ class SearchOptions(NamedTuple):
 
 
 class SearchResult(NamedTuple):
-    """The result: trials by number, the pick, and the page."""
+    """Trials by number, the pick's number, its configuration file, and the page."""
 
     trials: dict[int, TrialRecord]
     pick: int
@@ -82,37 +84,37 @@ class SearchResult(NamedTuple):
     page: Path
 
     def summary(self) -> list[tuple[str, str]]:
-        """The pick beside the configuration as it is, for the terminal."""
-        own, first = self.trials[self.pick], as_configured(self.trials)
-        assert own.score is not None
-        rows = [(key, json.dumps(value)) for key, value in own.values.items()]
-        as_it_is = first.score._asdict() if first is not None and first.score is not None else {}
-        for name, value in own.score._asdict().items():
-            before = f"  (as configured: {as_it_is[name]:.3f})" if name in as_it_is else ""
-            rows.append((name, f"{value:.3f}{before}"))
+        """Return the pick's values, and its scores beside those of the configuration as it is."""
+        best, first = self.trials[self.pick], as_configured(self.trials)
+        assert best.score is not None
+        rows = [(key, json.dumps(value)) for key, value in best.values.items()]
+        for name, value in best.score._asdict().items():
+            text = f"{value:.3f}"
+            if first is not None and first.score is not None:
+                text += f"  (as configured: {getattr(first.score, name):.3f})"
+            rows.append((name, text))
         return rows
 
 
 def search(cfg: UnlearnConfig, options: SearchOptions, terminal: Terminal) -> SearchResult:
-    """Search a space of configurations; write the best one, its adapter and a page.
+    """Search a space of configurations, and write the best one, its adapter and a page.
 
     Raises:
-        ConfigError: something the user can mend; nothing has been run.
-        RuntimeError: no trial keeps the constraints; the page is written.
+        ConfigError: the user can mend the cause. Nothing has been run.
+        RuntimeError: no trial meets the constraints. The page is written.
     """
     check_settings(cfg, "tune")
     run = RunFolder(cfg, "tune")
     if run.manifest() and not options.resume:
         raise ConfigError(
-            f"output_dir: {run.path} holds a search, allowed: a new folder, or --resume to go on with it"
+            f"output_dir: {run.path} holds a search, "
+            "allowed: a new folder, or --resume to go on with it"
         )
     with session(cfg.train, run.path / "run.log", terminal):
         space = _space(cfg, options, run)
-        trials = (
-            options.trials
-            if options.method != "grid"
-            else min(options.trials, 1 + len(space.points()))
-        )
+        trials = options.trials
+        if options.method == "grid":
+            trials = min(trials, 1 + len(space.points()))
         sets, _ = preflight(cfg, "tune", terminal, run=run)
         run.begin(sets.inputs())
         (run.path / SPACE_FILE).write_text(
@@ -133,36 +135,36 @@ def search(cfg: UnlearnConfig, options: SearchOptions, terminal: Terminal) -> Se
 
 
 def _fits_a_workbench(cfg: UnlearnConfig, space: Space) -> bool:
-    """Whether trials can share a language model in one process, as it is; else each is a run of its own."""
-    prunes = cfg.prune.method != "none" or any(
-        own.key.startswith("prune.") for own in space.dimensions
-    )
+    """Return whether trials can share a language model in one process."""
+    # A workbench takes an adapter off its model after each trial, but could not undo pruning.
+    keys = [dimension.key for dimension in space.dimensions]
+    prunes = cfg.prune.method != "none" or any(key.startswith("prune.") for key in keys)
+    # Stage 3 is for models that do not fit one process.
     return cfg.task == "causal_lm" and not prunes and stage_of(cfg) < 3
 
 
 def _space(cfg: UnlearnConfig, options: SearchOptions, run: RunFolder) -> Space:
-    """The space of the file, of the search that goes on, or the default one."""
-    before = run.path / SPACE_FILE
-    if options.space is None and not before.exists():
-        depth = _depth(cfg) if cfg.task == "causal_lm" else 0
-        return read_space(default_space(cfg, depth), cfg, "the default space")
-    space = load_space(options.space or before, cfg)
-    if before.exists() and space != load_space(before, cfg):
-        raise ConfigError(
-            f"--space: {options.space} differs from the space of the search in {run.path}, allowed: the same"
-        )
-    return space
+    """Return the space of the user's file, of the resumed search, or the default one."""
 
-
-def _depth(cfg: UnlearnConfig) -> int:
-    """Blocks of the model; asked in a task, since the driver imports none of what that takes."""
-
-    def blocks(model: Any) -> int:
+    def count_blocks(model: Any) -> int:
         from pipelines.model.load import load_model_config
 
         return int(load_model_config(model).get_text_config().num_hidden_layers)
 
-    return result_of(ray.remote(num_cpus=1)(blocks).remote(cfg.model))
+    before = run.path / SPACE_FILE
+    if options.space is None and not before.exists():
+        depth = 0
+        if cfg.task == "causal_lm":
+            # The driver must not import transformers, so a task reads the model's configuration.
+            depth = result_of(ray.remote(num_cpus=1)(count_blocks).remote(cfg.model))
+        return read_space(default_space(cfg, depth), cfg, "the default space")
+    space = load_space(options.space or before, cfg)
+    if before.exists() and space != load_space(before, cfg):
+        raise ConfigError(
+            f"--space: {options.space} differs from the space of the search in {run.path}, "
+            "allowed: the same"
+        )
+    return space
 
 
 def _run_trials(
@@ -172,27 +174,29 @@ def _run_trials(
     options: SearchOptions,
     log: TrialLog,
 ) -> None:
-    by_gradient = cfg.train.steps > 0 or any(
-        dimension.key == "train.steps" for dimension in space.dimensions
-    )
-    asha = ASHAScheduler(
-        metric="distance", mode="min", max_t=RUNGS, grace_period=1, reduction_factor=2
-    )
-    folder = log.folder / "checkpoints"
-    _quiet_tune()
+    """Run the trials that are left, and log each as it ends."""
+    # Only trials with gradient steps are scored on the way, where ASHA can stop them.
+    scheduler = None
+    if backend.has_rungs and (cfg.train.steps > 0 or space.values("train.steps")):
+        scheduler = ASHAScheduler(
+            metric="distance", mode="min", max_t=RUNGS, grace_period=1, reduction_factor=2
+        )
+    # trials.jsonl is the record, so Tune writes no files of its own. Without Tune's signal handler
+    # Ctrl-C is a KeyboardInterrupt, as everywhere else.
+    os.environ.update(TUNE_DISABLE_SIGINT_HANDLER="1", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1")
     tune.Tuner(
         backend.trainable,
         tune_config=tune.TuneConfig(
-            search_alg=_sampled(space, options, cfg.seed, log),
-            scheduler=asha if by_gradient and backend.has_rungs else None,
+            search_alg=_sampler(space, options, cfg.seed, log),
+            scheduler=scheduler,
             num_samples=log.left,
             max_concurrent_trials=backend.concurrent_trials,
             reuse_actors=True,
-            trial_dirname_creator=_folder_name,
+            trial_dirname_creator=lambda trial: f"{trial.config['number']:04d}",
         ),
         run_config=tune.RunConfig(
             name=f"tune-{time.time_ns()}",
-            storage_path=str(folder),
+            storage_path=str(log.folder / "checkpoints"),
             verbose=0,
             callbacks=[log],
             failure_config=tune.FailureConfig(max_failures=0),
@@ -201,55 +205,50 @@ def _run_trials(
     ).fit()
 
 
-def _sampled(space: Space, options: SearchOptions, seed: int, log: TrialLog) -> Any:
-    """Ray Tune's Optuna search, whose study is told what the log knows."""
+def _sampler(space: Space, options: SearchOptions, seed: int, log: TrialLog) -> Any:
+    """Return Ray Tune's Optuna search, with the trials of the log in its study."""
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    seed += len(log.trials)  # a search that goes on must not draw the same values again
-    samplers = {
-        "tpe": lambda: optuna.samplers.TPESampler(
+    # A resumed search must not draw the same values again.
+    seed += len(log.trials)
+    if options.method == "tpe":
+        # `group` serves keys that only some trials have, `constant_liar` trials that run at once.
+        sampler = optuna.samplers.TPESampler(
             seed=seed, multivariate=True, group=True, constant_liar=True
-        ),
-        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
-        "grid": lambda: optuna.samplers.RandomSampler(seed=seed),  # its points are given
-    }
-
-    found = OptunaSearch(
+        )
+    else:
+        # A grid's points are enqueued below, and nothing is drawn.
+        sampler = optuna.samplers.RandomSampler(seed=seed)
+    search_algorithm = OptunaSearch(
+        # Tune pickles its search algorithm, so this must be a function of a module.
         partial(_suggest, space),
         metric=list(OBJECTIVES),
         mode=list(OBJECTIVES.values()),
-        sampler=samplers[options.method](),
+        sampler=sampler,
         storage=JournalStorage(JournalFileBackend(str(log.folder / "optuna.log"))),
         study_name="search",
     )
-    study = found._ot_study
+    # OptunaSearch has no public way to its study.
+    study = search_algorithm._ot_study
     assert study is not None
     if study.trials:
         log.settle(study)
     else:
         study.enqueue_trial({}, user_attrs={AS_IT_IS: True})
-        for point in space.points() if options.method == "grid" else ():
-            study.enqueue_trial(point)
-    return found
+        if options.method == "grid":
+            for point in space.points():
+                study.enqueue_trial(point)
+    return search_algorithm
 
 
 def _suggest(space: Space, trial: Any) -> dict[str, Any]:
     """Return the trial's configuration for Tune: its number, and its values as JSON."""
     values = {} if AS_IT_IS in trial.user_attrs else space.suggest(trial)
     return {"number": trial.number, "values": json.dumps(values)}
-
-
-def _folder_name(trial: Any) -> str:
-    return f"{trial.config['number']:04d}"
-
-
-def _quiet_tune() -> None:
-    """Tune without its own files and signal handler: trials.jsonl is the record, Ctrl-C a KeyboardInterrupt."""
-    os.environ.update(TUNE_DISABLE_SIGINT_HANDLER="1", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1")
 
 
 def _finish(
@@ -260,19 +259,19 @@ def _finish(
     references: References,
     mirror: Mirror,
 ) -> SearchResult:
-    """Pick, write best.yaml and its adapter, draw the page, tell MLflow."""
+    """Pick a trial, write best.yaml, its adapter and the page, and send the result to MLflow."""
     cfg = run.cfg
     forget_resume_points(cfg)
     drop_answers(run.path)
-    scores = scores_of(log.trials)
-    chosen = pick(scores, options.constraints)
+    chosen = pick(scores_of(log.trials), options.constraints)
     page = write_page(run.path, log.trials, chosen, options.constraints, references)
     if chosen is None:
         wanted = ", ".join(map(str, options.constraints))
         raise RuntimeError(f"none of {len(log.trials)} trials keeps {wanted}; the page is {page}")
-    best = with_values(cfg, {**log.trials[chosen].values, "output_dir": f"{run.path}-best"})
+    best_trial = log.trials[chosen]
+    best = with_values(cfg, {**best_trial.values, "output_dir": f"{run.path}-best"})
     (run.path / BEST_FILE).write_text(to_yaml(best), encoding="utf-8")
-    backend.save_adapter(log.trials[chosen], run.path)
+    backend.save_adapter(best_trial, run.path)
     run.update(pick=chosen)
     mirror.send()
     run.update(mlflow=describe(mirror, run, is_complete=False))

@@ -6,7 +6,8 @@
     train.steps: {int: [20, 200]}
     objective.clusters: {choice: [8, 32, 128], when: {objective.target: cluster_mean}}
 
-`when` makes a key part of a trial only where other keys of the space, named before it, have the value given.
+`when` makes a key part of a trial only where other keys of the space, named before it, have the
+value given.
 """
 
 import json
@@ -23,7 +24,7 @@ from pipelines.config.schema import ConfigError, UnlearnConfig
 
 
 class Range(NamedTuple):
-    """What the two ends of a range may be: their types, and the number that the lower end must exceed."""
+    """The allowed types of a range's two ends, and the number that the lower end must exceed."""
 
     types: tuple[type, ...]
     lowest: float
@@ -37,13 +38,11 @@ RANGES = {
 }
 KINDS = ("choice", *RANGES)
 SEARCHED = ("adapter.", "objective.", "solve.", "prune.")
-SEARCHED_KEYS = tuple(
-    f"train.{key}" for key in ("steps", "learning_rate", "warmup_steps", "clip_norm")
-)
+SEARCHED_KEYS = ("train.steps", "train.learning_rate", "train.warmup_steps", "train.clip_norm")
 
 
 class Dimension(NamedTuple):
-    """One key: `values` are the choices, or the lowest and the highest value."""
+    """A key to search over. `values` are the choices, or the lowest and the highest value."""
 
     key: str
     kind: str
@@ -54,9 +53,33 @@ class Dimension(NamedTuple):
         """Return whether the key is part of a trial with these values of the keys before it."""
         return all(key in values and values[key] == value for key, value in self.when)
 
+    def suggest(self, trial: Any) -> Any:
+        """Draw a value from an Optuna trial."""
+        if self.kind == "choice":
+            choices = {to_optuna(value): value for value in self.values}
+            return choices[trial.suggest_categorical(self.key, list(choices))]
+        low, high = self.values
+        if self.kind == "int":
+            return trial.suggest_int(self.key, low, high)
+        return trial.suggest_float(self.key, low, high, log=self.kind == "loguniform")
+
+    def grid(self) -> list[Any]:
+        """Return all values of a choice or an integer.
+
+        Raises:
+            ConfigError: the dimension is continuous.
+        """
+        if self.kind == "choice":
+            return list(self.values)
+        if self.kind == "int":
+            return list(range(self.values[0], self.values[1] + 1))
+        raise ConfigError(
+            f"{self.key}: found {self.kind}, allowed with --method grid: choice or int"
+        )
+
 
 class Space(NamedTuple):
-    """All dimensions, each after those its condition names."""
+    """All dimensions, each after those that its condition names."""
 
     dimensions: tuple[Dimension, ...]
 
@@ -65,7 +88,7 @@ class Space(NamedTuple):
         values: dict[str, Any] = {}
         for dimension in self.dimensions:
             if dimension.applies(values):
-                values[dimension.key] = _suggest(trial, dimension)
+                values[dimension.key] = dimension.suggest(trial)
         return values
 
     def tree(self) -> dict[str, Any]:
@@ -84,19 +107,20 @@ class Space(NamedTuple):
             ConfigError: a dimension is continuous.
         """
         points: dict[str, dict[str, Any]] = {}
-        for axis_values in product(*map(_grid_values, self.dimensions)):
+        axes = [dimension.grid() for dimension in self.dimensions]
+        for axis_values in product(*axes):
             values: dict[str, Any] = {}
             parameters: dict[str, Any] = {}
             for dimension, value in zip(self.dimensions, axis_values, strict=True):
                 if dimension.applies(values):
                     values[dimension.key] = value
                     parameters[dimension.key] = to_optuna(value)
-            # Without keys whose condition does not hold, several combinations are the same point.
+            # Combinations that differ only in keys whose condition does not hold are one point.
             points[json.dumps(values)] = parameters
         return list(points.values())
 
     def values(self, key: str) -> tuple[Any, ...]:
-        """Return a key's choices, or both ends of its range; none where the key is not searched."""
+        """Return a key's choices or both ends of its range, and nothing if it is not searched."""
         for dimension in self.dimensions:
             if dimension.key == key:
                 return dimension.values
@@ -104,30 +128,10 @@ class Space(NamedTuple):
 
 
 def to_optuna(value: Any) -> Any:
-    """Return a choice in a form that Optuna can store: lists become JSON."""
+    """Return a choice in a form that Optuna can store, with a list as JSON."""
     if isinstance(value, list):
         return json.dumps(value)
     return value
-
-
-def _suggest(trial: Any, dimension: Dimension) -> Any:
-    if dimension.kind == "choice":
-        choices = {to_optuna(value): value for value in dimension.values}
-        return choices[trial.suggest_categorical(dimension.key, list(choices))]
-    low, high = dimension.values
-    if dimension.kind == "int":
-        return trial.suggest_int(dimension.key, low, high)
-    return trial.suggest_float(dimension.key, low, high, log=dimension.kind == "loguniform")
-
-
-def _grid_values(dimension: Dimension) -> list[Any]:
-    if dimension.kind == "choice":
-        return list(dimension.values)
-    if dimension.kind == "int":
-        return list(range(dimension.values[0], dimension.values[1] + 1))
-    raise ConfigError(
-        f"{dimension.key}: found {dimension.kind}, allowed with --method grid: choice or int"
-    )
 
 
 def load_space(path: Path, cfg: UnlearnConfig) -> Space:
@@ -148,7 +152,7 @@ def load_space(path: Path, cfg: UnlearnConfig) -> Space:
 
 
 def read_space(tree: Any, cfg: UnlearnConfig, source: str) -> Space:
-    """Check a space's YAML tree, as `load_space` does; errors name `source`."""
+    """Check a space's YAML tree, as `load_space` does. Errors name `source`."""
     if not isinstance(tree, dict) or not tree:
         raise ConfigError(
             f"{source}: found {type(tree).__name__}, allowed: configuration keys with distributions"
@@ -156,6 +160,7 @@ def read_space(tree: Any, cfg: UnlearnConfig, source: str) -> Space:
     dimensions: dict[str, Dimension] = {}
     for key, entry in tree.items():
         dimensions[str(key)] = _dimension(str(key), entry, list(dimensions), source)
+    # Every value is tried in the configuration, so that no trial fails for a value.
     for dimension in dimensions.values():
         for value in dimension.values:
             try:
@@ -166,53 +171,64 @@ def read_space(tree: Any, cfg: UnlearnConfig, source: str) -> Space:
 
 
 def _dimension(key: str, entry: Any, before: list[str], source: str) -> Dimension:
+    """Check one key's entry. `before` are the keys that a condition may name."""
     if not any(key == known for known, _, _ in describe()):
         raise ConfigError(
             f"{source}: {key}: unknown key, allowed: keys that `ray-unlearn run --help` lists"
         )
     if not key.startswith(SEARCHED) and key not in SEARCHED_KEYS:
-        allowed = ", ".join([*(prefix + "*" for prefix in SEARCHED), *SEARCHED_KEYS])
+        patterns = [f"{prefix}*" for prefix in SEARCHED]
+        allowed = ", ".join([*patterns, *SEARCHED_KEYS])
         raise ConfigError(f"{source}: {key}: not a key to search over, allowed: {allowed}")
     kinds = [kind for kind in KINDS if isinstance(entry, dict) and kind in entry]
     if len(kinds) != 1 or set(entry) - {kinds[0], "when"} or not isinstance(entry[kinds[0]], list):
         raise ConfigError(
-            f"{source}: {key}: found {json.dumps(entry)[:80]}, allowed: one of {', '.join(KINDS)} with a list, and when"
+            f"{source}: {key}: found {json.dumps(entry)[:80]}, "
+            f"allowed: one of {', '.join(KINDS)} with a list, and when"
         )
     kind, values = kinds[0], entry[kinds[0]]
     _check_values(key, kind, values, source)
     when = entry.get("when", {})
     if not isinstance(when, dict) or set(when) - set(before):
         raise ConfigError(
-            f"{source}: {key}.when: found {json.dumps(when)[:80]}, allowed: keys named before it: {', '.join(before)}"
+            f"{source}: {key}.when: found {json.dumps(when)[:80]}, "
+            f"allowed: keys named before it: {', '.join(before)}"
         )
     return Dimension(key, kind, tuple(values), tuple(when.items()))
 
 
 def _check_values(key: str, kind: str, values: list[Any], source: str) -> None:
+    """Raise ConfigError unless the values are choices, or the two ends of a range."""
     if kind == "choice":
         if not values:
             raise ConfigError(f"{source}: {key}: found no choice, allowed: at least one")
         return
+    # The exact type, as a bool is an int for `isinstance`.
     numbers = [value for value in values if type(value) in RANGES[kind].types]
     is_range = len(values) == len(numbers) == 2 and all(map(math.isfinite, numbers))
     if not is_range or not RANGES[kind].lowest < numbers[0] < numbers[1]:
         raise ConfigError(
-            f"{source}: {key}: found {json.dumps(values)[:80]}, allowed: {RANGES[kind].words}, the smaller first"
+            f"{source}: {key}: found {json.dumps(values)[:80]}, "
+            f"allowed: {RANGES[kind].words}, the smaller first"
         )
 
 
 def default_space(cfg: UnlearnConfig, depth: int) -> dict[str, Any]:
-    """Return a sensible space as a YAML tree: the keys of the solver, of gradient steps and of pruning that `cfg` uses.
+    """Return a space for a configuration as a YAML tree.
+
+    It has the keys of the solver, of gradient steps and of pruning, if the configuration uses them.
 
     Args:
-        depth: blocks of a language model.
+        depth: number of blocks of a language model.
     """
     reads_text = cfg.task == "causal_lm"
     solves = cfg.solve.mode != "off"
     choices: dict[str, list[Any]] = {"adapter.rank": [8, 16, 32, 64]}
-    if reads_text:  # a classifier's head, outside the blocks, may be adapted, too
+    # A range of blocks would leave out a classifier's head, which may be adapted.
+    if reads_text:
         last = depth - 1
-        # The lowest blocks matter: without them nothing was forgotten at a price worth it (docs/one_pass.md).
+        # Each range has low blocks: without them forgetting cost too much utility
+        # (docs/one_pass.md).
         choices["adapter.layers"] = _distinct([0, last], [0, 3 * last // 4], [depth // 8, last])
         choices["objective.tokens"] = ["answer", "all"]
     if solves or cfg.objective.weights.forget > 0:
@@ -227,10 +243,12 @@ def default_space(cfg: UnlearnConfig, depth: int) -> dict[str, Any]:
     if cfg.prune.method != "none":
         methods = ["rows", "magnitude", "wanda"]
         if cfg.train.deepspeed.stage == 3:
-            methods.remove("wanda")  # it has to see unpartitioned weights
+            # It reads unpartitioned weights.
+            methods.remove("wanda")
         tree["prune.method"] = {"choice": methods}
         tree["prune.sparsity"] = {"uniform": [0.1, 0.7]}
-    # Where a holdout set finds each trial's strength, no draw does better: the right one depends on all other keys.
+    # The best strength depends on all other keys. So where `auto` finds it for each trial, with the
+    # holdout set, no draw does better.
     strength = cfg.solve.strength
     if solves and strength != "auto":
         tree["solve.strength"] = {"loguniform": [strength / 8, strength * 8]}
@@ -242,13 +260,15 @@ def default_space(cfg: UnlearnConfig, depth: int) -> dict[str, Any]:
 
 
 def _of_gradient_steps(cfg: UnlearnConfig) -> dict[str, Any]:
+    """Return the part of the default space that is on gradient steps."""
     tree: dict[str, Any] = {}
     targets = cfg.adapter.targets
     if len(targets) > 1:
-        tree["adapter.targets"] = {"choice": [list(targets), *([target] for target in targets)]}
+        single = [[target] for target in targets]
+        tree["adapter.targets"] = {"choice": [list(targets), *single]}
     tree["adapter.alpha"] = {"choice": [8, 16, 32, 64]}
     tree["train.learning_rate"] = {"loguniform": [1e-4, 3e-2]}
-    # Pruned models keep to the terms they have: the paper's has one.
+    # With pruning only the terms of the configuration are weighed, in PruneLoRA a single one.
     prunes = cfg.prune.method != "none"
     weights = [name for name, value in cfg.objective.weights if value > 0 or not prunes]
     if len(weights) > 1:

@@ -1,7 +1,8 @@
-"""The two kinds of trial that Ray Tune runs: on a model that trials share, or each as a run of its own.
+"""The two kinds of trial that Ray Tune runs: on a model that trials share, or as separate runs.
 
-A workbench holds the whole model in one process and shares what it can between trials. Pruning, classifiers and a model
-that takes several workers do not fit one; there a trial does what `ray-unlearn run` does, on workers of its own.
+A workbench holds an unpartitioned model in one process and shares its statistics between trials.
+Pruning, classifiers and a model that takes several workers do not fit one. Their trials do the same
+as `ray-unlearn run`, each on workers of its own.
 """
 
 import functools
@@ -32,7 +33,8 @@ from tuning.score import References, score_trial
 if TYPE_CHECKING:
     from tuning.workbench import Workbench
 
-KEPT_FILES = ("adapter", "masks.safetensors")  # of a trial's own run
+# The files of a trial's run that stay after it.
+KEPT_FILES = ("adapter", "masks.safetensors")
 
 
 class SharedModelTrial(tune.Trainable):
@@ -56,13 +58,13 @@ class SharedModelTrial(tune.Trainable):
 
     @functools.cached_property
     def _workbench(self) -> "Workbench":
-        # Imported and loaded with the first step: an error of either is then the trial's reason to fail.
+        # Made with the first step, where Tune reports an error as the trial's reason to fail.
         from tuning.workbench import Workbench
 
         return Workbench(self._shared)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next trial."""
+        """Take the next trial, and return True, which allows Tune to use the process again."""
         self.config = new_config
         self._rungs: Generator[tuple[Measured, bool]] | None = None
         return True
@@ -79,14 +81,14 @@ class SharedModelTrial(tune.Trainable):
         return report
 
     def cleanup(self) -> None:
-        """Take the trial's adapter off the model, also where the scheduler stops it on the way."""
+        """Take the trial's adapter off the model, also when the scheduler stops it on the way."""
         if self._rungs is not None:
             self._rungs.close()
             self._rungs = None
 
 
 class RunTrial(tune.Trainable):
-    """A trial that is a run of its own, scored at its end."""
+    """A trial that is a separate run, scored at its end."""
 
     def setup(
         self,
@@ -102,18 +104,19 @@ class RunTrial(tune.Trainable):
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next trial."""
+        """Take the next trial, and return True, which allows Tune to use the process again."""
         self.config = new_config
         return True
 
     def step(self) -> dict[str, Any]:
-        """Do the whole run, and report its scores."""
+        """Do the run, and report its scores."""
         values = json.loads(self.config["values"])
         measured = self._run_trial(self.config["number"], values)
         return _report(measured, self._references, is_last=True)
 
 
 def _report(measured: Measured, references: References, *, is_last: bool) -> dict[str, Any]:
+    """Return the result of a step for Tune. `done` ends the trial."""
     score = score_trial(
         measured.scores, references["before"], references.get("oracle"), measured.cost_s
     )
@@ -127,9 +130,10 @@ def _report(measured: Measured, references: References, *, is_last: bool) -> dic
 
 
 class TrialBackend(NamedTuple):
-    """How trials are done: a Trainable with its arguments and resources, and a function that writes the pick's adapter.
+    """One way to do trials.
 
-    `has_rungs`: gradient trials are scored on the way.
+    `trainable` is a Trainable with its arguments and resources. `save_adapter` writes the adapter
+    of the pick into a folder. `has_rungs` says whether gradient trials are scored on the way.
     """
 
     trainable: Any
@@ -144,7 +148,8 @@ def shared_model(shared: Shared, references: References) -> TrialBackend:
 
     def save(trial: TrialRecord, folder: Path) -> None:
         values = dict(trial.values)
-        if trial.strengths:  # the pick's strength is known, so it is not searched for again
+        # The strength that the trial chose is not searched for again.
+        if trial.strengths:
             values["solve.strength"] = trial.strengths[-1]["strength"]
         save_adapter(shared, with_values(shared.cfg, values), folder / "adapter")
 
@@ -154,38 +159,43 @@ def shared_model(shared: Shared, references: References) -> TrialBackend:
 
 
 def run_per_trial(cfg: UnlearnConfig, sets: Sets, references: References) -> TrialBackend:
-    """Run each trial as a run of its own, as many at once as the cluster holds groups of workers.
+    """Run each trial separately, as many at once as the cluster holds groups of workers.
 
-    The trials' adapters stay in numbered folders below the search's.
+    The trials' adapters stay in numbered folders below the search's folder.
     """
     cfg = likelihoods_only(cfg)
     node = this_node()
+    # A trial that was running when a search was killed has left its files.
     for folder in Path(cfg.output_dir).glob("trials/*"):
-        _clear(folder)  # of a trial that was running when the search was killed
+        _clear(folder)
 
     def folder_of(number: int) -> Path:
         return Path(cfg.output_dir) / "trials" / f"{number:04d}"
 
     def run_trial(number: int, values: dict[str, Any]) -> Measured:
         trial_cfg = with_values(cfg, {**values, "output_dir": str(folder_of(number))})
-        # Ray confines what Tune's actor starts to that actor's resources, unless it is told where to run.
+        # Ray confines the tasks of Tune's actor to the actor's resources, unless a task names its
+        # node.
         task = ray.remote(num_cpus=0, max_retries=0)(_run).options(scheduling_strategy=node)
         return result_of(task.remote(trial_cfg, sets))
 
     def save(trial: TrialRecord, folder: Path) -> None:
-        for name in KEPT_FILES:  # of an earlier pick
+        # An earlier pick may have left files that this one does not have.
+        for name in KEPT_FILES:
             _remove(folder / name)
         shutil.copytree(folder_of(trial.number), folder, dirs_exist_ok=True)
 
     trainable = tune.with_parameters(RunTrial, run_trial=run_trial, references=references)
-    # The actor only waits, and the workers need all CPUs. Tune refuses an empty request, so it asks for one byte.
+    # The actor only waits, and the workers need all CPUs. Tune refuses an empty request, so it asks
+    # for one byte of memory.
     with_resources = tune.with_resources(trainable, {"CPU": 0, "memory": 1})
     return TrialBackend(with_resources, save, groups_at_once(cfg.train), has_rungs=False)
 
 
 def _run(cfg: UnlearnConfig, sets: Sets) -> Measured:
-    """Unlearn as `ray-unlearn run` does, score the merged model, and leave only the adapter and the masks."""
-    from pipelines.model.load import check_models  # transformers: not on the driver
+    """Unlearn as `ray-unlearn run` does and score the model. Leave only its adapter and masks."""
+    # It imports transformers, which the driver must not.
+    from pipelines.model.load import check_models
 
     check_models(cfg, {})
     check_partitioning(cfg, "run")
@@ -212,6 +222,7 @@ def _clear(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
+    """Delete a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

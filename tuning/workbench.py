@@ -1,9 +1,10 @@
-"""One process's workbench: the model, the data and the solver's statistics, shared by all trials that run on it.
+"""A process's workbench: the model, the data and the solver's statistics that its trials share.
 
-A process loads the model once. A trial puts its own adapter on it, finds it (in closed form, by gradient, or both),
-is scored by likelihoods alone, and takes the adapter off again. What trials have in common is computed once: the kept
-sets' statistics (a share by each of the search's workers, then summed), their factors as long as the solver's weights
-stay the same, and targets as long as their settings do.
+A process loads the model once. A trial puts its own adapter on it, computes it (in closed form, by
+gradient, or both), is scored by likelihoods alone, and takes the adapter off again. The statistics
+of the retain and utility sets are collected once, a share by each of the search's workers, and then
+summed. They are factored once for each pair of the solver's weights, and each target is fitted once
+for its settings.
 """
 
 import functools
@@ -39,8 +40,9 @@ from rfa.solver import RETAINED_SETS, OnePassSolver, inverse_of
 from rfa.targets import FeatureSums, ModuleTarget, Targets, fit_target
 from tuning.contracts import RUNGS, Measured, Shared
 
-# Strengths that a trial tries where a similar one says where to begin: telling trials apart needs no more.
 TRIAL = ScoredModel("trial")
+# Number of strengths that a trial tries when it begins at that of a similar trial. It is enough to
+# tell trials apart.
 TRIALS_NEAR_BY = 2
 
 ModuleSums = dict[str, FeatureSums]
@@ -48,13 +50,17 @@ ModuleSums = dict[str, FeatureSums]
 
 @dataclass
 class Statistics:
-    """The kept sets' statistics: input moments by set and module, and by kind of tokens the targets' feature sums."""
+    """Statistics of the retain and utility sets.
+
+    `moments` are the inputs' moments by set and module. `features` are the feature sums that
+    targets are fitted to, by kind of tokens and module.
+    """
 
     moments: dict[str, dict[str, InputMoments]]
     features: dict[str, ModuleSums]
 
     def merge(self, other: "Statistics") -> None:
-        """Add another worker's."""
+        """Add another worker's statistics."""
         for set_name, modules in other.moments.items():
             for module, moments in modules.items():
                 self.moments[set_name][module].merge(moments)
@@ -76,13 +82,18 @@ class Workbench:
         self._scorer = TextScorer(cfg, {})
         self._scorer.hold(TRIAL, self.base)
         self._encoder = build_encoder(cfg)
-        self._strengths: list[tuple[UnlearnConfig, float]] = []  # that trials have found here
-        # Each module's factor takes as much memory as its moments, so those of one pair of weights are kept.
+        # Configurations of this process's trials with the strengths that they found.
+        self._strengths: list[tuple[UnlearnConfig, float]] = []
+        # A module's factor takes as much memory as its moments, so only the factors of one pair of
+        # weights are cached.
         self._factors = functools.lru_cache(maxsize=1)(self._factors_at)
         self._target = functools.cache(self._fit_target)
 
     def collect(self, rank: int, world_size: int) -> Statistics:
-        """Collect statistics of every `world_size`-th batch of kept rows, for every module that a trial may adapt."""
+        """Collect statistics of every `world_size`-th batch of retain and utility rows.
+
+        They cover every module that a trial may adapt.
+        """
         cfg = self.shared.covering
         first_kind, *other_kinds = self.shared.token_kinds
         batches = self._rows(self.shared.kept_rows)
@@ -90,7 +101,7 @@ class Workbench:
             one_pass = OnePassSolver(alignment, cfg.solve.settings())
             features = {first_kind: one_pass.features}
             for kind in other_kinds:
-                features[kind] = _no_sums(list(one_pass.layers))
+                features[kind] = {module: FeatureSums() for module in one_pass.layers}
             for index in range(rank, len(batches), world_size):
                 batch = self._batch(batches[index], [])
                 sample_tokens = sampled_tokens(cfg, index, len(batches))
@@ -102,17 +113,19 @@ class Workbench:
             return Statistics(one_pass.sums, features)
 
     def save_adapter(self, cfg: UnlearnConfig, folder: Path) -> None:
-        """Find the adapter of one configuration and write it in PEFT's format."""
+        """Compute the adapter of one configuration and write it in PEFT's format."""
         with self.adapted(cfg) as alignment:
             for _ in self.work(cfg, alignment):
                 pass
             alignment.model.save_pretrained(str(folder))
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        # PEFT writes an empty model card.
+        (folder / "README.md").unlink(missing_ok=True)
 
     def trial(self, cfg: UnlearnConfig) -> Generator[tuple[Measured, bool]]:
-        """Find a configuration's adapter and score it: once, or with gradient steps `RUNGS` times on the way.
+        """Compute a configuration's adapter and score it.
 
-        Yields what was measured, and whether it was the last time.
+        It is scored once, or with gradient steps `RUNGS` times on the way. Yields the measurements,
+        and whether they are the last.
         """
         rungs = RUNGS if cfg.train.steps else 1
         with self.adapted(cfg) as alignment:
@@ -125,7 +138,7 @@ class Workbench:
 
     @contextmanager
     def adapted(self, cfg: UnlearnConfig) -> Iterator[ResidualAlignment]:
-        """Put a configuration's adapter on the model, and take it off in the end."""
+        """Put a configuration's adapter on the model within the scope."""
         torch.manual_seed(cfg.seed)
         alignment = build_alignment(cfg, self.base)
         try:
@@ -137,10 +150,11 @@ class Workbench:
     def work(
         self, cfg: UnlearnConfig, alignment: ResidualAlignment
     ) -> Iterator[list[dict[str, float]]]:
-        """Solve, then train; yield the strengths tried whenever the adapter is worth scoring."""
+        """Solve, then train. Yield the strengths tried whenever the adapter is to be scored."""
         if alignment.objective.residual == "local":
             alignment.targets = self._targets(cfg, alignment)
-        else:  # whole blocks are aligned, for which nothing has been collected
+        else:
+            # The collected statistics are those of modules, and here blocks are aligned.
             alignment.fit(self._block_features(cfg, alignment))
         strengths: list[dict[str, float]] = []
         if cfg.solve.mode != "off":
@@ -152,32 +166,31 @@ class Workbench:
             yield strengths
 
     def _solve(self, cfg: UnlearnConfig, alignment: ResidualAlignment) -> list[dict[str, float]]:
+        """Solve the adapter in closed form, and return the strengths tried with their scores."""
         factor = self._factors(cfg.solve.utility_weight, cfg.solve.ridge)
         solver = WorkerSolver(cfg.solve, alignment, None, lambda *_: None)
         solver.one_pass.adopt({name: factor(name) for name, _ in lora_layers(alignment.model)})
-        # All rows in one batch, so that one forward solves every module on the way.
+        # All rows are one batch, so that one forward solves every module on the way.
         forget = itertools.chain.from_iterable(self._rows(self.shared.forget_rows))
         holdout = itertools.chain.from_iterable(self._rows(self.shared.holdout_rows))
         first, most = FIRST_STRENGTH, TRIALS
-        if self._strengths:
-            first, most = self._first_strength(cfg), TRIALS_NEAR_BY
+        fewest = None
+        # Begin at the strength of the most similar trial, of equally similar ones the last.
+        for other, strength in reversed(self._strengths):
+            differences = len(changed_keys(other.model_dump(), cfg.model_dump()))
+            if fewest is None or differences < fewest:
+                fewest = differences
+                first, most = strength, TRIALS_NEAR_BY
         trials = solver.solve(
             [self._batch([], list(forget))], [self._batch([], list(holdout))], first, most
         )
-        if trials:  # none where the configuration gives the strength
+        # There are none if the configuration gives the strength.
+        if trials:
             self._strengths.append((cfg, trials[-1].strength))
         return [trial._asdict() for trial in trials]
 
-    def _first_strength(self, cfg: UnlearnConfig) -> float:
-        """Return the strength that the most similar trial here has found, the last one's of equally similar trials."""
-
-        def differences(known: tuple[UnlearnConfig, float]) -> int:
-            return len(changed_keys(known[0].model_dump(), cfg.model_dump()))
-
-        return min(reversed(self._strengths), key=differences)[1]
-
     def _train(self, cfg: UnlearnConfig, alignment: ResidualAlignment) -> Iterator[None]:
-        """Take a run's gradient steps in this process; pause after each of `RUNGS` equal parts."""
+        """Take a run's gradient steps in this process. Yield after each of `RUNGS` equal parts."""
         train = cfg.train
         parameters = [value for value in alignment.model.parameters() if value.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
@@ -188,13 +201,14 @@ class Workbench:
             alignment(self._batch(next(kept), next(forget))).total.backward()
             if train.clip_norm:
                 torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm)
+            rate = learning_rate_at(
+                step,
+                steps=train.steps,
+                peak=train.learning_rate,
+                warmup_steps=train.warmup_steps,
+            )
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(
-                    step,
-                    steps=train.steps,
-                    peak=train.learning_rate,
-                    warmup_steps=train.warmup_steps,
-                )
+                group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if step + 1 in pauses:
@@ -213,7 +227,7 @@ class Workbench:
         return factor
 
     def _targets(self, cfg: UnlearnConfig, alignment: ResidualAlignment) -> Targets:
-        """Return the targets at a trial's modules; each is fitted once for its settings."""
+        """Return the targets at a trial's modules, each fitted once for its settings."""
         settings = cfg.objective
         module_targets: dict[str, ModuleTarget] = {}
         for name in alignment.hooks.names:
@@ -225,11 +239,13 @@ class Workbench:
     def _fit_target(
         self, module: str, target: TargetKind, clusters: int, tokens: TokenKind
     ) -> ModuleTarget:
+        """Fit one module's target. The arguments are those that it depends on, as it is cached."""
         sums = self._statistics.features[tokens][module]
         return fit_target(target, sums, clusters=clusters, seed=self.shared.cfg.seed)
 
     def _block_features(self, cfg: UnlearnConfig, alignment: ResidualAlignment) -> ModuleSums:
-        total = _no_sums(alignment.hooks.names)
+        """Sum the features of the aligned blocks over the retain and utility sets."""
+        total = {block: FeatureSums() for block in alignment.hooks.names}
         batches = self._rows(self.shared.kept_rows)
         for index, rows in enumerate(batches):
             sample_tokens = sampled_tokens(cfg, index, len(batches))
@@ -238,6 +254,7 @@ class Workbench:
         return total
 
     def _scores(self) -> dict[str, float | None]:
+        """Score the model with its current adapter."""
         samples: Samples = {}
         for table in self.shared.scored_rows:
             samples |= self._scorer.score(TRIAL, ray.get(table))
@@ -245,10 +262,11 @@ class Workbench:
 
     @functools.cached_property
     def _statistics(self) -> Statistics:
+        # Fetched at first use, as the workbench that collects them is made without any.
         return ray.get(self.shared.statistics)
 
     def _rows(self, table: Any) -> list[list[Any]]:
-        """Return a table's rows for the model, batch by batch; none where there is no table."""
+        """Return a table's rows for the model, batch by batch, and none if there is no table."""
         if table is None:
             return []
         batches: dict[int, list[Any]] = {}
@@ -257,14 +275,11 @@ class Workbench:
             batches.setdefault(record["batch"], []).append(record)
         return [self._encoder.rows(records) for records in batches.values()]
 
-    def _batch(self, kept: list[Any], forget: list[Any]) -> UnlearnBatch:
-        return collate(kept, forget, self._encoder.pad_token_id).to(self.device)
-
-
-def _no_sums(modules: list[str]) -> ModuleSums:
-    return {module: FeatureSums() for module in modules}
+    def _batch(self, retained: list[Any], forget: list[Any]) -> UnlearnBatch:
+        return collate(retained, forget, self._encoder.pad_token_id).to(self.device)
 
 
 def _add(total: ModuleSums, sums: ModuleSums) -> None:
+    """Add sums to a total, module by module."""
     for module, module_sums in sums.items():
         total[module].merge(module_sums)
