@@ -1,9 +1,15 @@
-"""The flow: one screen from the data to the report. `unlearn` reads from top to bottom; the rest is its vocabulary."""
+"""The flow of `run`, `finetune` and `evaluate`.
+
+`unlearn` reads from top to bottom, from the configuration to the report. The functions below it
+are its steps.
+"""
 
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from ray.train import Result
 
 from pipelines.cluster.session import session
 from pipelines.cluster.tasks import on_every_node, on_this_node, result_of
@@ -34,26 +40,30 @@ Scores = dict[str, dict[str, float | None]]
 
 
 def unlearn(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
-    """Remove the forget set's influence from a model, write the result and its proof.
+    """Remove the forget set's influence from a model, score the result and write the report.
 
-    Utility rows without an answer get the model's own first. A run that was interrupted goes on where it was; one that
-    is complete is left as it is.
+    Utility rows without an answer get the model's own first. An interrupted run continues where it
+    stopped. A complete one is returned as it is.
 
     Raises:
-        ConfigError: something the user can mend; nothing has been trained or overwritten.
+        ConfigError: the user can fix it. Nothing has been trained or overwritten.
     """
     check_settings(cfg, "run")
     run = RunFolder(cfg, "run")
     if run.is_complete:
+        # MLflow may have been down when the run ended.
         if lacks_records(run):
             send_records(run, terminal)
         return run
     with run.output.working_copy(), session(cfg.train, run.path / "run.log", terminal, preload):
         sets, _ = preflight(cfg, "run", terminal, run=run)
+        # From here on the folder is bound to these inputs: a restart with others is refused.
         run.begin(sets.inputs())
         sets = with_own_answers(cfg, sets, run.path, terminal)
         with mirrored_to_mlflow(run, terminal) as mirror:
+            # A restart after training finds its cost, and the model in the folder.
             cost = run.manifest().get("cost") or train(run, sets, mirror, terminal)
+            # Scoring workers may run on nodes that cannot see the folder.
             with on_every_node(run.output, "model"):
                 scores, evaluate_s = score(cfg, result_models(run), sets, terminal)
             cost = {**cost, "evaluate_s": evaluate_s}
@@ -63,10 +73,10 @@ def unlearn(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
 
 
 def finetune(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
-    """Train all of the model's parameters on `finetune.sets`: the target model, or the retrain oracle.
+    """Train all parameters on `finetune.sets`, to make a target model or the retrain oracle.
 
     Raises:
-        ConfigError: as `unlearn`, for a set that `data` does not give, and for rows without an answer.
+        ConfigError: as `unlearn`, or a set that `data` does not give, or rows without an answer.
     """
     check_settings(cfg, "finetune")
     run = RunFolder(cfg, "finetune")
@@ -78,6 +88,7 @@ def finetune(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
         run.begin(sets.inputs())
         streams = {"retain": (rows, cfg.finetune.batch_size)}
         if cfg.finetune.salient is not None:
+            # SalUn ranks weights by the forget set's gradient, before it trains.
             streams["forget"] = (sets.forget, cfg.finetune.batch_size)
         trainer = Trainer(cfg, "finetune", streams)
         steps = cfg.finetune.epochs * trainer.batches["retain"]
@@ -90,17 +101,18 @@ def finetune(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
                 listener=losses.on_message,
             )
         cost = cost_of(result, time.monotonic() - started)
-        run.update(cost={**cost, **export(run, checkpoint_of(result), full=True)})
+        run.update(cost={**cost, **export(run, result, full=True)})
         run.seal()
         run.output.upload()
+        # Last: until the results are sealed and uploaded, a restart needs the resume point.
         forget_resume_points(cfg)
     return run
 
 
 def evaluate_model(cfg: UnlearnConfig, model: ModelConfig, terminal: Terminal) -> Scores:
-    """Score any model folder on the sets, beside the oracle when one is configured.
+    """Score any model folder on the sets, and the oracle where one is configured.
 
-    Utility rows without an answer are left out: there is nothing to score.
+    Utility rows without an answer are left out, since there is nothing to score.
     """
     models = {"model": model, **oracle_of(cfg, "oracle")}
     with (
@@ -112,15 +124,15 @@ def evaluate_model(cfg: UnlearnConfig, model: ModelConfig, terminal: Terminal) -
 
 
 def train(run: RunFolder, sets: Sets, mirror: Mirror | None, terminal: Terminal) -> dict[str, Any]:
-    """Train the adapter, write it and the merged model; returns what it cost."""
+    """Solve or train the adapter, write it and the merged model, and return the run's cost."""
     cfg = run.cfg
-    keep = sets.union(("retain", "utility"), present_only=True)
+    retain = sets.union(("retain", "utility"), present_only=True)
     streams = {
-        "retain": (keep, cfg.train.retain_batch_size),
+        "retain": (retain, cfg.train.retain_batch_size),
         "forget": (sets.forget, cfg.train.forget_batch_size),
     }
     if cfg.solve.mode != "off" and cfg.solve.strength == "auto":
-        assert sets.holdout is not None
+        assert sets.holdout is not None  # `check_strength` has required it
         streams["holdout"] = (sets.holdout, cfg.train.forget_batch_size)
     trainer = Trainer(cfg, "unlearn", streams)
     started = time.monotonic()
@@ -132,8 +144,9 @@ def train(run: RunFolder, sets: Sets, mirror: Mirror | None, terminal: Terminal)
             listener=losses.on_message,
         )
     cost = cost_of(result, time.monotonic() - started)
-    cost |= export(run, checkpoint_of(result))
-    run.update(cost=cost, strengths=trials_of(result))
+    cost |= export(run, result)
+    run.update(cost=cost, strengths=_metrics(result)["trials"])
+    # Evaluation can take as long as training, and the model must survive a node lost in it.
     run.output.upload()
     forget_resume_points(cfg)
     return cost
@@ -142,7 +155,7 @@ def train(run: RunFolder, sets: Sets, mirror: Mirror | None, terminal: Terminal)
 def score(
     cfg: UnlearnConfig, models: dict[str, ModelConfig], sets: Sets, terminal: Terminal
 ) -> tuple[Scores, float]:
-    """Scores of each model, and the seconds they took."""
+    """Score each model on the sets. Returns the scores by model, and the seconds they took."""
     started = time.monotonic()
     bar = terminal.bar("Evaluating " + ", ".join(models), evaluation_work(cfg, models, sets))
     scores = evaluate(cfg, models, sets, bar.advance)
@@ -150,7 +163,11 @@ def score(
 
 
 def record(run: RunFolder, mirror: Mirror) -> None:
-    """Send scores and adapter to MLflow, seal the folder, write the page."""
+    """Send scores and adapter to MLflow, seal the folder, write the page.
+
+    The folder is sealed after the utility answers are gone, because the seal has a digest of every
+    file.
+    """
     mirror.send()
     run.update(mlflow=describe(mirror, run, is_complete=False))
     drop_answers(run.path)
@@ -159,51 +176,53 @@ def record(run: RunFolder, mirror: Mirror) -> None:
 
 
 def send_records(run: RunFolder, terminal: Terminal) -> None:
-    """Send what MLflow lacks of a finished run, and put the run's number there on the page."""
+    """Send the records of a complete run that MLflow lacks, and show its MLflow run on the page."""
     with run.output.working_copy(), mirrored_to_mlflow(run, terminal) as mirror:
         if mirror.is_complete:
             run.update(mlflow=describe(mirror, run, is_complete=False))
             write_report(run.path)
 
 
-def export(run: RunFolder, checkpoint: Any, *, full: bool = False) -> dict[str, float]:
-    """Write adapter and merged model, in a task on the driver's node: the driver holds no model. Returns the part of
-    `cost` that is known then."""
-    return result_of(on_this_node(_write_model).remote(run.cfg, checkpoint, str(run.path), full))
+def export(run: RunFolder, result: Result, *, full: bool = False) -> dict[str, float]:
+    """Write adapter and merged model. Returns the part of `cost` that is known then.
 
+    A task on the driver's node does it, where the run folder is: the driver itself holds no model
+    and does not import transformers.
+    """
+    cfg, folder, checkpoint = run.cfg, str(run.path), result.checkpoint
+    assert checkpoint is not None
 
-def _write_model(*arguments: Any) -> dict[str, float]:
-    from pipelines.training.export import write_model
+    def write() -> dict[str, float]:
+        from pipelines.training.export import write_model
 
-    return write_model(*arguments)
+        return write_model(cfg, checkpoint, folder, full)
+
+    return result_of(on_this_node(write).remote())
 
 
 def result_models(run: RunFolder) -> dict[str, ModelConfig]:
-    """The models that are compared: before, after and, when configured, the oracle."""
+    """Return the models to compare: before, after and, where configured, the oracle."""
     after = ModelConfig(path=str(run.path / "model"))
     return {"before": run.cfg.model, "after": after, **oracle_of(run.cfg, "oracle")}
 
 
-def cost_of(result: Any, train_s: float) -> dict[str, Any]:
-    """The `cost` part of scores.json, but for evaluation. `solve_s` is statistics, solves and the search for the
-    strength together; `train_s` is the rest, and includes starting the workers."""
-    metrics = result.metrics
+def cost_of(result: Result, fit_s: float) -> dict[str, Any]:
+    """Return the `cost` part of scores.json without evaluation and export.
+
+    `solve_s` covers statistics, solves and the search for the strength. `train_s` is the rest of
+    `fit_s`, starting the workers included. `num_workers` is the number at the end.
+    """
+    metrics = _metrics(result)
     return {
         "solve_s": metrics["solve_s"],
-        "train_s": train_s - metrics["solve_s"],
+        "train_s": fit_s - metrics["solve_s"],
         "tokens": metrics["tokens"],
         "tokens_per_s": metrics["tokens"] / max(metrics["seconds"], 1e-9),
         "peak_memory_bytes": metrics["peak_memory_bytes"],
-        "num_workers": metrics["num_workers"],  # at the end
+        "num_workers": metrics["num_workers"],
     }
 
 
-def trials_of(result: Any) -> list[dict[str, float]]:
-    """The strengths that the solver tried, the chosen one last; empty where the strength was given."""
-    return result.metrics["trials"]
-
-
-def checkpoint_of(result: Any) -> Any:
-    """The last checkpoint of a finished training run."""
-    assert result.checkpoint is not None
-    return result.checkpoint
+def _metrics(result: Result) -> dict[str, Any]:
+    assert result.metrics is not None
+    return result.metrics

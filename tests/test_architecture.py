@@ -22,6 +22,7 @@ RFA_LIBRARIES = {"torch", "peft", "transformers", "sklearn", "numpy", "scipy"}
 WALL = {"transformers", "peft"}
 BEHIND_THE_WALL = {
     "pipelines.model",
+    "pipelines.training.build",
     "pipelines.training.loop",
     "pipelines.training.strength",
     "pipelines.training.export",

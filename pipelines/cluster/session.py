@@ -21,25 +21,27 @@ def session(
     terminal: Terminal,
     preload: Callable[[], object] = lambda: None,
 ) -> Iterator[None]:
-    """Ray, started here or joined where it runs already, with its chatter in the run's log.
+    """Start Ray, or join it where it runs already, and write its output to the run's log.
 
-    `preload` runs in a thread while Ray starts: slow imports of the driver.
+    `preload` runs in a thread while Ray starts, for the driver's slow imports.
     """
     with terminal.chatter_to(log_path):
         started_here = not ray.is_initialized()
         if started_here:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            # Ray would log the failures of tasks whose results nobody fetches, and what a row's error says is text.
+            # Ray logs the message of a failed task whose result nobody fetches, and an error about
+            # a row quotes its text.
             os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
             threading.Thread(target=preload, daemon=True).start()
-            # One environment for all workers, and idle ones kept: Ray reuses a process, with what it has imported.
+            # Ray reuses an idle process, with its imports, for tasks of the same environment. So
+            # all workers get one environment, and up to 8 idle processes stay.
             os.environ.setdefault("RAY_num_workers_soft_limit", "8")
-            os.environ.setdefault(
-                "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0"
-            )  # a Ray of one node is lost as a whole
+            # Its watcher saves work from a node that is about to go: a lone node has no other.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             ray.init(include_dashboard=False, runtime_env={"env_vars": worker_environment(train)})
         context = DataContext.get_current()
         context.enable_progress_bars = False
+        # A run must read the same rows in the same order, however its tasks are scheduled.
         context.execution_options.preserve_order = True
         try:
             yield

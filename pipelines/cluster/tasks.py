@@ -1,4 +1,4 @@
-"""Ray tasks where the user's files are: the driver holds neither models nor text."""
+"""Ray tasks beside the user's files, because the driver holds neither models nor text."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,17 +13,24 @@ from pipelines.storage.output import OutputDir
 
 
 def on_this_node(function: Any) -> Any:
-    """A Ray task for the node whose files the driver sees."""
+    """Make a function a Ray task that runs on the node whose files the driver sees."""
     return ray.remote(num_cpus=1)(function).options(scheduling_strategy=this_node())
 
 
 def this_node() -> NodeAffinitySchedulingStrategy:
-    """The driver's node: what dies with it is lost with the driver anyway."""
+    """Return the strategy that places a task or actor on the driver's node.
+
+    Whatever dies with that node would be lost with the driver anyway.
+    """
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def result_of(task: Any) -> Any:
-    """A task's result; an error of ours is raised as it was there."""
+    """Fetch a task's result.
+
+    Raises:
+        ConfigError: the task raised it. Ray wraps it in an error of its own, which is removed.
+    """
     try:
         return ray.get(task)
     except RayTaskError as error:
@@ -34,25 +41,34 @@ def result_of(task: Any) -> Any:
 
 @contextmanager
 def on_every_node(output: OutputDir, name: str) -> Iterator[None]:
-    """All nodes find a subfolder of the results where this one has it: where it is not shared, a copy."""
-    here = ray.get_runtime_context().get_node_id()
-    nodes = [] if output.is_shared else [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    where = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes if node != here]
-    provide, clear = ray.remote(num_cpus=0)(_provide), ray.remote(num_cpus=0)(_clear)
+    """Copy a subfolder of the results to every node that lacks it, for the context's time.
+
+    Scoring workers on any node then read the merged model from the path that this node has it at.
+    """
+    others: list[NodeAffinitySchedulingStrategy] = []
+    if not output.is_shared:
+        here = ray.get_runtime_context().get_node_id()
+        for node in ray.nodes():
+            if node["Alive"] and node["NodeID"] != here:
+                others.append(NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
     run = output.run_in_folder()
-    tasks = [provide.options(scheduling_strategy=node).remote(output, name, run) for node in where]
-    copied = [result_of(task) for task in tasks]
+
+    # No CPU is claimed: a copy mostly waits for the network, and workers may hold all CPUs.
+    @ray.remote(num_cpus=0)
+    def copy(output: OutputDir) -> bool:
+        return output.copy_to_node(name, run)
+
+    @ray.remote(num_cpus=0)
+    def clear(output: OutputDir) -> None:
+        output.clear()
+
+    tasks = [copy.options(scheduling_strategy=node).remote(output) for node in others]
+    copied_to: list[NodeAffinitySchedulingStrategy] = []
+    for node, task in zip(others, tasks, strict=True):
+        if result_of(task):
+            copied_to.append(node)
     try:
         yield
     finally:
-        mine = [node for node, is_new in zip(where, copied, strict=True) if is_new]
         with suppress(RayError):  # a node may be gone
-            ray.get([clear.options(scheduling_strategy=node).remote(output) for node in mine])
-
-
-def _provide(output: OutputDir, name: str, run: str) -> bool:
-    return output.copy_to_node(name, run)
-
-
-def _clear(output: OutputDir) -> None:
-    output.clear()
+            ray.get([clear.options(scheduling_strategy=node).remote(output) for node in copied_to])

@@ -1,5 +1,9 @@
-"""Fine-tuning: make the target model that must forget, or the retrain oracle it is measured against; or unlearn with
-SalUn, which is a fine-tuning too."""
+"""Training on answers or classes, which makes the target model and the retrain oracle.
+
+SalUn, which unlearns by fine-tuning too, also trains so.
+
+Shapes: B rows, T tokens, N answer tokens, V vocabulary or classes.
+"""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -16,15 +20,17 @@ from rfa.forget_losses import Answers, random_label
 
 
 class AnswerLoss(NamedTuple):
-    """Cross-entropy of the answers' tokens, or of classes; of forget rows, that of random ones."""
+    """Cross-entropy of the answers' tokens or classes; for forget rows, that of random ones."""
 
     total: Tensor
 
 
 class AnswerTraining(nn.Module):
-    """A model that learns answers or classes; logits are computed at the positions that predict them alone.
+    """A model that learns answers or classes.
 
-    A classifier trains as its architecture means it to, with dropout and batch statistics.
+    Logits are computed at the positions that predict answers alone, because those of all tokens
+    would take the most memory of a step. A classifier trains as its architecture means it to, with
+    dropout and batch statistics.
     """
 
     def __init__(self, model: PreTrainedModel, *, classifies: bool) -> None:
@@ -34,7 +40,10 @@ class AnswerTraining(nn.Module):
         self.train(classifies)
 
     def forward(self, batch: UnlearnBatch, counts: TokenCounts) -> AnswerLoss:
-        """The batch's share of the step's mean cross-entropy over answer tokens, and of that over forget rows'."""
+        """Return the batch's share of the step's loss.
+
+        The loss is the mean cross-entropy over answer tokens, plus the mean over forget rows'.
+        """
         log_NV, label_N, index_N = _predictions(self.runner, batch)
         forget_N, right_N = batch.forget_B[index_N], log_NV.gather(1, label_N[:, None])[:, 0]
         total = -right_N[~forget_N].sum() / max(counts.retain_answer, 1)
@@ -48,7 +57,7 @@ class AnswerTraining(nn.Module):
 
 
 def _predictions(runner: BlockRunner, batch: UnlearnBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities [N, V] where answers are predicted, the right ones [N], and the rows they belong to [N]."""
+    """Return log-probabilities [N, V], the expected tokens [N] and their rows' indices [N]."""
     out = runner(batch, logits_at_BT=batch.answer_BT)
     assert out.logits_NV is not None
     return (
@@ -61,7 +70,7 @@ def _predictions(runner: BlockRunner, batch: UnlearnBatch) -> tuple[Tensor, Tens
 def build_answer_training(
     cfg: UnlearnConfig, base: PreTrainedModel, masks: Masks
 ) -> AnswerTraining:
-    """The model with all parameters trainable, but for those that masks hold: pruned ones, or SalUn's."""
+    """Make all parameters trainable but those that a mask fixes: pruned ones, or SalUn's."""
     hold_weights_(base, masks)
     return AnswerTraining(base, classifies=cfg.task != "causal_lm")
 
@@ -69,9 +78,11 @@ def build_answer_training(
 def salient_weights(
     share: float, base: PreTrainedModel, batches: Iterable[UnlearnBatch], device: torch.device
 ) -> Masks:
-    """SalUn (Fan et al. 2024, arXiv 2310.12508): the share of all weights at which the forget set's cross-entropy has
-    its largest gradient, from all workers' batches. One backward over the forget set; for a moment, memory for three
-    gradients of the model's size."""
+    """Mark the share of weights at which the forget set's cross-entropy has its largest gradient.
+
+    This is SalUn's saliency (Fan et al. 2024, arXiv 2310.12508), from all workers' batches. It
+    takes one backward over the forget set, and memory for three gradients of the model's size.
+    """
     base.to(device).eval()  # pyright: ignore[reportArgumentType]
     runner = BlockRunner(base)
     for batch in batches:
@@ -79,10 +90,13 @@ def salient_weights(
         nn.functional.nll_loss(log_NV, label_N, reduction="sum").backward()
     gradients: dict[str, Tensor] = {}
     for name, parameter in base.named_parameters():
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradient = parameter.grad
+        if gradient is None:  # every worker must join the reduction
+            gradient = torch.zeros_like(parameter)
         torch.distributed.all_reduce(gradient)
-        gradients[name], parameter.grad = gradient.abs(), None
+        gradients[name] = gradient.abs()
+        parameter.grad = None
     flat_N = torch.cat([gradient.flatten() for gradient in gradients.values()])
-    kept = max(1, round(share * len(flat_N)))
-    least = flat_N.kthvalue(len(flat_N) - kept + 1).values
-    return {name: (gradient >= least) & (gradient > 0) for name, gradient in gradients.items()}
+    salient = max(1, round(share * len(flat_N)))
+    threshold = flat_N.kthvalue(len(flat_N) - salient + 1).values
+    return {name: (gradient >= threshold) & (gradient > 0) for name, gradient in gradients.items()}

@@ -1,4 +1,7 @@
-"""DeepSpeed, and nothing else knows it: one training step, and a resume point that fits any number of workers."""
+"""DeepSpeed: one training step, and a state that fits any number of workers.
+
+No other module knows DeepSpeed.
+"""
 
 import contextlib
 import os
@@ -10,30 +13,36 @@ from torch import Tensor, nn
 
 from pipelines.config.schema import TrainConfig
 
+# DeepSpeed's kernel builders look for CUDA, on machines without a GPU too.
 os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# In parameters. LoRA matrices above DeepSpeed's default of 1e5 would be gathered at every step; its default bucket
-# would take 2 GB of each GPU for gradients of a few million; the last one is its default.
-PERSISTENT_PARAMETER, REDUCE_BUCKET, LIVE_PARAMETERS = 10_000_000, 50_000_000, 1_000_000_000
+# In parameters. Above DeepSpeed's default threshold of 1e5 a LoRA matrix would be gathered at every
+# step. Its default bucket would take 2 GB of each GPU for gradients of a few million.
+PERSISTENT_PARAMETER = 10_000_000
+REDUCE_BUCKET = 50_000_000
+LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default
 
 
 class EngineState(NamedTuple):
-    """Trainable parameters (and batch normalisation's statistics) and their optimizer moments by name, gathered from
-    all workers; empty but on rank 0."""
+    """Trainable parameters and their optimizer moments by name, gathered from all workers.
+
+    Batch normalisation's running statistics count as parameters. Both are empty except on rank 0.
+    """
 
     parameters: dict[str, Tensor]
     moments: dict[str, Tensor]
 
 
 def deepspeed_settings(train: TrainConfig, stage: int, *, full: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration. Adapters stay fp32 beside a bf16 base: its own bf16 is for `full` training."""
-    halved = (
-        full and train.precision == "bf16"
-    )  # without ZeRO the fp32 copies and moments would be out of reach
-    zero: dict[str, Any] = {
-        "stage": max(stage, 1) if halved else stage,
-        "reduce_bucket_size": REDUCE_BUCKET,
-    }
+    """Return DeepSpeed's configuration.
+
+    Adapters stay fp32 beside a bf16 base, so DeepSpeed's own bf16 is for `full` training alone.
+    """
+    halved = full and train.precision == "bf16"
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": REDUCE_BUCKET}
+    if halved:
+        # Without ZeRO, DeepSpeed hides its fp32 copies and moments, and `Engine.state` needs them.
+        zero["stage"] = max(stage, 1)
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = PERSISTENT_PARAMETER
         zero["stage3_max_live_parameters"] = LIVE_PARAMETERS
@@ -42,7 +51,8 @@ def deepspeed_settings(train: TrainConfig, stage: int, *, full: bool) -> dict[st
     if stage > 0 and train.deepspeed.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     return {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only multiplies it; our batches come from the shards
+        # DeepSpeed only multiplies this number. Our batches come from the streams.
+        "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": train.clip_norm,
         "zero_optimization": zero,
@@ -59,7 +69,7 @@ class Engine:
     def __init__(self, module: nn.Module, settings: dict[str, Any], world_size: int) -> None:
         import deepspeed
 
-        # The shared-memory exchange would be compiled at first use, and needs a compiler; gloo serves as well.
+        # The shared-memory exchange is compiled at first use, and needs a compiler. gloo does not.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         trainable = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=0.0, fused=True)
@@ -67,14 +77,16 @@ class Engine:
             model=module, optimizer=optimizer, config=settings, dist_init_required=False
         )[0]
         if world_size == 1 and settings["zero_optimization"]["stage"] == 0:
-            self.engine.enable_backward_allreduce = False  # spares two copies of all gradients
+            # One worker has nothing to reduce, and DeepSpeed would copy all gradients twice.
+            self.engine.enable_backward_allreduce = False
         self.module = module
         self.device: torch.device = self.engine.device
-        # DeepSpeed divides by accumulation and workers; our losses are already shares of the whole step's mean.
+        # DeepSpeed divides by accumulation and workers. Our losses already are shares of the mean
+        # over the step.
         self._undo_mean = float(settings["gradient_accumulation_steps"] * world_size)
 
     def __call__(self, *inputs: Any) -> Any:
-        """The module's forward."""
+        """Run the module's forward."""
         return self.engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:
@@ -82,33 +94,36 @@ class Engine:
         self.engine.backward(loss * self._undo_mean)
 
     def step(self, learning_rate: float) -> None:
-        """Close a micro-batch; with the last one of a step, update the parameters."""
+        """End a micro-batch. The last one of a step updates the parameters."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
 
     def state(self, *, with_moments: bool) -> EngineState:
-        """Gather what is trained, parameter by parameter. Every worker calls it; rank 0 gets the result."""
+        """Gather the trainable parameters on rank 0, and their moments `with_moments`.
+
+        Every worker must call it. One parameter at a time is gathered, to save memory.
+        """
         parameters: dict[str, Tensor] = {}
         moments: dict[str, Tensor] = {}
-        keep = torch.distributed.get_rank() == 0
+        is_first = torch.distributed.get_rank() == 0
         for name, parameter in self._trainable():
             value = self._full(parameter, None)
-            if keep:
+            if is_first:
                 parameters[name] = value.detach().float().cpu().clone()
             for moment in MOMENTS if with_moments else ():
                 value = self._full(parameter, moment)
-                if keep:
+                if is_first:
                     moments[f"{name}.{moment}"] = value.detach().float().cpu().clone()
         for name, statistic in self._batch_statistics():
-            mean = statistic.clone()  # every worker has seen its own rows
+            mean = statistic.clone()  # each worker's come from its own rows
             torch.distributed.all_reduce(mean)
-            if keep:
+            if is_first:
                 parameters[name] = (mean / torch.distributed.get_world_size()).cpu()
         return EngineState(parameters, moments)
 
     def place(self, values: dict[str, Tensor]) -> None:
-        """Set trainable parameters, by name, to whole tensors that every worker passes."""
+        """Set trainable parameters by name. Every worker passes the unpartitioned tensors."""
         for name, parameter in self._trainable():
             if name in values:
                 self._set_full(parameter, None, values[name])
@@ -117,8 +132,10 @@ class Engine:
                 statistic.copy_(values[name])
 
     def load(self, state: EngineState, step: int) -> None:
-        """Take over parameters and moments after one backward and step at learning rate 0 has made the optimizer's
-        states; every worker passes the whole state."""
+        """Set parameters, moments and the number of steps. Every worker passes the same state.
+
+        AdamW creates its states in its first step, so a step at learning rate 0 must come before.
+        """
         self.place(state.parameters)
         for name, parameter in self._trainable():
             for moment in MOMENTS:
@@ -130,13 +147,14 @@ class Engine:
         return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
 
     def _batch_statistics(self) -> Iterator[tuple[str, Tensor]]:
-        """What batch normalisation learns besides its parameters, where it learns."""
+        """Yield batch normalisation's running statistics, where it updates them."""
         for name, module in self.module.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
                 for kind in ("running_mean", "running_var"):
                     yield f"{name}.{kind}", getattr(module, kind)
 
     def _torch_optimizer(self) -> torch.optim.Optimizer:
+        # DeepSpeed wraps an optimizer once for ZeRO and once for bf16.
         wrapper = self.engine.optimizer
         while not isinstance(wrapper, torch.optim.AdamW):
             wrapper = wrapper.optimizer
@@ -145,15 +163,16 @@ class Engine:
     def _full(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
         from deepspeed import utils
 
-        if self._is_wrapped(parameter):
-            value = (
-                utils.safe_get_full_fp32_param(parameter)
-                if moment is None
-                else utils.safe_get_full_optimizer_state(parameter, moment)
-            )
-            assert value is not None
-            return value
-        return parameter if moment is None else self._torch_optimizer().state[parameter][moment]
+        if not self._is_wrapped(parameter):
+            if moment is None:
+                return parameter
+            return self._torch_optimizer().state[parameter][moment]
+        if moment is None:
+            value = utils.safe_get_full_fp32_param(parameter)
+        else:
+            value = utils.safe_get_full_optimizer_state(parameter, moment)
+        assert value is not None
+        return value
 
     def _set_full(self, parameter: nn.Parameter, moment: str | None, value: Tensor) -> None:
         from deepspeed import utils
@@ -167,6 +186,7 @@ class Engine:
         elif moment is not None:
             self._torch_optimizer().state[parameter][moment].copy_(value)
         if moment is None:
+            # DeepSpeed's call sets its fp32 copy alone, and the forward reads the parameter.
             with whole(parameter), torch.no_grad():
                 parameter.copy_(value)
 
@@ -176,7 +196,7 @@ class Engine:
 
 
 def whole(parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
-    """The whole parameter where ZeRO-3 has partitioned it; rank 0's change is kept."""
+    """Gather a parameter that ZeRO-3 has partitioned, in a context. Rank 0's changes persist."""
     if not hasattr(parameter, "ds_id"):
         return contextlib.nullcontext()
     import deepspeed
@@ -185,7 +205,11 @@ def whole(parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
 
 
 def zero3_loading(settings: dict[str, Any]) -> Any:
-    """Hold the returned object while `from_pretrained` runs, or every worker loads the whole model under ZeRO-3."""
+    """Return the object by which transformers partitions weights as it loads them under ZeRO-3.
+
+    The caller must hold it while `from_pretrained` runs: transformers has a weak reference to it,
+    and would otherwise load the full model on every worker. None below stage 3.
+    """
     if settings["zero_optimization"]["stage"] < 3:
         return None
     from transformers.integrations.deepspeed import HfDeepSpeedConfig

@@ -1,4 +1,4 @@
-"""Models: found, checked without their weights, loaded on the worker, digested."""
+"""Models: checked on the meta device without their weights, and loaded on workers."""
 
 import json
 import warnings
@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,10 +34,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def load_model_config(
     model: ModelConfig, key: str = "model.path", *, wants_weights: bool = True
 ) -> PretrainedConfig:
-    """The model's own configuration; a local folder must hold its weights, too, unless they are not wanted.
+    """Load a model's config.json, and check a local folder for its weights if `wants_weights`.
 
     Raises:
-        ConfigError: a local folder that is not a model, or a hub name that cannot be reached.
+        ConfigError: a local folder is no model, or a hub name cannot be reached.
     """
     folder = Path(model.path)
     if folder.exists() or folder.is_absolute() or model.path.startswith((".", "~")):
@@ -54,23 +53,30 @@ def load_model_config(
             raise ConfigError(
                 f"{key}: {model.path} holds no .safetensors weights; pickled weights are refused"
             )
-        _refuse_weights_elsewhere(folder, key)
+        check_weight_index(folder, key)
     try:
         return AutoConfig.from_pretrained(
             model.path,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
-            local_files_only=folder.exists(),
+            local_files_only=folder.exists(),  # else a folder's path is looked up on the hub
         )
     except (OSError, ValueError) as error:
-        found = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"{key}: {model.path} cannot be loaded ({found}); allowed: a model folder or a hub name"
+            f"{key}: {model.path} cannot be loaded ({reason}); "
+            "allowed: a model folder or a hub name"
         ) from None
 
 
-def _refuse_weights_elsewhere(folder: Path, key: str) -> None:
-    """Weights in several files have an index that names them: names in this folder, and safetensors alone."""
+def check_weight_index(folder: Path, key: str) -> None:
+    """Require that an index of weights in several files names .safetensors files in its folder.
+
+    Otherwise an index could name pickled weights, which run code when they are loaded.
+
+    Raises:
+        ConfigError: the index cannot be read, or names another file.
+    """
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return
@@ -88,7 +94,7 @@ def _refuse_weights_elsewhere(folder: Path, key: str) -> None:
 
 
 def check_models(cfg: UnlearnConfig, others: dict[str, ModelConfig]) -> "ModelSize":
-    """Check the model to train, and that the `others`, by their keys, can be loaded.
+    """Check the model to train, and that the others, by their configuration keys, can be loaded.
 
     Raises:
         ConfigError: as `load_model_config` and `check_model`.
@@ -112,8 +118,14 @@ def check_model(cfg: UnlearnConfig) -> ModelSize:
         ConfigError: one line that names the key, what was found and what is allowed.
     """
     adapted = blank_model(cfg)
+    if cfg.task == "image_classification":
+        shape = (1, *image_shape(adapted.config))
+        dtype = DTYPES[cfg.train.precision]
+        inputs = {"pixel_values": torch.ones(shape, device="meta", dtype=dtype)}
+    else:
+        inputs = {"input_ids": torch.ones((1, 4), dtype=torch.long, device="meta")}
     try:
-        check_gradients(adapted, _example(cfg, adapted.config))
+        check_gradients(adapted, inputs)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     sizes = {True: 0, False: 0}
@@ -123,7 +135,9 @@ def check_model(cfg: UnlearnConfig) -> ModelSize:
 
 
 def blank_model(cfg: UnlearnConfig, model_config: PretrainedConfig | None = None) -> PeftModel:
-    """The model with its adapters on the meta device: shapes, and no weights. Without `model_config`, of `cfg.model`.
+    """Build a model and its adapters on the meta device, with shapes and no weights.
+
+    `model_config` defaults to that of `cfg.model`.
 
     Raises:
         ConfigError: as `check_model`.
@@ -135,7 +149,7 @@ def blank_model(cfg: UnlearnConfig, model_config: PretrainedConfig | None = None
             base = auto.from_config(
                 model_config, trust_remote_code=cfg.model.trust_remote_code, dtype=dtype
             )
-        except ValueError:
+        except ValueError:  # transformers has no class for the task
             kind = model_config.model_type
             raise ConfigError(
                 f"task: found {cfg.task}, which models of type {kind} are not made for"
@@ -148,46 +162,42 @@ def blank_model(cfg: UnlearnConfig, model_config: PretrainedConfig | None = None
         raise ConfigError(str(error)) from None
 
 
-def _example(cfg: UnlearnConfig, model_config: PretrainedConfig) -> dict[str, Tensor]:
-    """Inputs of the model's forward, without content."""
-    if cfg.task != "image_classification":
-        return {"input_ids": torch.ones((1, 4), dtype=torch.long, device="meta")}
-    return {
-        "pixel_values": torch.ones(
-            (1, *image_shape(model_config)), device="meta", dtype=DTYPES[cfg.train.precision]
-        )
-    }
-
-
 def image_shape(model_config: PretrainedConfig) -> tuple[int, int, int]:
-    """Channels, height and width of the images that a model reads; 64 x 64 where it takes any size."""
+    """Return channels, height and width of a model's images; 64 x 64 if it takes any size."""
     side = getattr(model_config, "image_size", 64)
-    height, width = (side, side) if isinstance(side, int) else side
+    if isinstance(side, int):
+        side = (side, side)
+    height, width = side
     return getattr(model_config, "num_channels", 3), height, width
 
 
 def load_base(
     model: ModelConfig, precision: str = "fp32", *, task: str = "causal_lm", spread: bool = False
 ) -> PreTrainedModel:
-    """The model with its weights: on the CPU, partitioned, where DeepSpeed's ZeRO-3 is configured, or `spread` over
-    all GPUs of this process."""
+    """Load a model with its weights on the CPU, or `spread` over all GPUs of this process.
+
+    Inside `zero3_loading` DeepSpeed partitions the weights instead.
+    """
     return AUTO_CLASSES[task].from_pretrained(
         model.path,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
         dtype=DTYPES[precision],
-        use_safetensors=True,
+        use_safetensors=True,  # pickled weights can run code
         device_map="auto" if spread else None,
     )
 
 
 def attach_adapter(base: PreTrainedModel, cfg: UnlearnConfig) -> PeftModel:
-    """LoRA as the configuration says."""
+    """Attach LoRA to a model as configured.
+
+    Raises:
+        ValueError: no layer matches the targets, or a layer does not exist.
+    """
     adapter = cfg.adapter
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # PEFT asks transformers by a deprecated name
+        # PEFT uses a name that transformers has deprecated.
+        warnings.simplefilter("ignore", FutureWarning)
         return attach(
             base,
             rank=adapter.rank,
@@ -202,9 +212,9 @@ def attach_adapter(base: PreTrainedModel, cfg: UnlearnConfig) -> PeftModel:
 def build_alignment(
     cfg: UnlearnConfig, base: PreTrainedModel | None = None, masks: Masks | None = None
 ) -> ResidualAlignment:
-    """Put LoRA and the objective on a base model, which is loaded unless it is given, ready to train.
+    """Put LoRA and the objective on a base model, ready to train.
 
-    Adapters hold still what the base model's masks prune.
+    `base` is loaded unless it is given. Adapters leave outputs at zero that `masks` prune.
     """
     if base is None:
         base = load_base(cfg.model, cfg.train.precision, task=cfg.task)

@@ -1,7 +1,8 @@
-"""Pruning in a run: the base model is pruned where it is loaded, and its masks come out the same wherever that is.
+"""Pruning in a run: the base model is pruned wherever it is loaded, with the same masks.
 
-`wanda` looks at the retain set's features: what it needs of them is summed over all workers before anything is trained,
-and kept beside the resume points, so that a worker that starts again prunes as before.
+Wanda weighs each weight by the norm of its input over the retain set. The norms are summed over
+all workers before training, and saved beside the resume points, so that a restarted worker prunes
+as before.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,10 +24,10 @@ Masks = dict[str, Tensor]
 def prune_base(
     cfg: UnlearnConfig, base: PreTrainedModel, norms: Mapping[str, Tensor] | None
 ) -> Masks:
-    """Prune as configured, in place; no masks where nothing is pruned.
+    """Prune as configured, in place, and return the masks; an empty dict without pruning.
 
     Raises:
-        ValueError: a target or a layer that cannot be pruned so.
+        ValueError: a target is missing, or its layer cannot be pruned with this method.
     """
     if cfg.prune.method == "none":
         return {}
@@ -38,29 +39,34 @@ def prune_base(
 def input_norms(
     cfg: UnlearnConfig, base: PreTrainedModel, batches: Iterable[UnlearnBatch], device: torch.device
 ) -> Mapping[str, Tensor] | None:
-    """What `wanda` needs of the inputs of the layers to be pruned, of all workers' batches."""
+    """Return Wanda's input norms of the layers to prune, over all workers' batches.
+
+    Other methods need none: the result is None, and no batch is read.
+    """
     if cfg.prune.method != "wanda":
         return None
     runner = BlockRunner(base)
     base.to(device)  # pyright: ignore[reportArgumentType]
-    names, running = prune_targets(base, cfg.prune.targets), None
+    names = prune_targets(base, cfg.prune.targets)
+    batch: UnlearnBatch | None = None
 
     def real_tokens() -> Tensor:
-        assert running is not None
-        return running.attention_BT
+        assert batch is not None
+        return batch.attention_BT
 
     reads_images = cfg.task == "image_classification"
+    # An image's positions are all real: only text is padded.
     with collecting_norms(base, names, None if reads_images else real_tokens) as norms:
-        for batch in batches:
-            running = batch.to(device)
-            runner(running, logits_at_BT=running.answer_BT)
+        for cpu_batch in batches:
+            batch = cpu_batch.to(device)
+            runner(batch, logits_at_BT=batch.answer_BT)
     for value in norms.values():
         torch.distributed.all_reduce(value)
     return {name: value.cpu() for name, value in norms.items()}
 
 
 def hold_weights_(model: Any, masks: Masks) -> None:
-    """Keep masked weights (pruned ones: at zero) as they are while all others are trained: they get no gradient."""
+    """Give weights outside the masks no gradient, so that training leaves them as they are."""
     for name, mask in masks.items():
         model.get_parameter(name).register_hook(
             lambda grad, mask=mask: grad.masked_fill(~mask.to(grad.device), 0)
@@ -68,15 +74,16 @@ def hold_weights_(model: Any, masks: Masks) -> None:
 
 
 def held_rows(model: Any, masks: Masks) -> dict[str, Tensor]:
-    """By the weight's name, which outputs of a layer are kept, where a mask prunes whole ones: [O]."""
-    found = {
-        name: kept_rows(mask, model.get_submodule(name.removesuffix(".weight")))
-        for name, mask in masks.items()
-    }
-    return {name: keep_O for name, keep_O in found.items() if keep_O is not None}
+    """Return the unpruned outputs [O] of each weight whose mask prunes whole outputs."""
+    unpruned: dict[str, Tensor] = {}
+    for name, mask in masks.items():
+        kept_O = kept_rows(mask, model.get_submodule(name.removesuffix(".weight")))
+        if kept_O is not None:
+            unpruned[name] = kept_O
+    return unpruned
 
 
 def keep_pruned_(cfg: UnlearnConfig, model: PreTrainedModel, masks: Masks) -> None:
-    """Zero again what merging has filled, where the sparsity is to be kept."""
+    """Set pruned weights to zero again after merging, where `prune.keep_sparsity` is set."""
     if masks and cfg.prune.keep_sparsity:
         apply_masks_(model, masks)

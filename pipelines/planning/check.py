@@ -36,7 +36,13 @@ def check(
     check_settings(cfg, "run")
     if gpu is not None:
         device = planned_device(cfg.train, gpu)
-        return plan_rows(plan_configured(cfg, device, _row_limits(cfg), price))
+        # `max_rows` is all that is known of a set without reading it.
+        limits: RowCounts = {}
+        for name in ("retain", "utility", "forget", "holdout"):
+            source = getattr(cfg.data, name)
+            if source is not None:
+                limits[name] = source.max_rows
+        return plan_rows(plan_configured(cfg, device, limits, price))
     run = RunFolder(cfg, "run")
     with TemporaryDirectory() as folder, session(cfg.train, Path(folder) / "run.log", terminal):
         sets, size = preflight(cfg, "run", terminal, run=run)
@@ -45,16 +51,6 @@ def check(
         # A task, because the plan needs transformers, which the driver does not import.
         plan = result_of(on_this_node(plan_configured).remote(cfg, device, rows, price))
         return run_rows(run, sets, size, ray.cluster_resources()) + plan_rows(plan)
-
-
-def _row_limits(cfg: UnlearnConfig) -> RowCounts:
-    """Return each set's `max_rows`, the only counts that are known without reading the data."""
-    limits: RowCounts = {}
-    for name in ("retain", "utility", "forget", "holdout"):
-        source = getattr(cfg.data, name)
-        if source is not None:
-            limits[name] = source.max_rows
-    return limits
 
 
 def plan_configured(

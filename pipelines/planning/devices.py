@@ -59,7 +59,9 @@ def present_device(train: TrainConfig) -> Device:
     """Return a worker's device on the cluster that is joined: the slowest where they differ."""
     resources = ray.cluster_resources()
     if train.gpus_per_worker == 0:
+        # Workers share the memory of a node. Their rate is measured where the plan is made.
         return Device("CPU", "CPU", int(resources.get("memory", 0) / train.max_workers), 0.0)
+    # Ray lists the kinds of GPU as resources, such as `accelerator_type:H100`.
     names: list[str] = []
     rates: list[float] = []
     for resource in resources:

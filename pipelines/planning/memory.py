@@ -44,6 +44,7 @@ class Planner:
                 self._adapter_size += parameter.numel()
             else:
                 self._frozen_sizes.append(parameter.numel())
+        # Layouts differ in few shapes, and a meta step of a large model takes seconds.
         self._steps: dict[StepShape, Step] = {}
 
     @property
@@ -54,7 +55,7 @@ class Planner:
     def parts(self, layout: Layout) -> Parts:
         """Return the peak memory of a worker's device in a layout."""
         weights = self.device_weight_bytes(layout)
-        adapters = FP32_BYTES * self._adapter_size
+        adapters = FP32_BYTES * self._adapter_size  # fp32 in any precision of the base model
         optimizer = 0
         solving = 0
         training = 0
@@ -185,7 +186,7 @@ class Planner:
         train = self.cfg.train
         configured = Layout.of(self.cfg, stage)
         stages = [(stage, configured.offload_parameters)]
-        if self.workers > 1:
+        if self.workers > 1:  # one worker has nobody to share weights with
             stages += [(3, False), (3, True)]
         checkpointings = [configured.checkpointing]
         accumulations = [configured.accumulation]

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from pipelines.config.schema import TrainConfig
 from pipelines.data.sets import Sets
 from pipelines.planning.devices import GIB
 from pipelines.planning.plan import ASSUMED_ROWS, ASSUMED_UTILISATION, Parts, Plan
@@ -36,6 +35,9 @@ def run_rows(run: RunFolder, sets: Sets, size: "ModelSize", cluster: Mapping[str
     prune = cfg.prune.method
     if prune != "none":
         prune += f", {cfg.prune.sparsity:.0%}"
+    workers = f"{train.max_workers}"
+    if train.min_workers != train.max_workers:
+        workers = f"{train.min_workers} to {train.max_workers}"
     rows += [
         ("prune", prune),
         ("solver", f"{cfg.solve.mode}, strength {cfg.solve.strength}"),
@@ -44,7 +46,10 @@ def run_rows(run: RunFolder, sets: Sets, size: "ModelSize", cluster: Mapping[str
             f"{train.steps} of {train.forget_batch_size} forget "
             f"and {train.retain_batch_size} retain rows",
         ),
-        ("workers", _workers(train)),
+        (
+            "workers",
+            f"{workers} x {train.cpus_per_worker:g} CPU, {train.gpus_per_worker:g} GPU",
+        ),
         (
             "cluster",
             f"{cluster.get('CPU', 0):g} CPU, {cluster.get('GPU', 0):g} GPU, "
@@ -52,13 +57,6 @@ def run_rows(run: RunFolder, sets: Sets, size: "ModelSize", cluster: Mapping[str
         ),
     ]
     return rows
-
-
-def _workers(train: TrainConfig) -> str:
-    number = f"{train.max_workers}"
-    if train.min_workers != train.max_workers:
-        number = f"{train.min_workers} to {train.max_workers}"
-    return f"{number} x {train.cpus_per_worker:g} CPU, {train.gpus_per_worker:g} GPU"
 
 
 def plan_rows(plan: Plan) -> Rows:
@@ -75,6 +73,13 @@ def plan_rows(plan: Plan) -> Rows:
         scoring += "fits"
     else:
         scoring += "does not fit: evaluation.gpus_per_worker"
+    if plan.recommended is None:
+        advice = (
+            "nothing fits: a shorter data.max_tokens, a lower solve.exact_width, "
+            "larger devices or more of them"
+        )
+    else:
+        advice = " ".join(plan.recommended.changes_from(plan.configured)) or "as configured"
     rows += [
         ("evaluation", scoring),
         (
@@ -82,7 +87,7 @@ def plan_rows(plan: Plan) -> Rows:
             f"{device.memory_bytes / GIB:.0f} GiB of a {device.name}, "
             f"{device.budget / GIB:.1f} to plan with",
         ),
-        ("recommended", _recommendation(plan)),
+        ("recommended", advice),
         ("time", _time(plan)),
     ]
     if plan.price is not None:
@@ -92,21 +97,13 @@ def plan_rows(plan: Plan) -> Rows:
 
 
 def _memory(parts: Parts, budget: int) -> str:
+    # The parts exceed the total, which is a peak: not all of them are there at once.
     purposes: list[str] = []
     for name, size in parts._asdict().items():
         if name != "total":
             purposes.append(f"{name} {size / GIB:.2f}")
     verdict = "fits" if parts.total <= budget else "does not fit"
     return f"{parts.total / GIB:.2f} GiB at most, {verdict}: {', '.join(purposes)}"
-
-
-def _recommendation(plan: Plan) -> str:
-    if plan.recommended is None:
-        return (
-            "nothing fits: a shorter data.max_tokens, a lower solve.exact_width, "
-            "larger devices or more of them"
-        )
-    return " ".join(plan.recommended.changes_from(plan.configured)) or "as configured"
 
 
 def _time(plan: Plan) -> str:

@@ -1,4 +1,4 @@
-"""From a finished training run to files: the adapter in PEFT's format and the merged model, both as safetensors."""
+"""Write the model of a finished run: PEFT's adapter and the merged model, as safetensors."""
 
 from pathlib import Path
 
@@ -22,43 +22,47 @@ from rfa.pruning import sparsity
 def write_model(
     cfg: UnlearnConfig, checkpoint: Checkpoint, folder: str, full: bool
 ) -> dict[str, float]:
-    """Write `folder/model`, `folder/masks.safetensors` where the model was pruned, and, unless all parameters were
-    trained (`full`), `folder/adapter`.
+    """Write `folder/model`, and `folder/adapter` unless all parameters were trained (`full`).
 
-    Loads the base model, puts the trained parameters in, saves; needs memory for one copy of the model. Returns how
-    many parameters were trained and, of a pruned model, its pruned layers' share of zeros before and after merging.
+    A pruned model also gets `folder/masks.safetensors`. Loads the base model and needs memory for
+    one copy of it.
+
+    Returns:
+        `trained_parameters` and, of a pruned model, `sparsity` and `sparsity_before_merge`: the
+        share of zeros in its pruned layers.
     """
     point = read_point(checkpoint)
     trained = point.parameters
     base = load_base(cfg.model, "fp32" if full else cfg.train.precision, task=cfg.task)
     masks = prune_base(cfg, base, point.norms)
-    numbers = {"sparsity_before_merge": sparsity(base, masks)} if masks else {}
-    module = (build_answer_training if full else build_alignment)(cfg, base, masks)
+    cost: dict[str, float] = {}
+    if masks:
+        cost["sparsity_before_merge"] = sparsity(base, masks)
+    build = build_answer_training if full else build_alignment
+    module = build(cfg, base, masks)
     wanted = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     statistics = {name for name, _ in module.named_buffers()}
     assert wanted <= set(trained) <= wanted | statistics, "the checkpoint is of another model"
     module.load_state_dict(trained, strict=False)
-    model = module.model
-    assert isinstance(model, (PeftModel, PreTrainedModel))
-    if isinstance(model, PeftModel):
-        _publish(model, Path(folder) / "adapter")
-        merged = model.merge_and_unload(safe_merge=True)
-    else:
-        merged = model
+    merged = module.model
+    if isinstance(merged, PeftModel):
+        _save_pretrained(merged, Path(folder) / "adapter")
+        merged = merged.merge_and_unload(safe_merge=True)
     assert isinstance(merged, PreTrainedModel)
+    # Merging fills pruned weights with the adapter's product.
     keep_pruned_(cfg, merged, masks)
     if masks:
         save_file(masks, Path(folder) / "masks.safetensors")
-        numbers["sparsity"] = sparsity(merged, masks)
+        cost["sparsity"] = sparsity(merged, masks)
     with torch.no_grad():
-        _publish(merged, Path(folder) / "model", cfg)
-    return {"trained_parameters": sum(trained[name].numel() for name in wanted), **numbers}
+        _save_pretrained(merged, Path(folder) / "model", cfg)
+    return {"trained_parameters": sum(trained[name].numel() for name in wanted), **cost}
 
 
-def _publish(
+def _save_pretrained(
     model: PeftModel | PreTrainedModel, target: Path, cfg: UnlearnConfig | None = None
 ) -> None:
-    """Save beside the target and rename, so that a half-written folder never has the final name."""
+    """Save a model, and with `cfg` its tokenizer or image processor, in one atomic rename."""
     with replacing(target) as partial:
         model.save_pretrained(str(partial))
         if cfg is None:

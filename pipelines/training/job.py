@@ -1,6 +1,7 @@
-"""What a Ray Train worker is sent, and the function it runs.
+"""The work that Ray Train sends to each worker.
 
-Light on imports: Ray's own actors (controller, data manager) unpickle this module too and need none of torch's weight.
+This module imports little: Ray's own actors (controller, data manager) unpickle it too, and need
+none of torch's weight.
 """
 
 from dataclasses import dataclass
@@ -11,10 +12,10 @@ from pipelines.config.schema import UnlearnConfig
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is sent: plain values, never a model.
+    """A worker's task in plain values, without a model.
 
-    `batches` gives the number of batches of the streams `retain` and `forget`; `stage` is the ZeRO stage; the learning
-    rate falls to the share `final_rate`; `messages` is a Ray queue to the driver.
+    `batches` gives the number of batches of each stream, and `stage` the ZeRO stage. The learning
+    rate falls to the share `final_rate` of its peak. `messages` is a Ray queue to the driver.
     """
 
     cfg: UnlearnConfig

@@ -1,4 +1,4 @@
-"""What is heard from the workers step by step: the progress bar, losses.jsonl, MLflow."""
+"""Progress of the workers on the driver: the progress bar, losses.jsonl and MLflow."""
 
 import json
 import time
@@ -14,7 +14,11 @@ UPLOAD_S = 10.0  # between two uploads of the file, where results lie on a store
 
 
 class ProgressLog:
-    """Receives every step's metrics; a restart may tell of a step twice, the last one counts."""
+    """Record every step's metrics in losses.jsonl, and show them.
+
+    A restarted run repeats the steps after its resume point. Of two lines with the same step the
+    later one counts.
+    """
 
     def __init__(
         self,
@@ -27,7 +31,8 @@ class ProgressLog:
         self._bar = terminal.bar(title, steps or None)
         self._steps = steps
         self._stream = (output.folder / FILE_NAME).open("a", encoding="utf-8")
-        self._output, self._upload_at_s = output, 0.0
+        self._output = output
+        self._upload_at_s = 0.0
         self._mirror = mirror
 
     def __enter__(self) -> "ProgressLog":
@@ -44,8 +49,11 @@ class ProgressLog:
             self._bar.finish()
 
     def on_message(self, message: dict[str, Any]) -> None:
-        """Take one step's metrics (`step`, `loss`, its terms, `tokens_per_s`, `learning_rate`) or the solver's progress
-        (`done`, `of`, `what`)."""
+        """Record one message of the workers.
+
+        A step's message has `step`, `loss`, its terms, `tokens_per_s` and `learning_rate`. The
+        solver's has `done`, `of` and `what`, and moves the progress bar alone.
+        """
         if "of" in message:
             self._bar.at(message["done"], note=message["what"], total=message["of"])
             return

@@ -1,8 +1,9 @@
-"""A resume point: what a run goes on from, on any number of workers, and what the finished model is made of.
+"""A resume point: the state that a run continues from, and that the finished model is made of.
 
-Rank 0 writes three small files: `trained.safetensors`, the gathered parameters by name; `optimizer.safetensors`, their
-moments and the state of the random numbers, while training goes on; and `progress.json`. Beside them lie the norms that
-Wanda has pruned by, so that a worker that starts again prunes as before.
+It fits any number of workers. Rank 0 writes three small files: `trained.safetensors`, the gathered
+parameters by name; `optimizer.safetensors`, their moments and the random number generator's state,
+while training goes on; and `progress.json`. `norms.safetensors` holds Wanda's input norms, so that
+a restarted worker prunes as before.
 """
 
 import json
@@ -25,8 +26,12 @@ NORMS = "norms.safetensors"
 
 
 class ResumePoint(NamedTuple):
-    """`parameters` and their `moments` by name, these with `rng`, the state of the random numbers; no moments where
-    nothing has been trained yet, or all has. `progress` has the step to go on from, and what the run has cost."""
+    """The state of a run after a step.
+
+    `progress` has the step to continue with and the run's cost so far. `parameters` and `moments`
+    are by name. `moments` also has `rng`, the random number generator's state, and is None before
+    the first step and after the last one. `norms` is None unless Wanda prunes.
+    """
 
     progress: dict[str, Any]
     parameters: dict[str, Tensor]
@@ -37,13 +42,13 @@ class ResumePoint(NamedTuple):
 def read_point(checkpoint: Checkpoint) -> ResumePoint:
     """Load a resume point."""
     with checkpoint.as_directory() as folder:
-        found = {path.name: load_file(path) for path in Path(folder).glob("*.safetensors")}
+        tensors = {path.name: load_file(path) for path in Path(folder).glob("*.safetensors")}
         progress = json.loads((Path(folder) / PROGRESS).read_text())
-    return ResumePoint(progress, found[PARAMETERS], found.get(MOMENTS), found.get(NORMS))
+    return ResumePoint(progress, tensors[PARAMETERS], tensors.get(MOMENTS), tensors.get(NORMS))
 
 
 def read_norms(checkpoint: Checkpoint | None) -> Mapping[str, Tensor] | None:
-    """The norms alone, which are needed before there is a model; None where there are none."""
+    """Load Wanda's input norms alone, which pruning needs before there is a model to resume."""
     if checkpoint is None:
         return None
     with checkpoint.as_directory() as folder:
@@ -52,7 +57,7 @@ def read_norms(checkpoint: Checkpoint | None) -> Mapping[str, Tensor] | None:
 
 
 def report_point(point: ResumePoint, output_dir: str) -> None:
-    """Hand a resume point to Ray Train, which keeps it beside the results in `output_dir`. On rank 0 alone."""
+    """Report a resume point from rank 0 to Ray Train, which stores it beside the results."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_file(point.parameters, folder / PARAMETERS)
@@ -61,14 +66,18 @@ def report_point(point: ResumePoint, output_dir: str) -> None:
         if point.norms is not None:
             save_file(dict(point.norms), folder / NORMS)
         (folder / PROGRESS).write_text(json.dumps(point.progress))
-        upload = _send if "://" in output_dir else None
         ray.train.report(
-            point.progress, checkpoint=Checkpoint.from_directory(name), checkpoint_upload_fn=upload
+            point.progress,
+            checkpoint=Checkpoint.from_directory(name),
+            checkpoint_upload_fn=upload_checkpoint if "://" in output_dir else None,
         )
 
 
-def _send(checkpoint: Checkpoint, name: str) -> Checkpoint:
-    """To an object store as Ray would, but for `copy_files`, which does not tell of a file that could not be sent."""
+def upload_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:
+    """Upload a checkpoint to an object store under the path that Ray Train gives it.
+
+    Ray's own upload uses pyarrow's `copy_files`, which ignores a file that could not be sent.
+    """
     storage: Any = ray.train.get_context().get_storage()
     path = storage.build_checkpoint_path_from_name(name)
     for file in Path(checkpoint.path).iterdir():

@@ -1,18 +1,23 @@
-"""The one-pass solver on a worker: statistics of its rows, adapters from everybody's, and the strength that fits.
+"""The one-pass solver on a worker, and the search for the strength that unlearns and no more.
 
-The right strength leaves the forget set as likely as text that the model has never seen: less leaves traces, more is a
-tell-tale. Without a retrained oracle the holdout set says how likely that is: the strength is chosen at which forget
-rows stand half a standard deviation of chance on the side of text that is known, since of two strengths that so few
-rows cannot tell apart the weaker does less harm. The statistics are collected once, so each strength that is tried
-costs a solve, whose forward tells the forget rows' likelihood too, and a forward over the holdout rows.
+The right strength leaves the forget set as likely as text that the model has never seen. A lower
+one leaves traces. A higher one makes forget rows conspicuously unlikely. Without a retrained
+oracle, the holdout set shows how likely unseen text is. Two strengths whose gaps differ by less
+than chance cannot be told apart with so few rows, and the lower one does less harm: so the search
+aims half a standard deviation of chance above a gap of 0.
+
+The statistics are collected once. A trial costs a solve, whose forward also gives the forget rows'
+logits, and a forward over the holdout rows.
+
+Shapes: N answer tokens, V vocabulary or classes.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
@@ -20,45 +25,54 @@ from pipelines.config.schema import SolveConfig
 from pipelines.evaluation.metrics.forward import token_statistics
 from pipelines.evaluation.metrics.likelihood import loss
 from pipelines.evaluation.metrics.membership import chance_gap, min_k
+from rfa import exchange
 from rfa.batch import UnlearnBatch
 from rfa.objective import ResidualAlignment
 from rfa.solver import OnePassSolver
 
 FIRST_STRENGTH = 2e-3
-SLOPE = (
-    1.5  # by which the gap's odds commonly fall with the strength's logarithm; measured: 0.9 to 3
-)
-LONGER = 1.5  # how much further each step goes, until the right strength lies between two that were tried
-FARTHEST = (
-    30.0  # by which a step multiplies the strength at most where the gap falls slower than that
-)
+# By this much the log-odds of the gap commonly fall with the log of the strength. Measured slopes
+# lie between 0.9 and 3.
+PRIOR_SLOPE = 1.5
+STEP_GROWTH = 1.5  # each step is longer by this factor, until two trials enclose the aim
+MAX_STEP_FACTOR = 30.0  # a step multiplies the strength by at most this where the gap falls slowly
 TRIALS = 6
-CERTAIN = 0.49  # a gap from here on could be anything beyond
+MAX_INFORMATIVE_GAP = 0.49  # at the limits of 1/2, AUC no longer measures how far apart rows are
 CLOSE_ENOUGH = 0.03  # a gap this near to the aim ends the search
 
-Say = Callable[[int, int, str], None]  # done, of, what
+ProgressCallback = Callable[[int, int, str], None]  # done, of, what
 
 
 class Likelihood(NamedTuple):
-    """Of one row's answer: mean loss, and minus the mean of its least likely tokens. Large: unlike training data."""
+    """One answer's mean loss, and minus the mean log-probability of its least likely tokens.
+
+    Both are large where the answer is unlike training data.
+    """
 
     loss: float
     min_k: float
 
 
 class Trial(NamedTuple):
-    """A strength and its gap: 0 where forget rows look like holdout rows, up to 0.5 with traces left, down to -0.5
-    where they look less known than text never seen."""
+    """A strength and its gap, from -1/2 to 1/2.
+
+    The gap is 0 where forget rows look like holdout rows, positive with traces left, and negative
+    where they look less known than unseen text.
+    """
 
     strength: float
     gap: float
 
 
-def gap(forget: list[Likelihood], holdout: list[Likelihood]) -> float:
-    """AUC - 1/2, averaged over both scores; AUC is the chance that a holdout row looks less known than a forget row."""
+def auc_gap(forget: list[Likelihood], holdout: list[Likelihood]) -> float:
+    """Return AUC - 1/2, averaged over both scores.
+
+    AUC is the probability that a holdout row looks less known than a forget row.
+    """
     truth = [0] * len(forget) + [1] * len(holdout)
-    columns = zip(*(forget + holdout), strict=True)
-    aucs = [float(roc_auc_score(truth, column)) for column in columns]
+    aucs: list[float] = []
+    for scores in zip(*(forget + holdout), strict=True):
+        aucs.append(float(roc_auc_score(truth, scores)))
     return sum(aucs) / len(aucs) - 0.5
 
 
@@ -68,14 +82,16 @@ def search_strength(
     trials: int = TRIALS,
     first: float = FIRST_STRENGTH,
 ) -> list[Trial]:
-    """All trials, the one whose gap is nearest to `aim` last: from the `first` guess to where a common slope meets the
-    aim, or the slope of the trials themselves if it is gentler, until it lies between two trials, then in between.
+    """Find the strength whose AUC gap is closest to `aim`, and return all trials, the best last.
 
-    The gap falls with the strength as a logistic curve does, from 1/2 to -1/2: its odds are steps in the strength's
-    logarithm. Where two gaps are equally near the weaker strength is the better one.
+    Extrapolate from `first` with a prior slope, or the observed one where it is flatter, until two
+    trials enclose the aim. Then interpolate. Both work on log-odds over the log of the strength,
+    in which a logistic curve from 1/2 to -1/2 is a line. Of equally close gaps the lower strength
+    is the better one.
     """
     done: list[Trial] = []
-    strength, reach = first, 1 / SLOPE
+    strength = first
+    reach = 1 / PRIOR_SLOPE
     while len(done) < trials:
         done.append(Trial(strength, try_strength(strength)))
         if abs(done[-1].gap - aim) <= CLOSE_ENOUGH:
@@ -83,59 +99,70 @@ def search_strength(
         weak = max((trial for trial in done if trial.gap > aim), default=None)
         strong = min((trial for trial in done if trial.gap <= aim), default=None)
         if weak is None or strong is None:
-            strength *= math.exp(_step(done, aim, reach))
-            reach *= LONGER
-        else:  # where a line through both meets the aim, but well inside
-            share = (_odds(weak.gap) - _odds(aim)) / (_odds(weak.gap) - _odds(strong.gap))
-            strength = weak.strength * (strong.strength / weak.strength) ** min(
-                max(share, 0.1), 0.9
-            )
+            strength *= math.exp(_extrapolated_step(done, aim, reach))
+            reach *= STEP_GROWTH
+        else:
+            weak_odds = _half_log_odds(weak.gap)
+            share = (weak_odds - _half_log_odds(aim)) / (weak_odds - _half_log_odds(strong.gap))
+            # Well inside the interval, since a gap measured on few rows is noisy.
+            share = min(max(share, 0.1), 0.9)
+            strength = weak.strength * (strong.strength / weak.strength) ** share
     return sorted(done, key=lambda trial: (-abs(trial.gap - aim), -trial.strength))
 
 
-def _step(done: list[Trial], aim: float, reach: float) -> float:
-    """How far to go in the strength's logarithm; farther where the last two trials have seen a gentler slope."""
-    last, left = done[-1], _odds(done[-1].gap) - _odds(aim)
-    step = reach * left
-    if len(done) > 1 and max(abs(trial.gap) for trial in done[-2:]) < CERTAIN:
-        slope = (_odds(done[-2].gap) - _odds(last.gap)) / math.log(
-            last.strength / done[-2].strength
-        )
-        seen = abs(left) / max(slope, 1e-9)
-        step = math.copysign(max(abs(step), min(seen, math.log(FARTHEST))), left)
-    return step
+def _extrapolated_step(done: list[Trial], aim: float, reach: float) -> float:
+    """Return the change of the log-strength that should reach the aim from the last trial."""
+    last = done[-1]
+    distance = _half_log_odds(last.gap) - _half_log_odds(aim)
+    step = reach * distance
+    if len(done) < 2:
+        return step
+    before = done[-2]
+    if max(abs(last.gap), abs(before.gap)) >= MAX_INFORMATIVE_GAP:
+        return step
+    fall = _half_log_odds(before.gap) - _half_log_odds(last.gap)
+    slope = fall / math.log(last.strength / before.strength)
+    observed = min(abs(distance) / max(slope, 1e-9), math.log(MAX_STEP_FACTOR))
+    return math.copysign(max(abs(step), observed), distance)
 
 
-def _odds(gap: float) -> float:
-    """Half the logarithm of the odds of an AUC of 1/2 + gap."""
-    return math.atanh(2 * min(max(gap, -CERTAIN), CERTAIN))
+def _half_log_odds(gap: float) -> float:
+    """Return half the log-odds of an AUC of 1/2 + gap, within the informative range."""
+    return math.atanh(2 * min(max(gap, -MAX_INFORMATIVE_GAP), MAX_INFORMATIVE_GAP))
 
 
 class WorkerSolver:
-    """Solves an alignment's adapters from this worker's rows, together with the other workers.
+    """Solve an alignment's adapters from this worker's rows, together with the other workers.
 
     Args:
-        place: puts lora_A and lora_B of the module of that name into the model; without it they are set directly.
-        say: told of progress, on every worker.
+        cfg: the solver's configuration.
+        alignment: the model with its adapters and features.
+        write_adapter: sets lora_A and lora_B of the named module; None sets them directly.
+        on_progress: receives done, total and a description, on every worker.
     """
 
     def __init__(
         self,
         cfg: SolveConfig,
         alignment: ResidualAlignment,
-        place: Callable[[str, Tensor, Tensor], None] | None,
-        say: Say,
+        write_adapter: Callable[[str, Tensor, Tensor], None] | None,
+        on_progress: ProgressCallback,
     ) -> None:
-        self.cfg, self.alignment, self.say = cfg, alignment, say
-        self.one_pass = OnePassSolver(alignment, cfg.settings(), place)
-        self.tokens = 0  # of this worker's kept rows
+        self.cfg = cfg
+        self.alignment = alignment
+        self.on_progress = on_progress
+        self.one_pass = OnePassSolver(alignment, cfg.settings(), write_adapter)
+        self.tokens = 0  # of this worker's retain and utility rows
 
-    def collect(self, kept: Iterator[tuple[UnlearnBatch, int]], number: int) -> None:
-        """Statistics of `number` batches of kept rows, each with the features a row to keep for clustering."""
-        for index, (batch, sample_tokens) in enumerate(kept):
+    def collect(self, batches: Iterator[tuple[UnlearnBatch, int]], number: int) -> None:
+        """Collect and reduce statistics of `number` batches of retain and utility rows.
+
+        Each batch comes with the features a row to sample for the targets' clusters.
+        """
+        for index, (batch, sample_tokens) in enumerate(batches):
             self.one_pass.collect(batch, sample_tokens)
             self.tokens += int(batch.attention_BT.sum())
-            self.say(index + 1, number, "statistics")
+            self.on_progress(index + 1, number, "statistics")
         self.one_pass.reduce()
 
     def solve(
@@ -145,63 +172,53 @@ class WorkerSolver:
         first: float = FIRST_STRENGTH,
         most: int = TRIALS,
     ) -> list[Trial]:
-        """Solve at the configured strength, or at the one that fits, found from a `first` guess on in at `most` so many
-        trials: then these, the chosen one last."""
+        """Solve at the configured strength, or search for it where it is `auto`.
+
+        A search starts at `first` and makes at most `most` trials. Returns them, the chosen one
+        last. The list is empty where the configuration gives the strength.
+        """
         if self.cfg.strength != "auto":
             self.one_pass.solve(forget, self.cfg.strength)
             return []
+        tried: list[float] = []
 
         def try_strength(strength: float) -> float:
-            self.say(len(tried), most, f"strength {strength:.3g}")
+            self.on_progress(len(tried), most, f"strength {strength:.3g}")
             tried.append(strength)
-            likely = self._likelihoods(
-                forget, self.one_pass.solve(forget, strength, with_logits=True)
-            )
-            return gap(likely, self._likelihoods(holdout))
+            logits = self.one_pass.solve(forget, strength, with_logits=True)
+            return auc_gap(self._likelihoods(forget, logits), self._likelihoods(holdout))
 
-        tried: list[float] = []
-        aim = chance_gap(self._count(forget), self._count(holdout)) / 2
+        aim = chance_gap(_row_count(forget), _row_count(holdout)) / 2
         trials = search_strength(try_strength, aim, most, first)
-        if trials[-1].strength != tried[-1]:
+        if trials[-1].strength != tried[-1]:  # the model holds the last trial's adapter
             self.one_pass.solve(forget, trials[-1].strength)
         return trials
-
-    def _count(self, batches: list[UnlearnBatch]) -> int:
-        """Rows of all workers."""
-        return len(
-            _of_all_workers(
-                [None for batch in batches for real in batch.attention_BT.any(1).tolist() if real]
-            )
-        )
 
     @torch.no_grad()
     def _likelihoods(
         self, batches: list[UnlearnBatch], known: list[Tensor] | None = None
     ) -> list[Likelihood]:
-        """Of all workers' rows, from their logits where these are known."""
-        found: list[Likelihood] = []
+        """Return the likelihoods of all workers' rows, from `known` logits [N, V] if given."""
+        likelihoods: list[Likelihood] = []
         for index, batch in enumerate(batches):
-            logits_NV = (
-                known[index]
-                if known
-                else self.alignment.runner(batch, logits_at_BT=batch.answer_BT).logits_NV
-            )
+            if known:
+                logits_NV: Tensor | None = known[index]
+            else:
+                logits_NV = self.alignment.runner(batch, logits_at_BT=batch.answer_BT).logits_NV
             assert logits_NV is not None
             label_N = batch.expected(batch.answer_BT)
             lengths = [length for length in batch.answer_BT.sum(1).tolist() if length]
-            for own in token_statistics(logits_NV, label_N).split(lengths):
-                if batch.classified:  # one class a row: nothing to choose the least likely of
-                    found.append(Likelihood(loss(own.log_probability), loss(own.log_probability)))
-                    continue
-                least = min_k(own.without_eos().log_probability)
+            for answer in token_statistics(logits_NV, label_N).split(lengths):
+                if batch.classified:  # one class a row: there are no least likely tokens
+                    least = loss(answer.log_probability)
+                else:
+                    least = min_k(answer.without_eos().log_probability)
                 if least is not None:
-                    found.append(Likelihood(loss(own.log_probability), least))
-        return _of_all_workers(found)
+                    likelihoods.append(Likelihood(loss(answer.log_probability), least))
+        return list(chain.from_iterable(exchange.gather_all(likelihoods)))
 
 
-def _of_all_workers(own: list[Any]) -> list[Any]:
-    if not dist.is_initialized():
-        return own
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    return [row for part in everyone for row in part]
+def _row_count(batches: list[UnlearnBatch]) -> int:
+    """Return the rows of all workers, without blank ones."""
+    rows = sum(int(batch.attention_BT.any(1).sum()) for batch in batches)
+    return sum(exchange.gather_all(rows))

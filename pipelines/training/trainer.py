@@ -1,12 +1,10 @@
 """A Ray Train run of the worker loop, for unlearning and for fine-tuning alike."""
 
 import os
-import queue
 import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Literal
+from typing import Literal
 
 from pyarrow import fs
 from ray.data import Dataset
@@ -24,23 +22,24 @@ from ray.util.queue import Queue
 from pipelines.cluster.resources import stage_of, worker_environment
 from pipelines.cluster.tasks import this_node
 from pipelines.config.schema import UnlearnConfig
-from pipelines.encoding.batches import ShardByRank, plan_stream
+from pipelines.encoding.batches import ShardByRank, Stream, plan_stream
 from pipelines.encoding.encoder import build_encoder
 from pipelines.storage.filesystem import open_filesystem
 from pipelines.training.job import Job
+from pipelines.training.messages import Listener, forwarded_messages
 
-Listener = Callable[[dict[str, Any]], None]
-# How often Ray Train's controller looks what the workers report. Its own 2 s would hold up every resume point as long.
+# Ray Train's controller polls the workers at this interval. Its default of 2 s would delay every
+# resume point by as much.
 POLL_S = 0.25
 
 
 class Trainer:
-    """Trains a module over its streams of rows.
+    """Train a module on its streams of rows.
 
     Args:
         cfg: the run's configuration.
         kind: `unlearn` trains adapters on the objective, `finetune` all parameters on answers.
-        streams: stream name (`retain`, `forget`) to its rows and rows a step.
+        streams: stream name (`retain`, `forget`, `holdout`) to its rows and rows a step.
     """
 
     def __init__(
@@ -52,27 +51,31 @@ class Trainer:
         self.cfg = cfg
         self.kind: Literal["unlearn", "finetune"] = kind
         encoder = build_encoder(cfg)
-        self.streams = {
-            name: plan_stream(rows, encoder, batch_size, cfg.seed)
-            for name, (rows, batch_size) in streams.items()
-        }
-        self.batches = {name: stream.batches for name, stream in self.streams.items()}
+        self.streams: dict[str, Stream] = {}
+        self.batches: dict[str, int] = {}
+        for name, (rows, batch_size) in streams.items():
+            stream = plan_stream(rows, encoder, batch_size, cfg.seed)
+            self.streams[name] = stream
+            self.batches[name] = stream.batches
 
     def fit(
         self, *, steps: int, learning_rate: float, final_rate: float, listener: Listener
     ) -> Result:
-        """Train to the end, resuming from this output folder's last resume point; `listener` hears of every step.
+        """Train to the end, from the last resume point in the output folder on.
+
+        The learning rate falls linearly to the share `final_rate` of it. `listener` receives the
+        workers' messages (see `ProgressLog.on_message`), in a thread.
 
         Raises:
-            RuntimeError: a worker has failed too often; says what its last line was.
+            RuntimeError: a worker has failed too often. Its message is the worker's last line.
+            KeyboardInterrupt: Ctrl-C.
         """
-        cfg, train = self.cfg, self.cfg.train
+        cfg = self.cfg
+        train = cfg.train
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_S))
         filesystem, checkpoints = checkpoint_folder(cfg)
-        stage = stage_of(cfg)
-        messages = Queue(
-            actor_options={"num_cpus": 0, "scheduling_strategy": this_node()}
-        )  # outlives workers' nodes
+        # On the driver's node, where the queue outlives the workers' nodes.
+        messages = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node()})
         job = Job(
             cfg=cfg,
             kind=self.kind,
@@ -80,9 +83,10 @@ class Trainer:
             learning_rate=learning_rate,
             final_rate=final_rate,
             batches=self.batches,
-            stage=stage,
+            stage=stage_of(cfg),
             messages=messages,
         )
+        # NCCL needs a GPU for each rank.
         use_gpu = train.gpus_per_worker > 0
         trainer = TorchTrainer(
             train_worker,
@@ -96,6 +100,7 @@ class Trainer:
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=train.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
+                # A cluster that was running before was started without our environment.
                 worker_runtime_env={"env_vars": worker_environment(train)},
             ),
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
@@ -103,64 +108,27 @@ class Trainer:
             dataset_config=ShardByRank(),
         )
         try:
-            with _listening(messages, listener), _interruptible():
+            with forwarded_messages(messages, listener), raised_interrupts():
                 return trainer.fit()
         except WorkerGroupError as error:
+            # Each failure is a full traceback, whose last line names the cause.
             first = str(next(iter(error.worker_failures.values())))
             raise RuntimeError(first.strip().splitlines()[-1][:300]) from error
 
 
 def train_worker(settings: dict[str, Job]) -> None:
-    """The training function of Ray Train; `settings["job"]` says what to do."""
+    """Run `settings["job"]` on a worker: the training function of Ray Train."""
+    # Here, because the driver and Ray Train's controller import this module, and must not import
+    # transformers.
     from pipelines.training.loop import run_worker
 
     run_worker(settings["job"])
 
 
 def checkpoint_folder(cfg: UnlearnConfig) -> tuple[fs.FileSystem, str]:
-    """Where resume points are kept while a run is unfinished: beside the results, on an object store too."""
+    """Return where the resume points of an unfinished run lie: beside its results."""
     filesystem, path = open_filesystem(cfg.output_dir, "output_dir")
     return filesystem, f"{path}/checkpoints"
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C as a KeyboardInterrupt: Ray Train takes the signal, stops the workers and exits, and keeps its handler."""
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _listening(messages: Queue, listener: Listener) -> Iterator[None]:
-    """Pass the workers' messages on while training runs, and those left over at its end."""
-    stop = threading.Event()
-
-    def drain(timeout_s: float) -> bool:
-        try:
-            listener(messages.get(timeout=timeout_s))
-        except queue.Empty:
-            return False
-        return True
-
-    def listen() -> None:
-        while not stop.is_set():
-            drain(0.5)
-
-    thread = threading.Thread(target=listen, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        while drain(0.05):
-            pass
-        messages.shutdown()
 
 
 def forget_resume_points(cfg: UnlearnConfig) -> None:
@@ -168,3 +136,18 @@ def forget_resume_points(cfg: UnlearnConfig) -> None:
     filesystem, path = checkpoint_folder(cfg)
     with suppress(OSError):
         filesystem.delete_dir(path)
+
+
+@contextmanager
+def raised_interrupts() -> Iterator[None]:
+    """Raise Ctrl-C as a KeyboardInterrupt, and restore its handler.
+
+    Ray Train installs a handler that stops the workers and exits, and leaves it behind.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -101,8 +101,10 @@ def plain_worker(rows: Path) -> None:
     from pipelines.encoding.text import TextEncoder
     from pipelines.model.engine import Engine, deepspeed_settings
     from pipelines.model.load import build_alignment
+    from pipelines.training.build import Pruned
     from pipelines.training.job import Job
-    from pipelines.training.loop import Pruned, StepRows, _Loop
+    from pipelines.training.loop import TrainingLoop
+    from pipelines.training.worker_rows import StepRows, WorkerRows
     from rfa.batch import collate
     from rfa.solver import merged_features
     from rfa.targets import FeatureSums
@@ -128,14 +130,14 @@ def plain_worker(rows: Path) -> None:
     module.fit(merged_features(features))
     counts = {name: len(own) for name, own in batches.items()}
     job = Job(cfg, "unlearn", cfg.train.steps, cfg.train.learning_rate, 0.0, counts, 0, None)
-    loop: Any = _Loop(job, engine, module, encoder, Pruned(None, {}))
+    loop = TrainingLoop(job, engine, module, WorkerRows(job, encoder), Pruned(None, {}))
     started = 0.0
     for step, (retain, forget) in enumerate(
         islice(
             zip(cycle(batches["retain"]), cycle(batches["forget"]), strict=False), cfg.train.steps
         )
     ):
-        loop._step(StepRows(encoder.rows(retain), encoder.rows(forget)), job.rate(step))
+        loop.step(StepRows(encoder.rows(retain), encoder.rows(forget)), job.rate(step))
         if step == WARM_UP - 1:
             started = time.monotonic()
     if rank == 0:

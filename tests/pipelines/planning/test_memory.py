@@ -52,7 +52,7 @@ from itertools import accumulate
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from pipelines.config.schema import UnlearnConfig
-from pipelines.training.loop import _checkpoint_activations
+from pipelines.training.build import checkpoint_activations
 from pipelines.model.load import build_alignment
 from rfa.batch import Row, collate
 from rfa.settings import SolveSettings
@@ -62,7 +62,7 @@ def step(cfg, shape, retain, forget, tokens):
     base = AutoModelForCausalLM.from_config(LlamaConfig(**shape))
     module = build_alignment(cfg, base, {})
     if cfg.train.activation_checkpointing:
-        _checkpoint_activations(module)
+        checkpoint_activations(module)
     rows = lambda number: [Row(list(range(3, 3 + tokens)), 2, row=row) for row in range(number)]
     batch = collate(rows(retain), rows(forget), 0)
     if cfg.solve.mode != "off":

@@ -10,7 +10,7 @@ from pipelines.training.strength import (
     CLOSE_ENOUGH,
     TRIALS,
     Likelihood,
-    gap,
+    auc_gap,
     search_strength,
 )
 
@@ -20,14 +20,14 @@ def rows(*values: float) -> list[Likelihood]:
 
 
 def test_the_gap_is_a_half_where_every_forget_row_is_better_known() -> None:
-    assert gap(rows(1, 2), rows(3, 4)) == 0.5
-    assert gap(rows(3, 4), rows(1, 2)) == -0.5
-    assert gap(rows(1, 4), rows(2, 3)) == 0.0  # of four pairs, two have the holdout row above
+    assert auc_gap(rows(1, 2), rows(3, 4)) == 0.5
+    assert auc_gap(rows(3, 4), rows(1, 2)) == -0.5
+    assert auc_gap(rows(1, 4), rows(2, 3)) == 0.0  # of four pairs, two have the holdout row above
 
 
 def test_the_gap_is_the_mean_of_both_scores() -> None:
     forget, holdout = [Likelihood(loss=1, min_k=9)], [Likelihood(loss=2, min_k=8)]
-    assert gap(forget, holdout) == 0.0
+    assert auc_gap(forget, holdout) == 0.0
 
 
 @pytest.mark.parametrize("right", [1e-5, 3e-4, 2e-3, 0.04, 0.9, 30.0])

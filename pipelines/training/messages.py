@@ -1,0 +1,42 @@
+"""The workers' messages to the driver, which come through a Ray queue."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ray.util.queue import Queue
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+@contextmanager
+def forwarded_messages(messages: Queue, listener: Listener) -> Iterator[None]:
+    """Pass the workers' messages to `listener` in the context, and the remaining ones at its end.
+
+    A thread reads the queue, because Ray Train's `fit` blocks until training ends.
+    """
+    stop = threading.Event()
+
+    def forward_one(timeout_s: float) -> bool:
+        try:
+            listener(messages.get(timeout=timeout_s))
+        except queue.Empty:
+            return False
+        return True
+
+    def forward_all() -> None:
+        while not stop.is_set():
+            forward_one(0.5)
+
+    thread = threading.Thread(target=forward_all, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        while forward_one(0.05):
+            pass
+        messages.shutdown()

@@ -1,0 +1,73 @@
+"""The rows of one worker: its shares of the streams, batch by batch."""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import NamedTuple
+
+import ray.train
+
+from pipelines.encoding.batches import batches_of
+from pipelines.encoding.encoder import Encoder
+from pipelines.training.job import Job
+from rfa.batch import Row, UnlearnBatch, collate
+
+
+class StepRows(NamedTuple):
+    """This worker's rows of one step."""
+
+    retain: list[Row]
+    forget: list[Row]
+
+
+class WorkerRows:
+    """Read this worker's shares of the streams `retain`, `forget` and `holdout`.
+
+    Batches are on the CPU. Every worker gets the same number of them, because a step's collective
+    operations need all workers. A worker whose share of a batch is empty gets a blank row.
+    """
+
+    def __init__(self, job: Job, encoder: Encoder) -> None:
+        self.job = job
+        self.encoder = encoder
+        self._blank: Row | None = None
+
+    def of(self, name: str, start: int = 0) -> Iterator[list[Row]]:
+        """Yield the rows of a stream without end, from batch `start` on."""
+        share = ray.train.get_dataset_shard(name)
+        assert share is not None
+        for records in batches_of(share, self.job.batches[name], start):
+            yield self.encoder.rows(records)
+
+    def once(self, name: str, limit: int | None = None) -> Iterator[list[Row]]:
+        """Yield each row of a stream once, in at most `limit` batches; none of a missing stream."""
+        number = self.job.batches.get(name, 0)
+        if limit is not None:
+            number = min(limit, number)
+        if number:
+            yield from islice(self.of(name), number)
+
+    def retain_batches(self, limit: int | None = None) -> Iterator[UnlearnBatch]:
+        """Yield the retain and utility rows once, in at most `limit` batches."""
+        for rows in self.once("retain", limit):
+            yield self.collate(rows, [])
+
+    def steps(self, start: int) -> Iterator[StepRows]:
+        """Yield the rows of each step without end, from step `start` on.
+
+        Forget rows are read only where the objective has a term over them.
+        """
+        objective = self.job.cfg.objective.settings()
+        reads_forget = self.job.kind == "finetune" or objective.reads_forget_set
+        retain = self.of("retain", start)
+        forget: Iterator[list[Row]] | None = None
+        if reads_forget and "forget" in self.job.batches:
+            forget = self.of("forget", start)
+        while True:
+            yield StepRows(next(retain), [] if forget is None else next(forget))
+
+    def collate(self, retain: list[Row], forget: list[Row]) -> UnlearnBatch:
+        """Pad rows to one batch; a blank row where there are none."""
+        # A classifier's blank row reads a configuration or draws an image: only where it is needed.
+        if self._blank is None and not retain and not forget:
+            self._blank = self.encoder.blank()
+        return collate(retain, forget, self.encoder.pad_token_id, self._blank)
