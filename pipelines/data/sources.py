@@ -1,8 +1,9 @@
-"""Where rows come from: the files behind a path as pieces, and the ids of a deletion request.
+"""Sources of rows: the files behind a path as pieces, and the ids of a deletion request.
 
-A path is a file, a folder or a glob (local, `s3://`, `gs://`), a folder written by `datasets.save_to_disk`, or a hub
-name. One Ray Data task reads one piece (`pipelines.data.readers`). Every file below a folder is read or refused by its
-name, since a row that never arrives would never be forgotten.
+A path is a file, a folder or a glob (local, `s3://`, `gs://`), a folder written by
+`datasets.save_to_disk`, or a hub name. One Ray Data task reads one piece
+(`pipelines.data.readers`). Every file below a folder is read or refused by its name, and none is
+skipped as unknown: a row that is never read would never be forgotten.
 """
 
 import os
@@ -36,7 +37,7 @@ def find_pieces(name: str, source: SourceConfig) -> list[Piece]:
     """Return the pieces of the set `name`, in the order of their paths.
 
     Raises:
-        ConfigError: nothing is there, it cannot be listed, or a file is in none of our formats.
+        ConfigError: the path does not exist or cannot be listed, or a file has no known format.
     """
     key = f"data.{name}.path"
     filesystem, path = open_filesystem(source.path, key)
@@ -53,7 +54,14 @@ def find_pieces(name: str, source: SourceConfig) -> list[Piece]:
         return [Piece(name, source.path, "saved", path, filesystem, source.split)]
     if not info.is_file:
         files = [file for file in files if _format_of(file) or not _is_about_the_data(file)]
-    if not files and filesystem.type_name == "local" and _looks_like_hub_name(source.path):
+    # A hub name is also a relative path, so a local file or folder of that name comes first. A
+    # missing file in an existing folder is an error, and so is a missing file of a known format.
+    looks_like_hub_name = (
+        HUB_NAME.fullmatch(source.path)
+        and _format_of(source.path) is None
+        and not Path(source.path.split("/")[0]).exists()
+    )
+    if not files and filesystem.type_name == "local" and looks_like_hub_name:
         return [Piece(name, source.path, "hub", source.path, None, source.split)]
     if not files:
         raise ConfigError(
@@ -62,18 +70,22 @@ def find_pieces(name: str, source: SourceConfig) -> list[Piece]:
     kind = _common_format(f"{key}: {source.path}", filesystem, files)
     if len(files) == 1:
         return [Piece(name, source.path, kind, files[0], filesystem, source.split)]
+    # Row numbers serve as ids where there is no id column, so each file needs its own prefix. It is
+    # relative, so that the ids stay the same when the folder is moved.
     base = os.path.commonpath([PurePosixPath(file).parent for file in files])
-    return [
-        Piece(name, file, kind, file, filesystem, source.split, f"{os.path.relpath(file, base)}:")
-        for file in files
-    ]
+    pieces: list[Piece] = []
+    for file in files:
+        id_prefix = f"{os.path.relpath(file, base)}:"
+        pieces.append(Piece(name, file, kind, file, filesystem, source.split, id_prefix))
+    return pieces
 
 
 def list_files(filesystem: fs.FileSystem, path: str) -> list[str]:
-    """Return the sorted files of a file, of a folder and its subfolders, or of a glob, whose `**` stands for folders at
-    any depth; none where nothing is.
+    """Return the sorted files that a path names, [] where nothing exists.
 
-    Hidden folders below it are passed over: names that begin with a dot or an underscore.
+    The path is a file, a folder (which includes its subfolders) or a glob, where `**` matches
+    folders at any depth. Hidden folders below it are skipped: their names begin with a dot or an
+    underscore.
     """
     info = filesystem.get_file_info(path)
     if info.is_file:
@@ -93,17 +105,24 @@ def list_files(filesystem: fs.FileSystem, path: str) -> list[str]:
 
 def _files_below(filesystem: fs.FileSystem, folder: str) -> list[str]:
     if isinstance(filesystem, fs.LocalFileSystem):
-        # Arrow leaves a link that leads nowhere out of its lists, and follows one in a circle forty times.
+        # Arrow omits a link to nothing, which would lose its rows in silence, and follows a link
+        # to a parent folder forty times.
         return [str(path) for path in _local_files_below(Path(folder))]
     selector = fs.FileSelector(folder, recursive=True, allow_not_found=True)
-    files = [entry.path for entry in filesystem.get_file_info(selector) if entry.is_file]
     depth = len(PurePosixPath(folder).parts)
-    hidden = {file for file in files if any(map(_is_hidden, file.split("/")[depth:-1]))}
-    return sorted(set(files) - hidden)
+    files: list[str] = []
+    for entry in filesystem.get_file_info(selector):
+        folders = entry.path.split("/")[depth:-1]
+        if entry.is_file and not any(map(_is_hidden, folders)):
+            files.append(entry.path)
+    return sorted(set(files))
 
 
 def _local_files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """Yield all that is no folder, links to nothing included; a link to a folder that it lies in is not followed."""
+    """Yield everything below a folder that is not a folder, links to nothing included.
+
+    A link to one of the folders `above` it is not followed, because it would lead in circles.
+    """
     real = folder.resolve()
     if real in above or not folder.is_dir():
         return
@@ -119,12 +138,17 @@ def _is_hidden(name: str) -> bool:
 
 
 def _is_about_the_data(file: str) -> bool:
+    """Return whether a file without a known format documents the data, and so holds no rows."""
     path = PurePosixPath(file)
     return _is_hidden(path.name) or path.stem.upper() in ABOUT_THE_DATA or path.suffix == ".md"
 
 
 def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    """Whether a path's names match a glob's: `**` any number of folders, all else one name."""
+    """Return whether the names of a path match a glob's.
+
+    A pattern matches one name, and `**` matches any number of folders, none included.
+    """
+    # fnmatch alone would let `*` match a "/", and PurePath.full_match exists from Python 3.13 on.
     if not patterns:
         return not names
     if patterns[0] == "**":
@@ -133,7 +157,11 @@ def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
 
 
 def _common_format(where: str, filesystem: fs.FileSystem, files: list[str]) -> str:
-    """Return the format of all files, or refuse those that have none or another."""
+    """Return the one format of all files.
+
+    Raises:
+        ConfigError: their formats are unknown or differ, or a local one is not a file.
+    """
     formats = {_format_of(file) for file in files}
     if len(formats) > 1 or None in formats:
         endings = sorted({PurePosixPath(file).suffix or "no suffix" for file in files})
@@ -146,40 +174,35 @@ def _common_format(where: str, filesystem: fs.FileSystem, files: list[str]) -> s
         for file in files:
             if not Path(file).is_file():
                 raise ConfigError(
-                    f"{where} holds {PurePosixPath(file).name}, a link to nothing or no file; allowed: {ALLOWED}"
+                    f"{where} holds {PurePosixPath(file).name}, a link to nothing or no file; "
+                    f"allowed: {ALLOWED}"
                 )
     return str(formats.pop())
 
 
 def _format_of(file: str) -> str | None:
+    """Return the format that a file's endings name, which is a key of READERS."""
     path = PurePosixPath(file.lower())
+    # Parquet compresses its columns itself and needs random access, which a compressed file lacks.
     if path.suffix in COMPRESSIONS and SUFFIXES.get(path.with_suffix("").suffix) != "parquet":
         path = path.with_suffix("")
     return SUFFIXES.get(path.suffix)
 
 
-def _looks_like_hub_name(path: str) -> bool:
-    """Whether a path that is not there may be meant for the hub: owner/name, and no folder called owner."""
-    return (
-        bool(HUB_NAME.fullmatch(path))
-        and _format_of(path) is None
-        and not Path(path.split("/")[0]).exists()
-    )
-
-
 def request_ids(path: str, key: str = "request") -> list[str]:
-    """Return the ids of a deletion request, each once, in their order.
+    """Return the distinct ids of a deletion request, in their order.
 
     Args:
-        path: JSONL (local, s3://, gs://); a line is {"id": "..."} or a bare JSON string; whole numbers count as text.
+        path: a JSONL file (local, s3://, gs://). A line is {"id": "..."} or a bare JSON string.
+            Whole numbers count as text.
         key: the configuration key that messages name.
 
     Raises:
-        ConfigError: the file is missing, empty or unreadable, or a line is not such an id.
+        ConfigError: the file is missing, empty or unreadable, or a line is not an id.
     """
     allowed = 'allowed: a JSONL file of ids, a line being {"id": "..."} or "..."'
     filesystem, inner = open_filesystem(path, key)
-    ids: dict[str, None] = {}
+    ids: dict[str, None] = {}  # a set that keeps its order
     try:
         with filesystem.open_input_stream(inner) as raw:
             for where, value in json_values(BufferedReader(raw)):
@@ -192,9 +215,8 @@ def request_ids(path: str, key: str = "request") -> list[str]:
     except FileNotFoundError:
         raise ConfigError(f"{key}: {path} not found; {allowed}") from None
     except OSError as error:
-        raise ConfigError(
-            f"{key}: {path} cannot be read ({type(error).__name__}); {allowed}"
-        ) from None
+        reason = type(error).__name__
+        raise ConfigError(f"{key}: {path} cannot be read ({reason}); {allowed}") from None
     if not ids:
         raise ConfigError(f"{key}: {path} is empty; {allowed}")
     return list(ids)

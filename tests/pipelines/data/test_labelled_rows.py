@@ -99,7 +99,7 @@ def load(columns: dict[str, str], task: Task, **sources: Any) -> Sets:
 
 def fault_of(rows: list[dict[str, Any]]) -> str:
     [*_, last] = rows
-    assert not last["kept"]
+    assert not last["selected"]
     assert SECRET not in last["fault"]
     assert "\n" not in last["fault"]
     return last["fault"]
@@ -186,7 +186,7 @@ def test_a_source_is_parted_at_random_into_forget_and_retain(tmp_path: Path) -> 
 
 
 def kept(rows: list[dict[str, Any]]) -> set[str]:
-    return {row["id"] for row in rows if row["kept"]}
+    return {row["id"] for row in rows if row["selected"]}
 
 
 def test_shares_are_disjoint_complete_and_seeded_and_hold_equal_rows_together(
@@ -233,7 +233,7 @@ def test_an_id_or_value_that_lies_in_another_share_counts_as_found(tmp_path: Pat
     )
     chosen = Selection(frozenset({"3", "4"}), frozenset(), "author", frozenset({"Ann"}), (0, 1e-12))
     rows = read(source, ColumnsConfig(), "causal_lm", chosen)
-    assert [(row["id"], row["kept"], row["value"]) for row in rows if row["id"] in ("3", "4")] == [
+    assert [(row["id"], row["selected"], row["value"]) for row in rows if row["id"] in ("3", "4")] == [
         ("3", False, "Ann"), ("4", False, "Ann")
     ]  # fmt: skip
 

@@ -33,7 +33,7 @@ def test_a_utility_prompt_without_an_answer_is_a_row_with_an_empty_one(
     tmp_path: Path, case: str
 ) -> None:
     [row] = read(tmp_path, "utility", {"prompt": "Why?", **UNANSWERED[case]}).to_pylist()
-    assert (row["kept"], row["fault"], row["prompt"], row["answer"]) == (True, "", "Why?", "")
+    assert (row["selected"], row["fault"], row["prompt"], row["answer"]) == (True, "", "Why?", "")
     assert row["content"] == row["question"]
     assert (
         row["digest"]
@@ -51,7 +51,7 @@ def test_every_other_set_needs_answers(tmp_path: Path, name: str, case: str) -> 
         else "is empty of 'prompt' and 'answer'"
     )
     assert expected in row["fault"]
-    assert not row["kept"]
+    assert not row["selected"]
 
 
 @pytest.mark.parametrize(

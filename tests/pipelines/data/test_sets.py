@@ -15,7 +15,8 @@ from ray._private import worker as ray_worker
 
 from pipelines.config.data import DataConfig
 from pipelines.config.schema import ConfigError
-from pipelines.data.sets import Sets, load_sets, request_ids
+from pipelines.data.sets import Sets, load_sets
+from pipelines.data.sources import request_ids
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -21,8 +21,8 @@ from pyarrow import fs
 from pipelines.config.data import DataConfig, SourceConfig
 from pipelines.config.schema import ConfigError
 from pipelines.data.readers import Piece, SourceError, open_rows
-from pipelines.data.sets import Sets, load_sets, request_ids
-from pipelines.data.sources import find_pieces
+from pipelines.data.sets import Sets, load_sets
+from pipelines.data.sources import find_pieces, request_ids
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

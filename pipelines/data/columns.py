@@ -1,0 +1,102 @@
+"""Columns: which ones a source needs for a task, and how each becomes a column of `SetRow`."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from pipelines.config.data import ColumnsConfig, Task
+from pipelines.data.cells import (
+    answer_value,
+    class_value,
+    fact_value,
+    image_value,
+    label_value,
+    list_value,
+    text_value,
+)
+from pipelines.data.readers import SourceError
+
+# The set whose rows may lack an answer. `pipelines.evaluation.own_answers` generates it.
+ANSWERED_BY_MODEL = "utility"
+
+
+class Column(NamedTuple):
+    """One of our columns, and how it is read from a source."""
+
+    name: str
+    source: str  # the source's column
+    parse: Callable[[Any, str, str], Any]  # of (cell, row id, source's column)
+    required: bool = False  # whether every row must fill it
+
+    def parsed(self, cells: dict[str, Any], row_id: str) -> Any:
+        """Return a row's value in this column.
+
+        A source's column may be a field of another one: SQuAD and ELI5 have `answers.text`. A
+        column whose name has the dot itself goes first.
+        """
+        cell = cells.get(self.source)
+        outer, _, field = self.source.partition(".")
+        if self.source not in cells and field and isinstance(cells.get(outer), dict):
+            cell = cells[outer].get(field)
+        return self.parse(cell, row_id, self.source)
+
+
+def columns_read(
+    set_name: str, names: list[str], columns: ColumnsConfig, task: Task
+) -> list[Column]:
+    """Return the columns to read for a task from a source that has the columns `names`.
+
+    Required columns come first.
+
+    Raises:
+        SourceError: the source lacks a required column.
+    """
+    has = f"it has: {', '.join(names)}"
+    label = Column("label", columns.label, class_value, required=True)
+    if task == "image_classification":
+        return _present([Column("image", columns.image, image_value, required=True), label], names)
+    if task == "sequence_classification":
+        return _present([Column("answer", columns.text, text_value, required=True), label], names)
+    optional = [
+        Column("paraphrased_prompt", columns.paraphrased_prompt, text_value),
+        Column("paraphrased_answer", columns.paraphrased_answer, text_value),
+        Column("fact", columns.fact, fact_value),
+        Column("perturbed_answers", columns.perturbed_answers, list_value),
+        Column("label", columns.label, label_value),
+    ]
+    if columns.prompt not in names:
+        if columns.text not in names:
+            raise SourceError(f"has neither column '{columns.prompt}' nor '{columns.text}'; {has}")
+        return [Column("answer", columns.text, text_value, required=True), *optional]
+    needs_answer = set_name != ANSWERED_BY_MODEL
+    if needs_answer and not {columns.answer, _outer(columns.answer)} & set(names):
+        raise SourceError(f"has column '{columns.prompt}' but not '{columns.answer}'; {has}")
+    prompt = Column("prompt", columns.prompt, text_value, required=True)
+    return [prompt, Column("answer", columns.answer, answer_value, needs_answer), *optional]
+
+
+def _present(needed: list[Column], names: list[str]) -> list[Column]:
+    for column in needed:
+        if column.source not in names:
+            key = "text" if column.name == "answer" else column.name
+            raise SourceError(
+                f"has no column '{column.source}' (data.columns.{key}); it has: {', '.join(names)}"
+            )
+    return needed
+
+
+def _outer(column: str) -> str:
+    """Return the source's column that a name like `answers.text` is a field of."""
+    return column.partition(".")[0]
+
+
+def wanted_columns(columns: ColumnsConfig, task: Task) -> set[str]:
+    """Return the columns of a source to decode for a task.
+
+    Only image classification reads images, because they are large.
+    """
+    if task == "image_classification":
+        return {columns.id, columns.image, columns.label}
+    if task == "sequence_classification":
+        return {columns.id, columns.text, columns.label}
+    names = columns.model_dump(exclude={"image"}).values()
+    return {*names, *map(_outer, names)}
