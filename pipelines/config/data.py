@@ -1,4 +1,4 @@
-"""The configuration of the data: sources, selectors, columns. The base of all sections, and the error they raise."""
+"""The data's configuration: sources, selectors and columns. Also the base of all sections."""
 
 from typing import Literal, get_args
 
@@ -10,20 +10,21 @@ SET_NAMES: tuple[SetName, ...] = get_args(SetName)
 
 
 class ConfigError(ValueError):
-    """A mistake of the user's in configuration or data: one line, exit code 2."""
+    """A mistake of the user in configuration or data. One line of text, exit code 2."""
 
 
 class Section(BaseModel):
-    """What all sections share: unknown keys are refused, values never change."""
+    """The base of all sections: unknown keys are refused, and values cannot be changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class SourceConfig(Section):
-    """Where one set's rows come from."""
+    """The source of one set, and which of its rows are in the set."""
 
     path: str = Field(
-        description="JSONL, Parquet or CSV file (local, s3://, gs://), a saved `datasets` folder, or a hub name."
+        description="JSONL, Parquet or CSV file (local, s3://, gs://), a saved `datasets` folder,"
+        " or a hub name."
     )
     split: str = Field(
         default="train",
@@ -31,7 +32,8 @@ class SourceConfig(Section):
     )
     ids: str | None = Field(
         default=None,
-        description="A deletion request: a JSONL file of ids; only the rows with these ids are taken.",
+        description="A deletion request: a JSONL file of ids; only the rows with these ids are "
+        "taken.",
     )
     exclude_ids: str | None = Field(
         default=None, description="A JSONL file of ids; the rows with these ids are left out."
@@ -45,12 +47,11 @@ class SourceConfig(Section):
     max_rows: int | None = Field(
         default=None, ge=1, description="Take at most so many rows, evenly spaced; null for all."
     )
-
     share: tuple[float, float] | None = Field(
         default=None,
-        description="Take only the rows whose place in [0, 1), from a hash of their content and data.share_seed, lies "
-        "from the first number up to below the second: [0, 0.05] for forget and [0.05, 1] for retain part one source "
-        "at random. Equal rows stay together.",
+        description="Take only the rows whose place in [0, 1), from a hash of their content and "
+        "data.share_seed, lies from the first number up to below the second: [0, 0.05] for forget"
+        " and [0.05, 1] for retain part one source at random. Equal rows stay together.",
     )
 
     @field_validator("share")
@@ -68,8 +69,11 @@ class SourceConfig(Section):
 
 
 class ColumnsConfig(Section):
-    """The columns of the sources. Question answering has `prompt` and `answer`; plain text has `text`; classification
-    has `label` with `text` or `image`."""
+    """The names of the sources' columns.
+
+    Question answering has `prompt` and `answer`, plain text has `text`, and classification has
+    `label` with `text` or `image`.
+    """
 
     id: str = Field(
         default="id", description="Unique id of a row; a row number where the column is missing."
@@ -77,8 +81,8 @@ class ColumnsConfig(Section):
     prompt: str = Field(default="prompt", description="The question.")
     answer: str = Field(
         default="answer",
-        description="The answer that is learned or forgotten; of a list of texts the first. `answers.text` is the "
-        "field text of the column answers.",
+        description="The answer that is learned or forgotten; of a list of texts the first. "
+        "`answers.text` is the field text of the column answers.",
     )
     text: str = Field(
         default="text", description="Plain text, used where there is no prompt column."
@@ -101,8 +105,8 @@ class ColumnsConfig(Section):
     )
     label: str = Field(
         default="author",
-        description="The group of a row, for the targets class_mean and balanced_mean (optional); the class, which "
-        "every row needs, where the task is classification.",
+        description="The group of a row, for the targets class_mean and balanced_mean (optional);"
+        " the class, which every row needs, where the task is classification.",
     )
 
 
@@ -113,8 +117,8 @@ class DataConfig(Section):
     retain: SourceConfig = Field(description="What stood beside it in training and must stay.")
     utility: SourceConfig | None = Field(
         default=None,
-        description="Broad text whose behaviour must not move; trained on like retain. Rows may be prompts without an "
-        "answer (for `run`): they get the model's own greedy one.",
+        description="Broad text whose behaviour must not move; trained on like retain. Rows may "
+        "be prompts without an answer (for `run`): they get the model's own greedy one.",
     )
     holdout: SourceConfig | None = Field(
         default=None, description="Never trained on, alike the forget set: membership inference."
@@ -129,5 +133,6 @@ class DataConfig(Section):
     max_tokens: int = Field(default=512, ge=8, le=131072, description="Tokens a row is cut to.")
     system_prompt: str | None = Field(
         default=None,
-        description="System message for the chat template; null takes the template's own, '' an empty one.",
+        description="System message for the chat template; null takes the template's own, '' an "
+        "empty one.",
     )

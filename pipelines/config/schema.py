@@ -40,7 +40,7 @@ class ModelConfig(Section):
 
 
 class AdapterConfig(Section):
-    """The LoRA that carries the change."""
+    """The LoRA adapter that holds the change."""
 
     rank: int = Field(default=16, ge=1, le=4096, description="Rank of B A.")
     alpha: float = Field(default=32, gt=0, description="The residual is alpha / rank * B A x.")
@@ -52,7 +52,8 @@ class AdapterConfig(Section):
     )
     layers: tuple[int, int] | None = Field(
         default=None,
-        description="First and last block that is adapted, counted from 0, both included; null for all blocks.",
+        description="First and last block that is adapted, counted from 0, both included; null "
+        "for all blocks.",
     )
 
     @model_validator(mode="after")
@@ -69,8 +70,8 @@ class PruneConfig(Section):
 
     method: Literal["none", "rows", "magnitude", "wanda"] = Field(
         default="none",
-        description="rows: the outputs of smallest L2 norm (the paper's); magnitude: the smallest weights; wanda: the "
-        "smallest weights times their input's norm on the retain set.",
+        description="rows: the outputs of smallest L2 norm (the paper's); magnitude: the smallest"
+        " weights; wanda: the smallest weights times their input's norm on the retain set.",
     )
     sparsity: float = Field(
         default=0.5, gt=0, lt=1, description="Share of each layer that is pruned."
@@ -78,8 +79,8 @@ class PruneConfig(Section):
     targets: tuple[str, ...] = Field(
         default=("linear",),
         min_length=1,
-        description="Ends of the names of the layers that are pruned, or the groups linear, convolutions, all (each "
-        "without the head).",
+        description="Ends of the names of the layers that are pruned, or the groups linear, "
+        "convolutions, all (each without the head).",
     )
     keep_sparsity: bool = Field(
         default=True,
@@ -110,11 +111,12 @@ class WeightsConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """Residual feature alignment, after Qin et al. 2024 (arXiv 2411.08443); the reconstruction is this project's."""
+    """Residual feature alignment, reconstructed after Qin et al. 2024 (arXiv 2411.08443)."""
 
     residual: ResidualKind = Field(
         default=OBJECTIVE.residual,
-        description="local: what each adapted module adds; drift: how far a block's output moved from the base's.",
+        description="local: what each adapted module adds; drift: how far a block's output moved "
+        "from the base's.",
     )
     target: TargetKind = Field(
         default=OBJECTIVE.target, description="Where the forget set's features are shifted to."
@@ -150,8 +152,8 @@ class ObjectiveConfig(Section):
     def _something_pushes(self) -> "ObjectiveConfig":
         if self.weights.forget == self.weights.output == self.weights.task == 0:
             raise ValueError(
-                "weights.forget, weights.output and weights.task are all 0: nothing would be learned or forgotten; "
-                "allowed: one above 0"
+                "weights.forget, weights.output and weights.task are all 0: nothing would be "
+                "learned or forgotten; allowed: one above 0"
             )
         return self
 
@@ -172,7 +174,7 @@ class ObjectiveConfig(Section):
         return values
 
     def settings(self) -> Objective:
-        """Return what the method is told."""
+        """Return the settings of the method."""
         values = self.model_dump(exclude={"target_rows", "weights"})
         return Objective(**values, weights=Weights(**self.weights.model_dump()))
 
@@ -182,13 +184,14 @@ class SolveConfig(Section):
 
     mode: SolveMode = Field(
         default=SOLVE.mode,
-        description="one_pass: all modules from the base model's features; blockwise: from the lowest block up, each "
-        "from what it sees with the residuals below in place; off: train.steps of gradient do all the work.",
+        description="one_pass: all modules from the base model's features; blockwise: from the "
+        "lowest block up, each from what it sees with the residuals below in place; off: "
+        "train.steps of gradient do all the work.",
     )
     strength: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         default="auto",
-        description="Weight of the forget set's shift against the retain set's stillness (> 0); auto: the one at which "
-        "the forget set's losses are like the holdout set's.",
+        description="Weight of the forget set's shift against the retain set's stillness (> 0); "
+        "auto: the one at which the forget set's losses are like the holdout set's.",
     )
     utility_weight: Weight = Field(
         default=SOLVE.utility_weight,
@@ -222,12 +225,12 @@ class SolveConfig(Section):
         return "off" if mode is False else mode  # YAML 1.1 reads a bare off as false
 
     def settings(self) -> SolveSettings:
-        """Return what the solver is told: all but the strength, which is given to each solve."""
+        """Return the settings of the solver, without the strength that each solve takes."""
         return SolveSettings(**self.model_dump(exclude={"strength"}))
 
 
 class EvaluationConfig(Section):
-    """What is scored, and how."""
+    """Scoring: its models, rows, metrics and attacks."""
 
     oracle: str | None = Field(
         default=None, description="Model folder of the retrain oracle, if there is one."
@@ -236,7 +239,8 @@ class EvaluationConfig(Section):
     gpus_per_worker: float | None = Field(
         default=None,
         gt=0,
-        description="GPUs of a worker that scores; with several, a model is spread over them. null: train's.",
+        description="GPUs of a worker that scores; with several, a model is spread over them. "
+        "null: train's.",
     )
     max_new_tokens: int = Field(default=200, ge=1, description="Tokens generated for an answer.")
     max_rows: int | None = Field(
@@ -244,20 +248,20 @@ class EvaluationConfig(Section):
     )
     quick: bool = Field(
         default=False,
-        description="Likelihoods of the right answers alone: nothing is generated, no wrong answers are weighed; about "
-        "a tenth of the work.",
+        description="Likelihoods of the right answers alone: nothing is generated, no wrong "
+        "answers are weighed; about a tenth of the work.",
     )
     robustness: tuple[RobustnessCheck, ...] = Field(
         default=(),
-        description="Attempts to bring the forget set back, on the models after and oracle; any of quantised_8bit, "
-        "quantised_4bit (the forget and retain sets scored once more, with rounded weights) and relearn (50 steps of "
-        "fine-tuning on half of the forget set; a worker holds all parameters in fp32 with gradients and AdamW's "
-        "moments).",
+        description="Attempts to bring the forget set back, on the models after and oracle; any "
+        "of quantised_8bit, quantised_4bit (the forget and retain sets scored once more, with "
+        "rounded weights) and relearn (50 steps of fine-tuning on half of the forget set; a "
+        "worker holds all parameters in fp32 with gradients and AdamW's moments).",
     )
 
 
 class TrackingConfig(Section):
-    """MLflow."""
+    """Tracking by MLflow."""
 
     uri: str | None = Field(
         default=None, description="Tracking server; null for a sqlite file in the output folder."
@@ -273,7 +277,8 @@ class UnlearnConfig(Section):
 
     task: Task = Field(
         default="causal_lm",
-        description="What the model does: say an answer, or tell the class (data.columns.label) of a text or an image.",
+        description="What the model does: say an answer, or tell the class (data.columns.label) "
+        "of a text or an image.",
     )
     model: ModelConfig
     data: DataConfig
@@ -300,46 +305,36 @@ class UnlearnConfig(Section):
         return output_dir
 
     @model_validator(mode="after")
-    def _language_models_alone(self) -> "UnlearnConfig":
+    def _sections_agree(self) -> "UnlearnConfig":
         if self.task != "causal_lm" and self.evaluation.robustness:
             found = self.evaluation.robustness[0]
             raise ValueError(
                 f"evaluation.robustness: found {found}, allowed with task={self.task}: []"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _wanda_sees_whole_weights(self) -> "UnlearnConfig":
+        # Stage 3 partitions the weights, and Wanda and SalUn need complete ones.
         if self.prune.method == "wanda" and self.train.deepspeed.stage == 3:
             raise ValueError(
                 "prune.method: found wanda with train.deepspeed.stage=3, allowed: rows, magnitude"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _salun_fits(self) -> "UnlearnConfig":
-        if self.finetune.salient is None:
-            return self
-        if "forget" in self.finetune.sets:
-            raise ValueError(
-                "finetune.sets: found forget with finetune.salient, allowed: sets without it"
-            )
-        if self.train.deepspeed.stage == 3:
-            raise ValueError(
-                "finetune.salient: found with train.deepspeed.stage=3, allowed: null, or stage 0 to 2"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _something_unlearns(self) -> "UnlearnConfig":
-        if self.solve.mode == "off":
-            if self.train.steps == 0:
+        if self.finetune.salient is not None:
+            if "forget" in self.finetune.sets:
                 raise ValueError(
-                    "train.steps: found 0 with solve.mode=off, allowed: steps above 0, or a solve.mode"
+                    "finetune.sets: found forget with finetune.salient, allowed: sets without it"
                 )
-            return self
-        if self.objective.residual != "local":
+            if self.train.deepspeed.stage == 3:
+                raise ValueError(
+                    "finetune.salient: found with train.deepspeed.stage=3, "
+                    "allowed: null, or stage 0 to 2"
+                )
+        mode = self.solve.mode
+        if mode == "off" and self.train.steps == 0:
             raise ValueError(
-                f"objective.residual: found {self.objective.residual}, allowed with solve.mode={self.solve.mode}: local"
+                "train.steps: found 0 with solve.mode=off, allowed: steps above 0, or a solve.mode"
+            )
+        # The closed form solves for what each module adds. Drift is not linear in that.
+        if mode != "off" and self.objective.residual != "local":
+            raise ValueError(
+                f"objective.residual: found {self.objective.residual}, "
+                f"allowed with solve.mode={mode}: local"
             )
         return self

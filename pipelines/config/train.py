@@ -8,11 +8,12 @@ from pipelines.config.data import Section, SetName
 
 
 class DeepSpeedConfig(Section):
-    """How DeepSpeed spreads the model."""
+    """How DeepSpeed partitions the model over the workers."""
 
     stage: Literal["auto", 0, 1, 2, 3] = Field(
         default="auto",
-        description="ZeRO stage. auto: 0 on CPUs and one GPU, 2 when the model fits each GPU, else 3.",
+        description="ZeRO stage. auto: 0 on CPUs and one GPU, 2 when the model fits each GPU, "
+        "else 3.",
     )
     offload_optimizer: bool = Field(
         default=False, description="Keep optimizer states in CPU memory (stages 1 to 3)."
@@ -23,12 +24,13 @@ class DeepSpeedConfig(Section):
 
 
 class TrainConfig(Section):
-    """The gradient loop and the workers it runs on. Evaluation uses the same workers' resources."""
+    """The gradient loop and its workers. Evaluation starts workers with the same resources."""
 
     steps: int = Field(
         default=0,
         ge=0,
-        description="Optimizer steps of unlearning: after the solver, or (solve.mode=off) instead of it.",
+        description="Optimizer steps of unlearning: after the solver, or (solve.mode=off) instead"
+        " of it.",
     )
     learning_rate: float = Field(
         default=1e-3, gt=0, le=10, description="Peak learning rate of AdamW."
@@ -56,8 +58,8 @@ class TrainConfig(Section):
     )
     num_workers: int | tuple[int, int] = Field(
         default=1,
-        description="Ray Train workers (>= 1), or [min, max]: as many of them as the cluster has room for, more or "
-        "fewer when nodes come or go.",
+        description="Ray Train workers (>= 1), or [min, max]: as many of them as the cluster has "
+        "room for, more or fewer when nodes come or go.",
     )
     cpus_per_worker: float = Field(
         default=1, gt=0, description="CPU cores of a worker; also its number of threads."
@@ -82,32 +84,36 @@ class TrainConfig(Section):
     @classmethod
     def _a_number_or_a_range(cls, workers: Any) -> Any:
         limits = workers if isinstance(workers, list | tuple) else [workers, workers]
-        whole = all(isinstance(limit, int) and not isinstance(limit, bool) for limit in limits)
-        if not whole or len(limits) != 2 or not 1 <= limits[0] <= limits[1]:
+        # pydantic would read true as 1, so the types are checked before it converts them.
+        are_integers = all(type(limit) is int for limit in limits)
+        if not are_integers or len(limits) != 2 or not 1 <= limits[0] <= limits[1]:
             raise ValueError("allowed: a number >= 1, or [min, max] with 1 <= min <= max")
         return workers
 
     @property
     def resources(self) -> dict[str, float]:
-        """What a worker takes, in Ray's words."""
-        return {
-            "CPU": self.cpus_per_worker,
-            **({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}),
-        }
+        """Return the resources of a worker, by Ray's names."""
+        resources = {"CPU": self.cpus_per_worker}
+        if self.gpus_per_worker:
+            resources["GPU"] = self.gpus_per_worker
+        return resources
 
     @property
     def min_workers(self) -> int:
-        """The fewest workers that will do."""
+        """Return the number of workers that training needs to start."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
     @property
     def max_workers(self) -> int:
-        """The most workers there will be."""
+        """Return the number of workers that training uses at most."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class FinetuneConfig(Section):
-    """`ray-unlearn finetune`: the target model, or the retrain oracle, by training all of `model.path`'s parameters."""
+    """`ray-unlearn finetune`: train all parameters of `model.path`.
+
+    The result is the target model, or the retrain oracle.
+    """
 
     sets: tuple[SetName, ...] = Field(
         default=("forget", "retain"),
@@ -128,6 +134,7 @@ class FinetuneConfig(Section):
         default=None,
         gt=0,
         le=1,
-        description="SalUn (arXiv 2310.12508): beside `sets` the model learns random labels for the forget set, in the "
-        "share of its weights where the forget set's loss has its largest gradient.",
+        description="SalUn (arXiv 2310.12508): beside `sets` the model learns random labels for "
+        "the forget set, in the share of its weights where the forget set's loss has its largest "
+        "gradient.",
     )

@@ -1,4 +1,4 @@
-"""Files and folders that have their name only once they are complete."""
+"""Atomic writes: a file or folder gets its name only when it is complete."""
 
 import shutil
 from collections.abc import Iterator
@@ -10,21 +10,22 @@ PARTIAL = ".partial"
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Yield a hidden path beside `target` to write to. It takes the place of `target` when the block ends.
+    """Yield a hidden path beside `target` to write to, and rename it to `target` at the end.
 
-    Where the block raises an error, or the process dies in it, `target` stays as it was. The next attempt removes what
-    is left of the hidden file or folder.
+    If the block raises an error or the process dies in it, `target` stays as it was. The next
+    attempt removes the rest of the hidden file or folder.
     """
+    # It lies beside the target because POSIX renames atomically only within one file system.
     partial = target.with_name(f".{target.name}{PARTIAL}")
     _remove(partial)
     yield partial
-    if target.is_dir():  # rename replaces files only
+    if target.is_dir():  # POSIX renames over files and empty folders only
         shutil.rmtree(target)
     partial.replace(target)
 
 
 def write_text(target: Path, text: str) -> None:
-    """Write a text file, at once."""
+    """Write a text file atomically."""
     with replacing(target) as partial:
         partial.write_text(text, encoding="utf-8")
 

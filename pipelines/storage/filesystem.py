@@ -1,4 +1,4 @@
-"""Where files lie: the file system behind a path (local, `s3://`, `gs://`)."""
+"""The file system behind a path (local, `s3://`, `gs://`)."""
 
 import os
 import re
@@ -12,13 +12,20 @@ from pipelines.config.schema import ConfigError
 
 MESSAGE_CHARS = 600
 CHUNK_BYTES = 16 * 2**20
-# S3's client asks three times. Its own patience, 1 s for a connection and 3 s of silence, is short for a busy store.
+# S3's client tries three times. Its default limits, 1 s for a connection and 3 s of silence, are
+# too short for a busy store.
 CONNECT_S = 5.0
 SILENCE_S = 15.0
 
 
 def open_filesystem(path: str, key: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a path, and the path inside it. Pickled to workers with the driver's endpoint and keys."""
+    """Return the file system of a path, and the path inside it.
+
+    It is pickled to workers with the driver's endpoint and keys, so that they need none.
+
+    Raises:
+        ConfigError: the scheme is unknown or the store cannot be reached.
+    """
     scheme, separator, rest = path.partition("://")
     if not separator or scheme == "file":
         local = Path(rest if separator else path).expanduser()
@@ -34,7 +41,10 @@ def open_filesystem(path: str, key: str) -> tuple[fs.FileSystem, str]:
 
 
 def _s3(path: str) -> fs.S3FileSystem:
-    """S3 as the usual AWS_ variables describe it; without keys there, each worker asks AWS's own chain for them."""
+    """Open S3 by the usual AWS_ variables.
+
+    Without keys there, every worker looks for them in AWS's own chain of providers.
+    """
     env = os.environ
     endpoint = urlsplit(env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or "")
     region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION")
@@ -53,8 +63,8 @@ def _s3(path: str) -> fs.S3FileSystem:
 
 
 def _gcs() -> fs.GcsFileSystem:
-    """Google Cloud Storage, or the emulator that STORAGE_EMULATOR_HOST names. Arrow would retry for 15 minutes."""
-    retry = timedelta(seconds=30)
+    """Open Google Cloud Storage, or the emulator that STORAGE_EMULATOR_HOST names."""
+    retry = timedelta(seconds=30)  # Arrow would retry for 15 minutes
     emulator = os.environ.get("STORAGE_EMULATOR_HOST")
     if not emulator:
         return fs.GcsFileSystem(retry_time_limit=retry)
@@ -65,14 +75,21 @@ def _gcs() -> fs.GcsFileSystem:
 
 
 def send_file(source: Path, filesystem: fs.FileSystem, path: str) -> None:
-    """Copy a file here to a file system. OSError where that fails, which pyarrow 25's `copy_files` keeps to itself: a
-    file smaller than a part of an upload is then missing, and nobody knows."""
+    """Copy a local file to a file system.
+
+    Raises:
+        OSError: the file cannot be read or written.
+    """
+    # pyarrow 25's `copy_files` hides a failed upload of a file smaller than one part: the file is
+    # then missing without an error.
     with source.open("rb") as file, filesystem.open_output_stream(path) as target:
         while True:
             try:
                 piece = file.read(CHUNK_BYTES)
             except BaseException:
-                target.close()  # makes a file of the half; pyarrow's streams have no other end
+                # pyarrow's streams cannot be aborted. Closing writes what was sent as a complete
+                # file, which is deleted again.
+                target.close()
                 filesystem.delete_file(path)
                 raise
             if not piece:
@@ -81,5 +98,5 @@ def send_file(source: Path, filesystem: fs.FileSystem, path: str) -> None:
 
 
 def one_line(message: object) -> str:
-    """Return a message in one line, without the password that a URI in it may hold."""
+    """Return a message in one line, without the passwords of URIs in it."""
     return re.sub(r"//[^/@\s]*@", "//", " ".join(str(message).split()))[:MESSAGE_CHARS]

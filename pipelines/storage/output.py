@@ -1,8 +1,9 @@
-"""Where a run's results lie: in the folder that the run works in, or on an object store.
+"""The results of a run: in the folder where the run works, or on an object store.
 
-A run always works in a folder of the driver's node. For `s3://` and `gs://` that folder lies in the user's cache, and
-the store knows what has been done: a run begins with a copy of the files there and uploads what it has finished, the
-manifest last. So a manifest on the store never names files that are not there, and any machine can continue the run.
+A run always works in a folder of the driver's node. For `s3://` and `gs://` that folder lies in
+the user's cache and is a working copy. A run begins by downloading the files of the store, and
+uploads its results with the manifest last. A manifest on the store therefore never names missing
+files, and any machine can continue the run.
 """
 
 import fcntl
@@ -25,7 +26,7 @@ from pipelines.storage.filesystem import one_line, open_filesystem, send_file
 MANIFEST = "manifest.json"
 # Ray Train reads and writes resume points on the store itself.
 CHECKPOINTS = "checkpoints"
-# Complete on the store before the manifest that counts on them, or absent.
+# These are complete on the store before the manifest that names them, or absent.
 MODELS = ("adapter", "model")
 NOT_SEALED = (
     "report.html",
@@ -39,11 +40,11 @@ NOT_SEALED = (
 
 
 class OutputDir:
-    """A folder, in which results lie as soon as they are written: there is nothing to upload.
+    """A folder of results. They need no upload, because the run writes them there.
 
     Attributes:
         folder: where the run works.
-        url: what the user calls the results' place.
+        url: the results' location as messages name it.
         is_shared: whether all nodes see `folder`.
     """
 
@@ -66,44 +67,52 @@ class OutputDir:
         return {entry.name for entry in self.folder.iterdir()}
 
     def read(self, name: str) -> bytes | None:
-        """Return a result file's content, None where there is no such file."""
+        """Return a result file's content, or None without such a file."""
         path = self.folder / name
         return path.read_bytes() if path.exists() else None
 
     def digests(self) -> dict[str, str]:
-        """Return the results' digests by their paths."""
+        """Return the digest of every sealed result by its path."""
         return file_digests(self.folder)
 
     @contextmanager
     def working_copy(self) -> Iterator[None]:
-        """Work in `folder`: it starts as a copy of the results, and they are uploaded when the block ends."""
+        """Download the results into `folder`, and upload them when the block ends."""
         yield
 
     def upload(self) -> None:
-        """Upload every changed file and delete what is gone; the manifest goes last.
+        """Upload every changed file and delete removed ones. The manifest goes last.
 
         Raises:
             OSError: a file cannot be uploaded.
         """
 
     def try_upload(self, name: str) -> None:
-        """Upload one file of the working copy; a failure is ignored, since the next upload makes up for it."""
+        """Upload one file of the working copy.
+
+        A failure is ignored, because the next upload sends the file again.
+        """
 
     @contextmanager
     def local_copy(self, *names: str) -> Iterator[Path]:
-        """Yield a folder with these files, as far as they exist."""
+        """Yield a folder with those of the named files that exist."""
         yield self.folder
 
     def upload_file(self, file: Path) -> None:
         """Upload a file that was written into the folder of `local_copy`."""
 
     def run_in_folder(self) -> str:
-        """Return when the run in `folder` was begun, which identifies it; an empty text where there is none."""
+        """Return the start time of the run in `folder`, which identifies it, or '' without one."""
         path = self.folder / MANIFEST
-        return json.loads(path.read_text(encoding="utf-8"))["created"] if path.exists() else ""
+        if not path.exists():
+            return ""
+        return json.loads(path.read_text(encoding="utf-8"))["created"]
 
     def copy_to_node(self, name: str, run: str) -> bool:
-        """Copy a subfolder of that run to this node, unless it is here; return whether it had to be copied."""
+        """Copy a subfolder of that run to this node, unless this node has it.
+
+        Returns whether it was copied.
+        """
         return False
 
     def clear(self) -> None:
@@ -118,11 +127,14 @@ class OutputDir:
 
 
 class BucketDir(OutputDir):
-    """A prefix of an object store. Opening it lists it: nothing is downloaded or deleted.
+    """A prefix of an object store. Opening it lists its files and changes nothing.
+
+    Failures are raised after pyarrow's own retries.
 
     Raises:
-        ConfigError: it cannot be reached, its bucket does not exist, or a file has its name; later, a file of it cannot
-            be read. A file that cannot be written is an OSError. Both after pyarrow's own retries.
+        ConfigError: it cannot be reached, its bucket does not exist, or a file has its name. The
+            methods raise it for a file that cannot be read.
+        OSError: a method cannot write a file.
     """
 
     is_shared = False
@@ -131,11 +143,12 @@ class BucketDir(OutputDir):
         self.url, self._key = url.rstrip("/"), key
         self._filesystem, self._base = open_filesystem(self.url, key)
         self.folder = work_folder(self.url)
-        # Size and time of each file of the working copy when it was last the same on the store; None: no working copy.
+        # Size and time of each file in the working copy when it last equalled the store's. None
+        # means that there is no working copy.
         self._uploaded: dict[str, tuple[int, int]] | None = None
         bucket = self._base.split("/")[0]
         try:
-            # GCS shows a bucket itself only to some of those who may write in it.
+            # GCS hides the bucket itself from some users who may write in it.
             shows_buckets = self._filesystem.type_name == "s3"
             has_bucket = not shows_buckets or self._is(fs.FileType.Directory, bucket)
             is_file = has_bucket and self._is(fs.FileType.File, self._base)
@@ -165,12 +178,14 @@ class BucketDir(OutputDir):
     def working_copy(self) -> Iterator[None]:
         with self._locked():
             self.clear()
-            self._download(self.folder, [n for n in self._files if _top(n) != CHECKPOINTS])
+            names = [name for name in self._files if _top(name) != CHECKPOINTS]
+            self._download(self.folder, names)
             self._uploaded = {name: self._stamp(name) for name in _files_in(self.folder)}
             try:
                 yield
             except BaseException:
-                # What a failed run has learnt is kept, but for models: the old manifest does not count on them.
+                # A failed run's results serve the run that continues it. Its models may be
+                # incomplete, and the manifest on the store does not name them.
                 if (self.folder / MANIFEST).exists():
                     with suppress(OSError):
                         self._upload_changed(lambda top: top not in (*MODELS, MANIFEST))
@@ -250,12 +265,13 @@ class BucketDir(OutputDir):
             raise ConfigError(f"{where} cannot be read ({one_line(error)})") from None
 
     def _upload(self, file: Path, name: str) -> None:
-        # In a thread, which Ctrl-C does not interrupt: pyarrow would take what has been written for the complete file.
+        # Ctrl-C interrupts the main thread only. There it would make pyarrow close the stream, and
+        # the store would take the part that was written for the complete file.
         with ThreadPoolExecutor(1) as thread:
             thread.submit(send_file, file, self._filesystem, self._path(name)).result()
 
     def _upload_changed(self, wanted: Callable[[str], bool]) -> None:
-        """Upload changed files whose first name is wanted."""
+        """Upload changed files that lie in a wanted file or folder of the top level."""
         assert self._uploaded is not None
         for name in _files_in(self.folder):
             stamp = self._stamp(name)
@@ -269,7 +285,8 @@ class BucketDir(OutputDir):
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Keep other processes of this machine out of the folder."""
+        """Hold a lock that keeps other processes of this machine out of the folder."""
+        # The kernel releases an flock when the process dies, so no stale lock blocks a later run.
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with (self.folder.parent / "lock").open("a") as stream:
             try:
@@ -281,31 +298,31 @@ class BucketDir(OutputDir):
 
 
 def open_output(url: str, key: str = "output_dir") -> OutputDir:
-    """Open an `output_dir`, or what the configuration's or command line's `key` names."""
+    """Open a location of results, which the configuration key or option `key` names."""
     return BucketDir(url, key) if "://" in url else OutputDir(url)
 
 
 def refuse_store(output_dir: str) -> None:
-    """Refuse an object store for a search: its trials share its folder."""
+    """Refuse an object store for a search, whose trials share its folder."""
     if "://" in output_dir:
         allowed = "allowed in a search: a folder, on a cluster one that all nodes share"
         raise ConfigError(f"output_dir: found '{output_dir}', {allowed}")
 
 
 def work_folder(url: str) -> Path:
-    """Return the folder in the user's cache where a run works whose results go to an object store."""
+    """Return the working folder, in the user's cache, of a run with results on a store."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute()
     return cache / "ray-unlearn" / short_hash(url) / url.rsplit("/", 1)[-1]
 
 
 def file_digests(run_dir: Path) -> dict[str, str]:
-    """Return the digests of a run folder's results by their paths in it."""
+    """Return the digests of a run folder's sealed results by their paths in it."""
     names = sorted(str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file())
     return {name: file_digest(run_dir / name) for name in names if _top(name) not in NOT_SEALED}
 
 
 def file_digest(path: Path) -> str:
-    """Return a file's SHA-256, read in pieces."""
+    """Return a file's SHA-256 in hexadecimal digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -316,6 +333,6 @@ def _top(name: str) -> str:
 
 
 def _files_in(folder: Path) -> list[str]:
-    """List the files below a folder, without hidden ones: those are half written."""
+    """List the files below a folder, without hidden ones, which are incomplete."""
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     return [name for name in files if "/." not in f"/{name}"]

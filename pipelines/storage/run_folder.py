@@ -1,4 +1,4 @@
-"""The output folder: guarded against another run, filled step by step, sealed by a manifest."""
+"""The output folder of a run: checked, filled step by step and sealed by a manifest."""
 
 import hashlib
 import json
@@ -34,19 +34,20 @@ PACKAGES = (
 
 
 class RunFolder:
-    """One run's output folder. Opening it refuses a folder that holds something else, and writes nothing.
+    """One run's output folder. Opening it checks its content and writes nothing.
 
     Attributes:
-        path: where the run works.
-        output: where its results end.
-        key: identifies the run: the same for the same command and configuration.
+        path: the folder where the run works.
+        output: the location of its results.
+        key: identifies the run by its command and configuration.
     """
 
     def __init__(self, cfg: UnlearnConfig, purpose: str) -> None:
-        """Check what the folder holds.
+        """Check the folder's content and its disk.
 
         Raises:
-            ConfigError: it holds a different run or other files, its disk is too full, or it cannot be reached.
+            ConfigError: it holds a different run or other files, its disk is too full, or it
+                cannot be reached.
         """
         self.cfg, self.purpose = cfg, purpose
         self.output = open_output(cfg.output_dir)
@@ -58,46 +59,50 @@ class RunFolder:
     def _refuse_other_run(self) -> None:
         names = sorted(self.output.names() - {"run.log"})
         config = self.output.read("config.yaml")
-        # A run that was killed before it wrote its manifest has left its configuration alone.
+        # A run that was killed before it wrote its manifest has left only its configuration.
         if not names or (names == ["config.yaml"] and config == to_yaml(self.cfg).encode()):
             return
         if config is None or "manifest.json" not in names:
             raise ConfigError(
-                f"output_dir: {self.output.url} holds other files ({names[0]}, ...), allowed: a new or empty folder"
+                f"output_dir: {self.output.url} holds other files ({names[0]}, ...), "
+                "allowed: a new or empty folder"
             )
         old = yaml.safe_load(config)
         changed = changed_keys(old, self.cfg.model_dump(mode="json"))
         if changed or self.manifest().get("purpose") != self.purpose:
-            what = ", ".join(changed[:4]) or "the command"
+            differences = ", ".join(changed[:4]) or "the command"
             raise ConfigError(
-                f"output_dir: {self.output.url} holds a different run (it differs in: {what}), "
+                f"output_dir: {self.output.url} holds a different run "
+                f"(it differs in: {differences}), "
                 "allowed: a new folder, or the same configuration to continue it"
             )
 
     def _refuse_full_disk(self) -> None:
         existing = next(parent for parent in (self.path, *self.path.parents) if parent.exists())
-        # The merged model, and resume points: twice the trained parameters' optimizer state at worst.
+        # `run` writes the merged model. `finetune` trains all parameters, and its resume points
+        # hold at most twice the optimizer state.
         copies = 5 if self.purpose == "finetune" else 1.3
         needed = int(weight_bytes(self.cfg.model.path) * copies) + 50 * 2**20
         free = shutil.disk_usage(existing).free
         if free < needed:
             raise ConfigError(
-                f"output_dir: {existing} has {free / 2**30:.1f} GiB free, allowed: at least {needed / 2**30:.1f} GiB"
+                f"output_dir: {existing} has {free / 2**30:.1f} GiB free, "
+                f"allowed: at least {needed / 2**30:.1f} GiB"
             )
 
     def manifest(self) -> dict[str, Any]:
-        """The manifest as it stands; empty before the run began."""
+        """Return the manifest, {} before the run began."""
         return json.loads(self.output.read("manifest.json") or "{}")
 
     @property
     def is_complete(self) -> bool:
-        """Whether an earlier call of the same command finished this run."""
+        """Return whether an earlier call of the same command finished this run."""
         return self.manifest().get("status") == "complete"
 
     def check_inputs(self, sets: Mapping[str, Any]) -> None:
         """Refuse to continue a run with another model or other sets than it began with.
 
-        `sets` gives each set's number of rows and digest.
+        `sets` has each set's number of rows and digest. They identify the run's inputs.
         """
         old = self.manifest()
         if not old:
@@ -106,7 +111,8 @@ class RunFolder:
         changed = changed_keys({key: old.get(key) for key in inputs}, inputs)
         if changed:
             raise ConfigError(
-                f"output_dir: {self.output.url} was begun with other inputs (changed since: {changed[0]}), "
+                f"output_dir: {self.output.url} was begun with other inputs "
+                f"(changed since: {changed[0]}), "
                 "allowed: a new folder, or the same inputs to continue"
             )
 
@@ -117,7 +123,7 @@ class RunFolder:
     def begin(self, sets: Mapping[str, Any]) -> None:
         """Write config.yaml and the manifest's first form, unless the run has begun before.
 
-        `sets` gives each set's number of rows and digest, which `check_inputs` has checked.
+        `sets` has each set's number of rows and digest, which `check_inputs` has checked.
 
         Raises:
             ConfigError: the folder cannot be written.
@@ -156,21 +162,25 @@ class RunFolder:
         cost: dict[str, float | int | None],
         versions: dict[str, int],
     ) -> None:
-        """Write scores.json with each metric's version; `allow_nan=False` makes a NaN an error instead of a file."""
+        """Write scores.json, with the version of each metric.
+
+        Raises:
+            ValueError: a score is NaN or infinite, which JSON does not have.
+        """
         content = {"schema": 1, "models": models, "cost": cost, "versions": versions}
         write_text(self.path / "scores.json", json.dumps(content, indent=2, allow_nan=False))
 
     def scores(self) -> dict[str, Any]:
-        """What scores.json holds."""
+        """Return the content of scores.json, {} before it exists."""
         return json.loads(self.output.read("scores.json") or "{}")
 
     def seal(self) -> None:
-        """Write every result's digest into the manifest and call the run complete."""
+        """Write every result's digest into the manifest and mark the run complete."""
         self.update(status="complete", files=file_digests(self.path))
 
 
 def read_text(path: Path) -> str:
-    """A text file of a run folder.
+    """Read a text file of a run folder.
 
     Raises:
         ConfigError: it is missing or cannot be read.
@@ -178,18 +188,16 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        found = (
-            "not found"
-            if isinstance(error, FileNotFoundError)
-            else f"cannot be read ({type(error).__name__})"
-        )
+        found = f"cannot be read ({type(error).__name__})"
+        if isinstance(error, FileNotFoundError):
+            found = "not found"
         raise ConfigError(
             f"{path}: {found}; allowed: a folder written by ray-unlearn run"
         ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON mapping of schema 1. NaN and Infinity, which no run writes, become null.
+    """Read a JSON mapping of schema 1. NaN and Infinity, which no run writes, become null.
 
     Raises:
         ConfigError: the file is missing or is not what `ray-unlearn run` writes.
@@ -214,7 +222,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """The commit of the source tree this package runs from; None where it was installed from a wheel."""
+    """Return the commit of the source tree, None for a package installed from a wheel."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None
@@ -225,7 +233,10 @@ def _git_commit() -> str | None:
 
 
 def model_digest(path: str) -> str | None:
-    """SHA-256 over a model folder's configuration and weights; None for a hub name (its revision identifies it)."""
+    """Return the SHA-256 over a model folder's configuration and weights.
+
+    Returns None for a hub name, which its revision identifies.
+    """
     folder = Path(path)
     if not folder.is_dir():
         return None
@@ -237,9 +248,5 @@ def model_digest(path: str) -> str | None:
 
 
 def weight_bytes(path: str) -> int:
-    """Bytes of a local folder's weights; 0 for a hub name."""
-    return (
-        sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
-        if Path(path).is_dir()
-        else 0
-    )
+    """Return the bytes of a local model folder's weights, 0 for a hub name."""
+    return sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))

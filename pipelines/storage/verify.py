@@ -1,4 +1,4 @@
-"""Whether a run folder still is what the run sealed."""
+"""The check that a run folder is unchanged since its run was sealed."""
 
 from pipelines.config.schema import ConfigError
 from pipelines.storage.output import OutputDir
@@ -6,7 +6,7 @@ from pipelines.storage.run_folder import read_json
 
 
 def differences(output: OutputDir) -> list[str]:
-    """One line for each file that was changed, removed or added since the run was sealed; none when all is as it was.
+    """Return one line per file that was changed, removed or added since the run was sealed.
 
     Raises:
         ConfigError: the folder is not that of a finished run.
@@ -17,10 +17,13 @@ def differences(output: OutputDir) -> list[str]:
         sealed, status = manifest.get("files"), manifest.get("status")
         if status != "complete" or not isinstance(sealed, dict):
             raise ConfigError(f"{path}: status: found {status!r}, allowed: 'complete', with files")
-    found = output.digests()
-    changed = {
-        name: "changed" for name in sealed.keys() & found.keys() if sealed[name] != found[name]
-    }
-    missing = dict.fromkeys(sealed.keys() - found.keys(), "missing")
-    added = dict.fromkeys(found.keys() - sealed.keys(), "not in the manifest")
-    return [f"{name}: {what}" for name, what in sorted((changed | missing | added).items())]
+    present = output.digests()
+    lines: list[str] = []
+    for name in sorted(sealed.keys() | present.keys()):
+        if name not in present:
+            lines.append(f"{name}: missing")
+        elif name not in sealed:
+            lines.append(f"{name}: not in the manifest")
+        elif sealed[name] != present[name]:
+            lines.append(f"{name}: changed")
+    return lines
