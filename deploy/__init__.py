@@ -1,1 +1,1 @@
-"""What takes finished artifacts and jobs to a cluster."""
+"""Take finished runs and jobs to a cluster."""

@@ -1,6 +1,7 @@
-"""The job server of a running cluster, through Ray's job client (docs.ray.io, "Python SDK for Ray Jobs").
+"""The job server of a running cluster, through Ray's job client.
 
-The client takes the cluster's token from RAY_AUTH_MODE and RAY_AUTH_TOKEN in the environment.
+The client is described at docs.ray.io, "Python SDK for Ray Jobs". It takes the cluster's token from
+RAY_AUTH_MODE and RAY_AUTH_TOKEN in the environment.
 """
 
 import logging
@@ -17,28 +18,29 @@ from deploy.submit import Plan
 from pipelines.config.schema import ConfigError
 
 ALLOWED = "the URL of a cluster's job server, such as http://127.0.0.1:8265"
-CHATTY = (
-    "ray.dashboard.modules.dashboard_sdk",
-    "ray._private.runtime_env.packaging",
-)  # each sets its own level
+# Loggers of Ray's client that report every step. Each has a level of its own.
+CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
 POLL_S = 1
-MAX_LOST = 30  # polls in a row without an answer before following ends
+# Following ends after this many polls in a row without an answer.
+MAX_LOST = 30
 
 
 class LostError(ConfigError):
-    """The job server does not answer; it may come back."""
+    """The job server does not answer now. It may come back."""
 
 
 class Cluster:
     """The job server at an address.
 
     Raises:
-        ConfigError: nothing answers there, or it refuses the token. So do all methods, and for a job it does not know.
+        ConfigError: nothing answers there, or the server refuses the token. All methods raise it
+            too, and also for a job that the server does not know.
     """
 
     def __init__(self, address: str) -> None:
         if not re.fullmatch(r"https?://[^\s/@]+(/\S*)?", address):
             raise ConfigError(f"--address: found '{address}', allowed: {ALLOWED}")
+        # Imported late, so that `--help` need not wait for Ray.
         from ray.job_submission import JobSubmissionClient
 
         for chatty in CHATTY:
@@ -48,7 +50,8 @@ class Cluster:
             self._client = JobSubmissionClient(address)
 
     def submit(self, plan: Plan) -> str:
-        """Ship a job and start it; returns its id."""
+        """Ship a job, start it, and return its id."""
+        # Ray ships one folder, so the files are copied into one.
         with tempfile.TemporaryDirectory() as folder, self._explained():
             for name, source in plan.files.items():
                 target = Path(folder) / name
@@ -62,24 +65,24 @@ class Cluster:
             return self._client.submit_job(entrypoint=plan.entrypoint, runtime_env=runtime_env)
 
     def info(self, job_id: str) -> Any:
-        """Ray's `JobDetails`."""
+        """Return Ray's `JobDetails` of a job."""
         with self._explained(job_id):
             return self._client.get_job_info(job_id)
 
     def logs(self, job_id: str) -> str:
-        """The log so far."""
+        """Return a job's log so far."""
         with self._explained(job_id):
             return self._client.get_job_logs(job_id)
 
     def stop(self, job_id: str) -> bool:
-        """Stop a job and wait for its end; False where it had ended already."""
+        """Stop a job and wait for its end. Return whether it was running."""
         with self._explained(job_id):
             stopped = self._client.stop_job(job_id)
         self.follow(job_id, lambda _: None)
         return stopped
 
     def follow(self, job_id: str, write: Callable[[str], object]) -> Any:
-        """Pass the log on until the job ends, and return its `JobDetails` then."""
+        """Pass the log to `write` until the job ends, and return its `JobDetails`."""
         written = lost = 0
         while True:
             try:
@@ -99,7 +102,7 @@ class Cluster:
 
     @contextmanager
     def _explained(self, job_id: str = "") -> Iterator[None]:
-        """What the client raises, as what the user can do about it."""
+        """Turn the client's errors within the scope into a ConfigError that helps the user."""
         from ray.exceptions import AuthenticationError
         from requests import RequestException
 
@@ -113,7 +116,8 @@ class Cluster:
             raise LostError(
                 f"--address: nothing answers at {self.address}, allowed: {ALLOWED}"
             ) from None
-        except RuntimeError as error:  # the client's only word for any status but 200
+        except RuntimeError as error:
+            # The client raises it for every status but 200.
             code = re.search(r"status code (\d+)", str(error))
             if code is None or code[1] != "404":
                 raise LostError(
@@ -123,19 +127,20 @@ class Cluster:
                 raise ConfigError(
                     f"--address: {self.address} is no job server, allowed: {ALLOWED}"
                 ) from None
-            known = [
-                str(job.submission_id) for job in self._client.list_jobs() if job.submission_id
-            ]
-            raise ConfigError(
-                f"JOB_ID: found '{job_id}', allowed: {', '.join(known) or 'none yet'}"
-            ) from None
+            jobs = self._client.list_jobs()
+            job_ids = [str(job.submission_id) for job in jobs if job.submission_id]
+            allowed = ", ".join(job_ids) or "none yet"
+            raise ConfigError(f"JOB_ID: found '{job_id}', allowed: {allowed}") from None
 
 
 def exit_code(info: Any) -> int:
-    """The exit code of a job that has ended, as a shell would tell it; 130 where it was stopped."""
+    """Return the exit code of a job that has ended, as a shell does, and 130 if it was stopped."""
     if info.status == "STOPPED":
         return 130
     code = info.driver_exit_code
     if code is None:
-        return 0 if info.status == "SUCCEEDED" else 1
-    return code if code >= 0 else 128 - code
+        return int(info.status != "SUCCEEDED")
+    # A negative code is a signal, which a shell reports as 128 more.
+    if code < 0:
+        return 128 - code
+    return code

@@ -51,6 +51,7 @@ def gate(
         from pipelines.report.page import RUN_FILES
         from pipelines.storage.output import open_output
 
+        # Digests are compared by `verify` alone, so only the files that are read are fetched.
         requirements = [parse_requirement(text) for text in require or ()]
         with open_output(run_dir, "RUN_DIR").local_copy(*RUN_FILES) as folder:
             reasons = reasons_to_refuse(folder, requirements, verdict or ["forgotten"])
@@ -177,7 +178,8 @@ def stop(job_id: JobId, address: Address, debug: Debug = False) -> None:
         from deploy.cluster import Cluster
 
         was_running = Cluster(address).stop(job_id)
-        terminal.say(f"{job_id}: stopped" if was_running else f"{job_id}: had ended before")
+        state = "stopped" if was_running else "had ended before"
+        terminal.say(f"{job_id}: {state}")
 
 
 def _follow(cluster: "Cluster", job_id: str, terminal: Terminal) -> None:

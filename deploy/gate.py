@@ -1,6 +1,6 @@
-"""The gate before a deployment: a run whose verdict or scores miss what is required is refused, with the reasons.
+"""The gate before a deployment. It refuses a run whose verdict or scores miss the requirements.
 
-The verdict is the report's own (`pipelines.evaluation.verdict`), so the gate and the page never disagree.
+The verdict is the report's (`pipelines.evaluation.verdict`), so that the gate and the page agree.
 """
 
 import operator
@@ -22,7 +22,7 @@ ALLOWED = "MODEL.SCORE<=NUMBER, or with >=, < or >, for example after.forget.pro
 
 
 class Requirement(NamedTuple):
-    """One score that must lie on one side of a limit."""
+    """A score that must lie on one side of a limit."""
 
     model: str
     score: str
@@ -31,10 +31,10 @@ class Requirement(NamedTuple):
 
 
 def parse_requirement(text: str) -> Requirement:
-    """Read `after.forget.probability<=0.2`.
+    """Parse a requirement such as `after.forget.probability<=0.2`.
 
     Raises:
-        ConfigError: it does not read like that.
+        ConfigError: the text has another form.
     """
     match = REQUIREMENT.fullmatch(text.strip())
     if match is None:
@@ -45,37 +45,34 @@ def parse_requirement(text: str) -> Requirement:
 def reasons_to_refuse(
     run_dir: Path, requirements: Sequence[Requirement], levels: Sequence[str]
 ) -> list[str]:
-    """One line for each requirement that the run misses; none when it may pass.
+    """Return one line for each requirement that the run misses, none if it may pass.
 
     Args:
-        run_dir: a finished run.
-        requirements: what scores must hold.
+        run_dir: the folder of a finished run.
+        requirements: the limits of scores.
         levels: the verdicts that may pass.
 
     Raises:
-        ConfigError: no finished run, or a model, score or verdict that it does not have.
+        ConfigError: the run is not finished, or a model, score or verdict does not exist.
     """
     for level in levels:
         if level not in get_args(Level):
             raise ConfigError(f"--verdict: found '{level}', allowed: {', '.join(get_args(Level))}")
     scores = read_run(run_dir).scores
     level, sentence = verdict(scores)
-    reasons = (
-        []
-        if level in levels
-        else [f"verdict: {level}, required: {' or '.join(levels)} ({sentence})"]
-    )
+    reasons: list[str] = []
+    if level not in levels:
+        reasons.append(f"verdict: {level}, required: {' or '.join(levels)} ({sentence})")
     for model, score, sign, limit in requirements:
         value = _score(scores["models"], model, score)
         if value is None or not COMPARISONS[sign](value, limit):
-            reasons.append(
-                f"{model}.{score}: {'not measured' if value is None else value}, required: {sign} {limit:g}"
-            )
+            measured = "not measured" if value is None else value
+            reasons.append(f"{model}.{score}: {measured}, required: {sign} {limit:g}")
     return reasons
 
 
 def _score(models: dict[str, Any], model: str, score: str) -> float | None:
-    """A score, None where the run could not measure it."""
+    """Return a score, None if the run could not measure it."""
     entries = {name: entry for name, entry in models.items() if entry}
     if model not in entries:
         raise ConfigError(f"--require: found model '{model}', this run has: {', '.join(entries)}")

@@ -1,8 +1,10 @@
-"""A run's merged model behind an endpoint like OpenAI's completions (platform.openai.com, "Create completion").
+"""A run's merged model behind an endpoint like OpenAI's completions.
 
-Two Ray Serve deployments: one answers HTTP and refuses what is too large, one holds the model and takes one request at
-a time. What is asked and answered is never logged. Ray's token does not guard Serve's port: it listens on 127.0.0.1
-unless told otherwise, and anything wider belongs behind a gateway that knows its users.
+The endpoint is that of platform.openai.com, "Create completion". There are two Ray Serve
+deployments. One answers HTTP and refuses requests that are too large. The other holds the model and
+takes one request at a time. Prompts and answers are never logged. Ray's token does not guard
+Serve's port. So the default is to listen on 127.0.0.1, and any other address belongs behind a
+gateway that knows its users.
 """
 
 import asyncio
@@ -21,13 +23,12 @@ from ray.serve.handle import DeploymentHandle
 from pipelines.config.schema import ModelConfig, Section
 
 APPLICATION, GENERATOR = "ray-unlearn", "Generator"
-HTTP = FastAPI(
-    docs_url=None, redoc_url=None, openapi_url=None
-)  # its documentation pages load scripts from outside
+# FastAPI's documentation pages would load scripts from other hosts.
+HTTP = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
 
 class Settings(Section):
-    """What is served, and its limits; the arguments of `build_app` in a Serve configuration."""
+    """The model and its limits: the arguments of `build_app` in a Serve configuration."""
 
     run_dir: str = Field(description="The output_dir of a finished run.")
     max_tokens: int = Field(default=512, ge=1, description="Tokens of an answer, at most.")
@@ -39,17 +40,17 @@ class Settings(Section):
 
     @property
     def model(self) -> ModelConfig:
-        """The merged model's folder."""
+        """Return the merged model's folder."""
         return ModelConfig(path=str(Path(self.run_dir) / "model"))
 
     @property
     def name(self) -> str:
-        """What requests call the model."""
+        """Return the name of the model in requests."""
         return Path(self.run_dir).name
 
 
 class Completion(BaseModel):
-    """A request: OpenAI's names, and those that are implemented."""
+    """A request: those of OpenAI's parameters that are implemented."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -62,23 +63,23 @@ class Completion(BaseModel):
 
 
 class RefusalError(Exception):
-    """A request that is not answered: HTTP status, and what the client can do about it."""
+    """A request is not answered. It has the HTTP status, and a message that helps the client."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(status, message)
         self.status, self.message = status, message
 
     def response(self) -> JSONResponse:
-        """In OpenAI's shape."""
+        """Return the refusal in the form of OpenAI's errors."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return JSONResponse({"error": {"message": self.message, "type": kind}}, self.status)
 
 
 async def read_body(http: Request, limit: int) -> bytes:
-    """A request's body, read no further than the limit.
+    """Read a request's body, no further than the limit.
 
     Raises:
-        RefusalError: it is larger.
+        RefusalError: the body is larger.
     """
     body = bytearray()
     async for chunk in http.stream():
@@ -89,24 +90,20 @@ async def read_body(http: Request, limit: int) -> bytes:
 
 
 def parse(body: bytes, settings: Settings) -> Completion:
-    """A request that keeps the limits.
+    """Parse a request and check its limits.
 
     Raises:
-        RefusalError: what is wrong, without the prompt.
+        RefusalError: the request is wrong. The message does not hold the prompt.
     """
     try:
         request = Completion.model_validate_json(body)
     except ValidationError as error:
         fault = error.errors(include_input=False, include_url=False)[0]
         key = ".".join(map(str, fault["loc"])) or "body"
-        known = (
-            f", allowed: {', '.join(Completion.model_fields)}"
-            if fault["type"] == "extra_forbidden"
-            else ""
-        )
-        raise RefusalError(
-            400, f"{key}: {fault['msg'][0].lower()}{fault['msg'][1:]}{known}"
-        ) from None
+        message = f"{key}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+        if fault["type"] == "extra_forbidden":
+            message += f", allowed: {', '.join(Completion.model_fields)}"
+        raise RefusalError(400, message) from None
     if request.model != settings.name:
         raise RefusalError(404, f"model: found '{request.model}', allowed: '{settings.name}'")
     if request.max_tokens > settings.max_tokens:
@@ -118,7 +115,7 @@ def parse(body: bytes, settings: Settings) -> Completion:
 
 @serve.deployment(name=GENERATOR, max_ongoing_requests=1)
 class Generator:
-    """The model. Safetensors alone are loaded, and no code that comes with a model is run."""
+    """The model. Only safetensors are loaded, and no code that comes with a model is run."""
 
     def __init__(self, settings: Settings) -> None:
         from pipelines.encoding.text import load_tokenizer
@@ -133,7 +130,7 @@ class Generator:
         self.model = base.to(self.device).eval()
 
     def complete(self, request: Completion) -> dict[str, Any]:
-        """Text, why it ended and token counts; or `refused`, with the reason."""
+        """Return the text, why it ended and token counts, or only `refused` with the reason."""
         import torch
 
         tokens: Any = self.tokenizer(request.prompt, return_tensors="pt").to(self.device)
@@ -166,16 +163,17 @@ class Generator:
 
 
 @serve.deployment(name="Api", max_ongoing_requests=256, ray_actor_options={"num_cpus": 0})
-@serve.ingress(HTTP)  # copies HTTP and what it uses at once, so all that stands above
+@serve.ingress(HTTP)  # copies HTTP and all it uses at once, which must be defined above
 class Api:
-    """The HTTP side: limits, errors and the answers' shape."""
+    """The HTTP side: limits, errors and the form of answers."""
 
     def __init__(self, generator: DeploymentHandle, settings: Settings) -> None:
         self.generator, self.settings = generator, settings
 
     @HTTP.get("/healthz")
     async def healthz(self) -> JSONResponse:
-        """200 while the model can answer, else 503."""
+        """Answer 200 while the model can complete prompts, and 503 otherwise."""
+        # `serve.status` blocks, and the event loop must not.
         status = await asyncio.to_thread(serve.status)
         state = status.applications[APPLICATION].deployments[GENERATOR].status
         return JSONResponse(
@@ -217,7 +215,10 @@ class Api:
 
 
 def build_app(settings: Settings) -> serve.Application:
-    """The application; a Serve configuration names it as `deploy.serve:build_app`, with Settings as its args."""
+    """Return the application. A Serve configuration names it `deploy.serve:build_app`.
+
+    The configuration's `args` are the fields of Settings.
+    """
     generator = Generator.options(
         max_queued_requests=settings.max_queue,
         ray_actor_options={"num_cpus": 1, "num_gpus": settings.gpus},

@@ -19,7 +19,8 @@ def serve_run(settings: Settings, host: str, port: int, terminal: Terminal) -> N
     """Serve a run's merged model until it is interrupted.
 
     Raises:
-        ConfigError: no finished run, a model that is not safetensors, a port that is taken, more GPUs than there are.
+        ConfigError: the run is not finished, its model is not in safetensors, the port is taken, or
+            the cluster has fewer GPUs.
     """
     run_dir = Path(settings.run_dir)
     if not (run_dir / "model").is_dir():
@@ -31,7 +32,15 @@ def serve_run(settings: Settings, host: str, port: int, terminal: Terminal) -> N
         raise ConfigError(
             f"RUN_DIR: {run_dir} holds a run with task={cfg.task}, allowed: causal_lm"
         )
-    _refuse_taken_port(host, port)
+    # A taken port is refused before Ray starts and the model is loaded.
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"--port: {host}:{port} cannot be had ({error.strerror}), allowed: a free one"
+            ) from None
     with session(cfg.train, run_dir / "serve.log", terminal):
         result_of(on_this_node(_check_model).remote(settings.model))
         have = ray.cluster_resources().get("GPU", 0)
@@ -50,18 +59,9 @@ def serve_run(settings: Settings, host: str, port: int, terminal: Terminal) -> N
             serve.shutdown()
 
 
-def _refuse_taken_port(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"--port: {host}:{port} cannot be had ({error.strerror}), allowed: a free one"
-            ) from None
-
-
 def _check_model(model: ModelConfig) -> None:
+    """Raise ConfigError unless the model can be loaded. It runs in a task, off the driver."""
+    # It imports transformers, which the driver must not.
     from pipelines.model.load import load_model_config
 
     load_model_config(model, "RUN_DIR")

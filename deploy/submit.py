@@ -1,6 +1,7 @@
-"""A command of ours as a Ray job: the code and the configuration are shipped, the packages pinned.
+"""Plan a command of ray-unlearn as a Ray job, with its code, its configuration and pinned packages.
 
-What is checked here is what can be: the command, the configuration's keys and values. Paths are the cluster's.
+The command and the configuration's keys and values are checked here. Paths are not, as they are the
+cluster's.
 """
 
 import json
@@ -18,7 +19,7 @@ from pipelines.preflight import Purpose, check_settings
 
 ENVIRONMENT_FILE = "environment.json"
 CODE = Path(__file__).parent.parent
-# What a job may run, and what is checked of its configuration before it is sent.
+# The commands of a job, and for which purpose the configuration is checked before it is sent.
 COMMANDS: dict[str, Purpose] = {
     "run": "run",
     "tune": "tune",
@@ -29,13 +30,13 @@ COMMANDS: dict[str, Purpose] = {
 OVERRIDE = re.compile(r"[\w.]+=")
 PACKAGES = ("rfa", "pipelines", "tuning", "deploy")
 CONSTRAINTS = "constraints.txt"
-# pip reads the variable on each node: the folder that Ray has unpacked the job's code into.
+# pip replaces the variable on each node with the folder that Ray has unpacked the job's code into.
 SHIPPED_CONSTRAINTS = f"-c ${{RAY_RUNTIME_ENV_CREATE_WORKING_DIR}}/{CONSTRAINTS}"
 PASSWORD = re.compile(r"//[^/@\s]*:[^/@\s]*@")
 
 
 class Plan(NamedTuple):
-    """What is submitted. `files` maps names in the job's folder to files or folders here, or to content."""
+    """A job to submit. `files` maps names in its folder to files or folders here, or to content."""
 
     entrypoint: str
     runtime_env: dict[str, Any]
@@ -43,21 +44,21 @@ class Plan(NamedTuple):
 
 
 def plan_job(command: Sequence[str], env_file: Path | None, *, install: bool) -> Plan:
-    """What it takes to run one of our commands in a cluster.
+    """Plan a job that runs one of COMMANDS in a cluster.
 
     Args:
         command: `run CONFIG key=value ...`, or another of COMMANDS.
-        env_file: variables for the job's processes, `NAME=value` a line.
-        install: install the pinned packages on every node first.
+        env_file: variables for the job's processes, one `NAME=value` a line.
+        install: whether to install the pinned packages on every node first.
 
     Raises:
-        ConfigError: the command, its configuration or a file is not what it must be; nothing has been sent.
+        ConfigError: the command, its configuration or a file is wrong. Nothing has been sent.
     """
-    arguments, own = _shipped_command(command)
-    files: dict[str, Path | str] = {
-        **{name: _source(name) for name in (*PACKAGES, CONSTRAINTS)},
-        **own,
-    }
+    arguments, own_files = _shipped_command(command)
+    files: dict[str, Path | str] = {}
+    for name in (*PACKAGES, CONSTRAINTS):
+        files[name] = _source(name)
+    files |= own_files
     runtime_env: dict[str, Any] = {}
     if install:
         project = tomllib.loads(_source("pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -69,8 +70,7 @@ def plan_job(command: Sequence[str], env_file: Path | None, *, install: bool) ->
 
 
 def _shipped_command(command: Sequence[str]) -> tuple[list[str], dict[str, Path]]:
-    """The command as the job runs it, and the files that go with it: configuration and search space, where they are
-    files here."""
+    """Return the job's command, and the configuration and space files here that it needs."""
     if len(command) < 2 or command[0] not in COMMANDS:
         found = " ".join(command) or "nothing"
         raise ConfigError(
@@ -86,29 +86,38 @@ def _shipped_command(command: Sequence[str]) -> tuple[list[str], dict[str, Path]
     check_settings(cfg, COMMANDS[name])
     if "://" not in cfg.output_dir and not Path(cfg.output_dir).is_absolute():
         raise ConfigError(
-            f"output_dir: found '{cfg.output_dir}', allowed in a job: an absolute path that all nodes share, "
-            "s3:// or gs://; a relative one would go with the job"
+            f"output_dir: found '{cfg.output_dir}', allowed in a job: an absolute path that all "
+            "nodes share, s3:// or gs://; a relative one would go with the job"
         )
     spaces = [text for option, text in pairwise(rest) if option == "--space"]
-    local = {text: Path(text) for text in (config, *spaces) if Path(text).is_file()}
-    arguments = [local[text].name if text in local else text for text in (config, *rest)]
-    return [name, *arguments], {path.name: path for path in local.values()}
+    arguments = [name]
+    files: dict[str, Path] = {}
+    for text in (config, *rest):
+        path = Path(text)
+        if text in (config, *spaces) and path.is_file():
+            # The files lie in the job's folder, which is the command's working directory there.
+            files[path.name] = path
+            text = path.name
+        arguments.append(text)
+    return arguments, files
 
 
 def _source(name: str) -> Path:
+    """Return a file or folder of this installation's source."""
     path = CODE / name
     if not path.exists():
         raise ConfigError(
-            f"{path}: not found; allowed: ray-unlearn installed from its source folder with --editable"
+            f"{path}: not found; "
+            "allowed: ray-unlearn installed from its source folder with --editable"
         )
     return path
 
 
 def read_env_file(path: Path) -> dict[str, str]:
-    """The variables of a file of `NAME=value` lines; no message holds a value.
+    """Read the variables of a file of `NAME=value` lines.
 
     Raises:
-        ConfigError: the file cannot be read, or a line is not like that.
+        ConfigError: the file cannot be read, or a line has another form. No message holds a value.
     """
     from dotenv.parser import parse_stream
 
@@ -121,6 +130,7 @@ def read_env_file(path: Path) -> dict[str, str]:
         ) from None
     for line in lines:
         if line.error or (line.key is not None and line.value is None):
+            # The parser counts blank lines before a variable as part of it.
             blank = len(line.original.string) - len(line.original.string.lstrip("\n"))
             raise ConfigError(
                 f"--env-file: {path}: found no NAME=value in line {line.original.line + blank}"

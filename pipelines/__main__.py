@@ -1,7 +1,7 @@
 """The command line, `ray-unlearn`.
 
-Exit codes: 2 for wrong input, after one line on stderr; 1 for a failed run; 130 for Ctrl-C.
-Most imports stand inside the commands, so that `--help` need not wait for Ray.
+Exit codes are 2 for wrong input (after one line on stderr), 1 for a failed run and 130 for Ctrl-C.
+Most imports are inside the commands, so that `--help` need not wait for Ray.
 """
 
 import json
@@ -43,7 +43,7 @@ class CommandWithKeys(TyperCommand):
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write the keys with their defaults and meanings."""
-        # \b keeps the line breaks of what follows.
+        # click joins the lines of a paragraph unless it begins with \b.
         lines = ["\b", "Configuration keys, with their defaults:"]
         for key, default, meaning in describe():
             lines += [f"  {key} = {default}", f"      {meaning}"]

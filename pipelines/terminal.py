@@ -1,4 +1,4 @@
-"""What a person at the terminal sees: progress, tables, one-line errors. The log has the rest."""
+"""The output on the terminal: progress, tables, one-line errors. The log has the rest."""
 
 import os
 import sys
@@ -29,7 +29,7 @@ RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="The output_dir o
 class Terminal:
     """The user's terminal, on stderr.
 
-    Inside `chatter_to` file descriptors 1 and 2 are the log, which Ray, DeepSpeed and MLflow fill.
+    Within `chatter_to` file descriptors 1 and 2 are the log, which Ray, DeepSpeed and MLflow fill.
     """
 
     def __init__(self) -> None:
@@ -39,14 +39,23 @@ class Terminal:
 
     @contextmanager
     def chatter_to(self, log_path: Path) -> Iterator[None]:
-        """Send everything but this object's messages to a log file."""
+        """Send all output but this object's messages to a log file within the scope."""
         log_path.parent.mkdir(parents=True, exist_ok=True)
         self.log_path = log_path
         terminal = self._console
         width = terminal.width if terminal.is_terminal else 120
         with log_path.open("ab") as log, _redirected(log.fileno()) as stderr:
             self._console = Console(file=stderr, width=width)
-            self._progress = _progress_on(self._console)
+            self._progress = Progress(
+                TextColumn("{task.description:<28}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self._console,
+            )
             try:
                 yield
             finally:
@@ -60,9 +69,10 @@ class Terminal:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def bar(self, description: str, total: int | None) -> "Bar":
-        """Start a progress bar with time left; `total` is None while it is unknown."""
+        """Start a progress bar with the time left. `total` is None while it is unknown."""
         assert self._progress is not None
         self._progress.start()
+        # A file shows no bar until its end.
         if not self._console.is_terminal:
             self.say(f"{description} ...")
         return Bar(self._progress, self._progress.add_task(description, total=total, note=""))
@@ -80,9 +90,12 @@ class Terminal:
         for name in models:
             table.add_column(name, justify="right")
         for key, label in labels.items():
-            values = [scores.get(key) for scores in models.values()]
-            if any(value is not None for value in values):
-                table.add_row(label, *map(_score_text, values))
+            cells: list[str] = []
+            for scores in models.values():
+                value = scores.get(key)
+                cells.append("-" if value is None else f"{value:.3f}")
+            if set(cells) != {"-"}:
+                table.add_row(label, *cells)
         self._console.print(table)
 
 
@@ -111,8 +124,8 @@ def reporting(debug: bool, going_on: str = "The same command goes on") -> Iterat
     """Give a command its terminal, and turn an exception into one line and an exit code.
 
     Args:
-        debug: let the exception through, with its traceback.
-        going_on: how to continue after Ctrl-C, for the line that says so.
+        debug: whether to let an exception through, with its traceback.
+        going_on: the way to continue after Ctrl-C, for the line about it.
 
     Raises:
         typer.Exit: 2 for wrong input, 130 for Ctrl-C, 1 for any other failure. One that the
@@ -133,7 +146,7 @@ def reporting(debug: bool, going_on: str = "The same command goes on") -> Iterat
             case KeyboardInterrupt():
                 code, line = 130, f"Stopped. {going_on} from the last resume point{log}."
             case _:
-                # The first line alone: a worker's error has its whole traceback as its text.
+                # Only the first line, as a worker's error has a traceback as its text.
                 reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
                 code, line = 1, f"Failed: {reason}{log}."
         terminal.say(line)
@@ -142,10 +155,8 @@ def reporting(debug: bool, going_on: str = "The same command goes on") -> Iterat
 
 @contextmanager
 def _redirected(log: int) -> Iterator[TextIO]:
-    """Point file descriptors 1 and 2 at `log`, and yield a stream to where 2 pointed.
-
-    Replacing `sys.stderr` would not do: child processes and native code write to the descriptors.
-    """
+    """Point file descriptors 1 and 2 at `log`, and yield a stream to where 2 pointed."""
+    # Replacing `sys.stderr` would not do, as child processes and native code write to descriptors.
     sys.stdout.flush()
     sys.stderr.flush()
     stdout, stderr = os.dup(1), os.dup(2)
@@ -161,20 +172,3 @@ def _redirected(log: int) -> Iterator[TextIO]:
         os.dup2(stderr, 2)
         os.close(stdout)
         os.close(stderr)
-
-
-def _progress_on(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-    )
-
-
-def _score_text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

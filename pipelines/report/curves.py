@@ -1,4 +1,4 @@
-"""The page's line plots, as SVG in data addresses: the same bytes for the same numbers."""
+"""The page's line plots, as SVG in data addresses, with the same bytes for the same numbers."""
 
 import base64
 import io
@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-# In losses.jsonl, beside the terms of the objective.
+# Keys of losses.jsonl beside the terms of the objective.
 NOT_TERMS = ("step", "learning_rate", "tokens_per_s")
 # A curve whose largest value is this many times its smallest is drawn on a logarithmic axis.
 LOG_SCALE_FROM = 30
-RELEARNED = "relearn.probability."  # before the number of steps, in a model's entry of scores.json
+# Precedes the number of steps in a model's scores.
+RELEARNED = "relearn.probability."
 SOFT = "#555b65"
-# As the page draws the models' scores. The original is not relearned.
+# The same looks as of the models' scores on the page. The original is not relearned.
 LOOKS: dict[str, dict[str, Any]] = {
     "after": {"color": "#0072b2", "marker": "o"},
     "oracle": {"color": "#009e73", "marker": "D", "markerfacecolor": "white"},
@@ -34,7 +35,10 @@ def loss_curves(losses: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def relearn_curve(models: Mapping[str, Mapping[str, float | None]]) -> str | None:
-    """Plot how the forget set's held-out half comes back, a line a model, if any was relearned."""
+    """Plot the probability of the forget set's held-out half over relearning, a line a model.
+
+    Returns None if no model was relearned.
+    """
     lines: dict[str, dict[int, float]] = {}
     for name in LOOKS:
         for key, value in models.get(name, {}).items():
@@ -48,7 +52,8 @@ def relearn_curve(models: Mapping[str, Mapping[str, float | None]]) -> str | Non
         for name, line in lines.items():
             points = zip(*sorted(line.items()), strict=True)
             axes.plot(*points, label=name, linewidth=1.6, markersize=5, **LOOKS[name])
-        axes.set_xscale("symlog", linthresh=1, linscale=0.5)  # most happens in the first steps
+        # Most happens in the first steps, and step 0 has no logarithm.
+        axes.set_xscale("symlog", linthresh=1, linscale=0.5)
         axes.set_xticks(steps, list(map(str, steps)))
         axes.set_xticks([], minor=True)
         axes.set_ylim(bottom=0)
@@ -59,11 +64,12 @@ def relearn_curve(models: Mapping[str, Mapping[str, float | None]]) -> str | Non
 
 
 def _number(value: object) -> float:
+    """Return a number as it is, and NaN for anything else, which is drawn as a gap."""
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
 def _loss_curve(steps: Sequence[int], values: Any) -> str:
-    """Return one curve, with gaps where the loss was not a number."""
+    """Plot one term of the loss, with gaps where it was not a number."""
     finite = values[np.isfinite(values)]
     marker = "o" if len(steps) < 3 else None
 
@@ -80,10 +86,12 @@ def _loss_curve(steps: Sequence[int], values: Any) -> str:
 def svg(
     draw: Callable[[Any], None], *, size: tuple[float, float] = (4.2, 2.1), x_label: str = "step"
 ) -> str:
-    """Return a plot as an SVG in a data address; `size` in inches."""
-    import matplotlib  # late: a second to import, for every command
+    """Return a plot as an SVG in a data address. `size` is in inches."""
+    # Imported late, as it takes a second, which every command would wait for.
+    import matplotlib
     from matplotlib.figure import Figure
 
+    # A fixed salt, and no date below, so that the same numbers give the same bytes.
     style: dict[Any, Any] = {
         "svg.hashsalt": "ray-unlearn",
         "font.size": 9,

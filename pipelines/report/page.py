@@ -1,9 +1,9 @@
-"""The page of a run: what was asked, whether it was forgotten, the cost, and what stays unproven.
+"""The page of a run: its settings, its verdict, its cost, and the limits of its proof.
 
 `report.html` is a pure function of four files in the run folder (config.yaml, scores.json,
 losses.jsonl, manifest.json), so it can be rebuilt and comes out the same, byte for byte. It holds
-no text of the data and asks no other host for anything. Python computes; the words of scores are in
-METRICS, all others in `page.html.jinja`.
+no text of the data and asks no other host for anything. The words of scores are in METRICS, all
+others in `page.html.jinja`.
 """
 
 import json
@@ -27,13 +27,13 @@ from pipelines.evaluation.verdict import RULE, Entry, verdict
 from pipelines.report.curves import loss_curves, relearn_curve
 from pipelines.storage.run_folder import read_json, read_text
 
-# What the page is made from.
+# The files that the page is made from.
 RUN_FILES = ("config.yaml", "scores.json", "losses.jsonl", "manifest.json")
 KEPT_SETS = ("retain", "general", "utility")
 
 
 class Run(NamedTuple):
-    """What the page is made from."""
+    """The content of a run folder."""
 
     config: UnlearnConfig
     config_text: str
@@ -44,12 +44,16 @@ class Run(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One score of all models."""
+    """A score of all models.
 
-    group: str  # what precedes the metric in the score's key; "" for the whole model
+    `group` precedes the metric in the score's key, and is empty for a score of no set. `reached` is
+    the percentage of the way to the oracle, or of the score before.
+    """
+
+    group: str
     metric: Metric
     values: dict[str, float | None]
-    reached: int | None  # percent of the way to the oracle, or of what was there before
+    reached: int | None
 
 
 def write_report(run_dir: Path) -> Path:
@@ -89,14 +93,14 @@ def read_run(run_dir: Path) -> Run:
 
 
 def read_losses(lines: Iterable[str]) -> tuple[list[dict[str, Any]], int]:
-    """Return one entry a step, in order, and the number of unreadable lines.
-
-    A run that was killed and restarted repeats steps (the last counts) and may leave a torn line.
-    """
+    """Return one entry for each step, in order, and the number of unreadable lines."""
+    # A run that was killed and restarted repeats steps, of which the last counts, and may leave a
+    # torn line.
     steps: dict[int, dict[str, Any]] = {}
     torn_lines = 0
     for line in lines:
         try:
+            # A loss that was not a number becomes None.
             entry = json.loads(line, parse_constant=lambda _: None)
             steps[int(entry["step"])] = entry
         except (ValueError, KeyError, TypeError):
@@ -105,7 +109,7 @@ def read_losses(lines: Iterable[str]) -> tuple[list[dict[str, Any]], int]:
 
 
 def format_number(value: float | None) -> str:
-    """Write a number with the three digits that count; an absent one is a dash."""
+    """Write a number with three significant digits, and None as a dash."""
     if value is None:
         return "\u2013"
     size = abs(value)
@@ -118,12 +122,12 @@ def format_number(value: float | None) -> str:
 
 
 def chance_margin(forget_rows: int, holdout_rows: int) -> float:
-    """Return how far from 0.5 an AUC strays by chance in 95 of 100 cases."""
+    """Return the distance from 0.5 that an AUC stays within by chance in 95 of 100 cases."""
     return 1.96 * chance_gap(forget_rows, holdout_rows)
 
 
 def _view(run: Run) -> dict[str, Any]:
-    """Compute all that the template shows; the words are the template's and METRICS'."""
+    """Compute the template's variables."""
     models: dict[str, Entry] = {}
     for name in ("before", "after", "oracle"):
         if run.scores["models"].get(name):
@@ -138,7 +142,7 @@ def _view(run: Run) -> dict[str, Any]:
     return {
         "cfg": run.config,
         "config_text": run.config_text,
-        # A key that a run did not write is None.
+        # The template reads a key that a run did not write as None.
         "manifest": defaultdict(lambda: None, run.manifest),
         "cost": defaultdict(lambda: None, run.scores.get("cost") or {}),
         "sets": sets,
@@ -158,7 +162,7 @@ def _view(run: Run) -> dict[str, Any]:
 
 
 def _scores(models: Mapping[str, Entry]) -> dict[str, Row]:
-    """Return each score by its key, in the order of METRICS; those of no metric come last."""
+    """Return each score by its key in the order of METRICS, with scores of no metric last."""
     scores: dict[str, Row] = {}
     for key in dict.fromkeys(chain(*models.values())):
         group, dot, name = key.partition(".")
@@ -167,7 +171,7 @@ def _scores(models: Mapping[str, Entry]) -> dict[str, Row]:
         try:
             metric = metric_of(key)
         except KeyError:
-            # Of another version. As a distance it is drawn on no axis.
+            # Another version has written this score. As a distance it is drawn on no axis.
             metric = Metric(name=name, label=name.replace("_", " "), help="", unit="distance")
         values = {model: entry.get(key) for model, entry in models.items()}
         scores[key] = Row(group, metric, values, _reached(group, metric, values))
@@ -180,11 +184,13 @@ def _scores(models: Mapping[str, Entry]) -> dict[str, Row]:
 
 
 def _reached(group: str, metric: Metric, values: Entry) -> int | None:
+    """Return the percentage of the way to the oracle or of the score before, if that applies."""
     before, after, oracle = values.get("before"), values.get("after"), values.get("oracle")
     if before is None or after is None:
         return None
     if group in ("forget", "mia") and oracle is not None and abs(before - oracle) >= RULE.min_gap:
         return round(100 * (before - after) / (before - oracle))
+    # Rounded down, so that 100 means that nothing was lost.
     is_kept = metric.unit == "share" and (group in KEPT_SETS or group in metric.kept)
     if is_kept and before > 0:
         return math.floor(100 * after / before + 1e-9)

@@ -1,4 +1,4 @@
-"""What a run folder holds that MLflow is to show: parameters, data sets, steps, scores, adapter, pages, trials."""
+"""Read the content of a run folder that MLflow shows."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ PAGES = ("report.html", "search.html", "best.yaml")
 
 
 class Contents(NamedTuple):
-    """All of a run folder but its growing files. A file that is not written yet contributes nothing."""
+    """A run folder's content, but for its growing files. A missing file contributes nothing."""
 
     parameters: dict[str, str]
     datasets: dict[str, dict[str, Any]]
@@ -23,7 +23,7 @@ class Contents(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """A trial that has ended, a run of its own inside the search's."""
+    """A trial that has ended. In MLflow it is a run inside the search's run."""
 
     name: str
     parameters: dict[str, str]
@@ -32,30 +32,32 @@ class Trial(NamedTuple):
 
 
 def read_contents(folder: Path) -> Contents:
-    """Read a run folder, at whatever point its run is."""
+    """Read a run folder, at any point of its run."""
     config, manifest = folder / "config.yaml", _read_json(folder / "manifest.json")
     is_search = manifest.get("purpose") == "tune"
     results = _read_json(folder / "scores.json")
     scores = _numbers("cost", results.get("cost", {}))
     for name, model_scores in results.get("models", {}).items():
         scores |= _numbers(name, model_scores)
+    # The last strength in the list is the one that the run chose.
     if results and manifest.get("strengths"):
-        scores |= _numbers("solve", manifest["strengths"][-1])  # the chosen one
+        scores |= _numbers("solve", manifest["strengths"][-1])
     picked = manifest.get("pick")
     if picked is not None:
         for line in read_lines(folder / TRIALS)[0]:
             if line["number"] == picked:
                 scores |= _numbers("pick", line["score"])
-    # An adapter counts once it has been scored, or picked: until then a restart may replace it.
-    is_final = (folder / "adapter").exists() and (
-        picked is not None if is_search else bool(results)
-    )
-    parameters = yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else {}
+    # An adapter is sent once it has been scored, or picked. Until then a restart may replace it.
+    is_final = picked is not None if is_search else bool(results)
+    adapter = folder / "adapter"
+    parameters: dict[str, Any] = {}
+    if config.exists():
+        parameters = yaml.safe_load(config.read_text(encoding="utf-8"))
     return Contents(
         parameters=flatten(parameters),
         datasets=manifest.get("sets", {}),
         scores=scores,
-        adapter=folder / "adapter" if is_final else None,
+        adapter=adapter if is_final and adapter.exists() else None,
         alias="champion" if is_search else None,
         pages=[folder / name for name in PAGES if (folder / name).exists()],
     )
@@ -71,15 +73,16 @@ def read_trial(line: Mapping[str, Any]) -> Trial:
 
 
 def read_lines(path: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """Read the JSON lines of a file from byte `start` on, and return them with the byte where they end.
+    """Return the JSON lines of a file from byte `start` on, and the byte where they end.
 
-    A line that a killed run has torn is left out.
+    A line that a killed run left torn is skipped.
     """
     if not path.exists():
         return [], start
     with path.open("rb") as stream:
         stream.seek(start)
         content = stream.read()
+    # The last line may still be growing, and is read at the next call.
     length = content.rfind(b"\n") + 1
     entries: list[dict[str, Any]] = []
     for line in content[:length].splitlines():
@@ -102,8 +105,12 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _numbers(prefix: str, scores: Mapping[str, float | None]) -> dict[str, float]:
+    """Return the scores that are numbers, with the prefix before their names."""
     return {f"{prefix}.{key}": float(value) for key, value in scores.items() if value is not None}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """Read a JSON object, empty if there is no file."""
+    if not path.exists():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
-"""MLflow as a mirror of the run folder: one MLflow run for one unlearning run or search, across restarts.
+"""MLflow as a mirror of the run folder: one MLflow run for one run or search, across restarts.
 
-Everything that MLflow shows lies in the run folder first. The mirror asks MLflow what it has, and sends what the folder
-holds beyond that. So a server that dies costs one warning and nothing else, nothing is lost when a run is killed, and
-nothing is sent twice: whoever opens a mirror of the folder again sends the rest.
+Everything that MLflow shows is in the run folder first. The mirror asks MLflow for its content, and
+sends the rest of the folder's. So a server that dies costs one warning, and nothing is lost when a
+run is killed. Nothing is sent twice: the next mirror of the folder sends only the rest.
 """
 
 import logging
@@ -28,20 +28,25 @@ from pipelines.tracking.mlflow_store import (
     locate,
 )
 
-FLUSH_S = 5.0  # between two batches of steps
-RETRY_S = 60.0  # before a server that failed is tried again
-STEPS_AT_ONCE = 40  # in one request: MLflow takes 1000 metrics, and takes them all or none
+# Time between two batches of steps.
+FLUSH_S = 5.0
+# Time before a server that failed is tried again.
+RETRY_S = 60.0
+# Steps in one request. MLflow takes at most 1000 metrics, and takes them all or none.
+STEPS_AT_ONCE = 40
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 _logger = logging.getLogger(__name__)
 
 
 class Mirror:
-    """The MLflow run of one run folder. Safe to call from several threads; raises no failure of MLflow's.
+    """The MLflow run of one run folder.
+
+    Methods are safe to call from several threads, and raise no failure of MLflow.
 
     Attributes:
         run_id: MLflow's id of the run, None until the server has answered once.
-        model_version: the registered adapter's; None until it has been uploaded.
+        model_version: the version of the registered adapter, None until it has been uploaded.
         is_complete: whether the last attempt to send reached its end.
     """
 
@@ -54,28 +59,33 @@ class Mirror:
         self._store, self._folder, self._name, self._key = store, folder, name, key
         self._warn, self._warned = warn, set[str]()
         self._lock = threading.RLock()
-        self._run: LoggedRun | None = None  # what MLflow has; asked again after every failure
+        # MLflow's content of the run. It is asked for again after every failure.
+        self._run: LoggedRun | None = None
         self._read_bytes = {LOSSES: 0, TRIALS: 0}
         self._flush_at_s = self._retry_at_s = 0.0
 
     def send(self, status: Status | None = None) -> None:
-        """Send all that MLflow lacks, now, and end the run there with a status."""
+        """Send everything that MLflow lacks. With a status, end the run there."""
         with self._lock:
             self._run = None
             self._try_to_send(status)
 
     def send_lines(self, *, at_once: bool = False) -> None:
-        """Send new steps and trials, at most every `FLUSH_S` seconds (`at_once`: now), while the server answers."""
+        """Send new steps and trials, unless the last sending or failure is too recent.
+
+        That is `FLUSH_S` seconds for a sending, but for `at_once`, and `RETRY_S` for a failure.
+        """
         with self._lock:
             due_s = self._retry_at_s if at_once else max(self._retry_at_s, self._flush_at_s)
             if time.monotonic() >= due_s:
                 self._try_to_send(None)
 
     def _try_to_send(self, status: Status | None) -> None:
+        """Send, and turn a failure into one warning and a time to try again."""
         was_healthy = self.run_id is not None and self._retry_at_s == 0
         failure = self._attempt(status)
         if failure is not None and was_healthy:
-            # Perhaps the server had only closed a connection that was kept alive, or the run was deleted there.
+            # The server may only have closed an idle connection, or the run was deleted there.
             failure = self._attempt(status)
         self.is_complete = failure is None
         self._flush_at_s = time.monotonic() + FLUSH_S
@@ -86,7 +96,7 @@ class Mirror:
             self._warn_once("is out of reach", f"; {consequence} ({failure})")
 
     def _attempt(self, status: Status | None) -> Exception | None:
-        """Send in order; return why something did not arrive."""
+        """Send everything in order, and return the reason if something did not arrive."""
         is_fresh = self._run is None
         failure: Exception | None = None
         try:
@@ -99,20 +109,22 @@ class Mirror:
             self._send_trials(self._run)
             if status is not None:
                 self._run.end(status)
-        except Exception as error:  # MLflow, database drivers and cloud clients share no base class
+        except Exception as error:
+            # The errors of MLflow, database drivers and cloud clients share no base class.
             failure = error
         if failure is not None:
             self._run = None
         return failure
 
     def _send_contents(self, run: LoggedRun) -> Exception | None:
+        """Send everything but the growing files, and return the failure of the artifact store."""
         contents = read_contents(self._folder)
         self._unless_refused("the parameters", partial(run.log_parameters, contents.parameters))
         for name, entry in contents.datasets.items():
             log = partial(run.log_dataset, name, str(entry["digest"]), int(entry["rows"]))
             self._unless_refused(f"data set {name[:40]}", log)
         self._unless_refused("the scores", partial(run.log_scores, contents.scores))
-        # An artifact store can be out of reach while the server answers: it holds nothing else back.
+        # An artifact store can be out of reach while the server answers. Then the rest is sent.
         failure: Exception | None = None
         try:
             if contents.adapter is not None:
@@ -127,35 +139,43 @@ class Mirror:
         return failure
 
     def _send_steps(self, run: LoggedRun, *, may_refuse: bool) -> None:
+        """Send new lines of losses.jsonl. With `may_refuse` MLflow may refuse their content."""
         lines, end = read_lines(self._folder / LOSSES, self._read_bytes[LOSSES])
-        # A restarted run repeats steps: one that MLflow has is not sent again.
-        steps = {int(line.pop("step")): line for line in lines if "step" in line}
+        # A restarted run repeats steps. One that MLflow has is not sent again.
+        steps: dict[int, dict[str, Any]] = {}
+        for line in lines:
+            if "step" in line:
+                steps[int(line.pop("step"))] = line
         missing = [(step, steps[step]) for step in sorted(steps.keys() - run.steps)]
         for first in range(0, len(missing), STEPS_AT_ONCE):
             log = partial(run.log_steps, dict(missing[first : first + STEPS_AT_ONCE]))
             if may_refuse:
                 self._unless_refused("steps", log)
-            else:  # the run may be gone, which MLflow reports as it reports wrong content
+            else:
+                # The run may have been deleted, which MLflow reports as it reports wrong content.
                 log()
         self._read_bytes[LOSSES] = end
 
     def _send_trials(self, run: LoggedRun) -> None:
+        """Send new lines of trials.jsonl."""
         lines, end = read_lines(self._folder / TRIALS, self._read_bytes[TRIALS])
         for trial in map(read_trial, lines):
             log = partial(self._store.log_trial, run, f"{self._key}-{trial.name}", trial)
             self._unless_refused(trial.name, log)
         self._read_bytes[TRIALS] = end
 
-    def _unless_refused(self, what: str, log: Callable[[], None]) -> None:
+    def _unless_refused(self, content: str, log: Callable[[], None]) -> None:
+        """Log, or warn that MLflow refuses the content, which then is never sent."""
         try:
             log()
         except RefusedError as error:
-            self._warn_once(f"refuses {what}", f"; that is left out ({error})")
+            self._warn_once(f"refuses {content}", f"; that is left out ({error})")
 
-    def _warn_once(self, what: str, more: str) -> None:
-        if what not in self._warned:
-            self._warned.add(what)
-            self._warn(one_line(f"tracking.uri: {self._store.uri} {what}{more}"))
+    def _warn_once(self, fault: str, more: str) -> None:
+        """Warn of a fault of the store, in one line, the first time that it occurs."""
+        if fault not in self._warned:
+            self._warned.add(fault)
+            self._warn(one_line(f"tracking.uri: {self._store.uri} {fault}{more}"))
 
 
 def open_mirror(
@@ -165,12 +185,12 @@ def open_mirror(
     key: str,
     warn: Callable[[str], None] = _logger.warning,
 ) -> Mirror:
-    """Start the MLflow run that `key` names, or resume it, and send what an earlier process left in `folder`.
+    """Start or resume the MLflow run that `key` names, and send the content of `folder` to it.
 
-    A server that does not answer is no error: `warn` is called once.
+    A server that does not answer is no error. `warn` is then called once.
 
     Raises:
-        ConfigError: `tracking.uri` or `tracking.model_name` is nothing that MLflow can take.
+        ConfigError: MLflow cannot take `tracking.uri` or `tracking.model_name`.
     """
     assert re.fullmatch(r"[\w.:-]+", key), key
     folder = folder.resolve()
@@ -181,9 +201,10 @@ def open_mirror(
 
 @contextmanager
 def mirrored_to_mlflow(run: RunFolder, terminal: Terminal) -> Iterator[Mirror]:
-    """Keep MLflow up to date with a run folder, and end the run there as it ends here.
+    """Update MLflow with a run folder within the scope, and end the run there as it ends here.
 
-    The manifest then holds `mlflow`: run id, server and registered version, and whether MLflow has everything.
+    At the end of a finished run the entry `mlflow` is written to the manifest: run id, server,
+    registered version, and whether MLflow has everything.
     """
     mirror = open_mirror(run.cfg.tracking, run.path, run.path.name, run.key, terminal.say)
     status: Status = "FAILED"
@@ -200,23 +221,23 @@ def mirrored_to_mlflow(run: RunFolder, terminal: Terminal) -> Iterator[Mirror]:
 
 
 def describe(mirror: Mirror, run: RunFolder, *, is_complete: bool) -> dict[str, Any]:
-    """Return the manifest's entry `mlflow`: what the mirror knows, or else an earlier process knew."""
-    known = run.manifest().get("mlflow", {})
+    """Return the manifest's entry `mlflow`, with values of an earlier process if there are none."""
+    earlier = run.manifest().get("mlflow", {})
     return {
-        "run_id": mirror.run_id or known.get("run_id"),
+        "run_id": mirror.run_id or earlier.get("run_id"),
         "uri": run.cfg.tracking.uri,
-        "model_version": mirror.model_version or known.get("model_version"),
+        "model_version": mirror.model_version or earlier.get("model_version"),
         "is_complete": is_complete,
     }
 
 
 def lacks_records(run: RunFolder) -> bool:
-    """Whether MLflow did not get everything of a finished run: its server was down at the end, for example."""
+    """Return whether MLflow lacks a part of a finished run, as its server was down at the end."""
     return run.manifest().get("mlflow", {}).get("is_complete") is False
 
 
 def check_tracking(cfg: TrackingConfig, folder: Path) -> tuple[str, str | None]:
-    """Return the store's uri and where artifacts go, without contacting anything.
+    """Return the store's URI and the address of its artifacts, without contacting either.
 
     Raises:
         ConfigError: as `open_mirror`.
@@ -229,5 +250,5 @@ def check_tracking(cfg: TrackingConfig, folder: Path) -> tuple[str, str | None]:
 
 
 def preload() -> None:
-    """Import MLflow, which takes seconds; from a thread, while something else is waited for."""
+    """Import MLflow, which takes seconds. Call it in a thread while the command waits for Ray."""
     load_mlflow()

@@ -1,4 +1,4 @@
-"""One MLflow store: where it is, what a run there has, how a record gets in. Nothing else here knows MLflow."""
+"""Read and write the runs of an MLflow store. No other module imports MLflow."""
 
 import functools
 import hashlib
@@ -23,7 +23,8 @@ KEY_LENGTH = 250
 VALUE_LENGTH = 6000
 DIGEST_LENGTH = 36
 RUN_KEY_TAG = "ray_unlearn.run_key"
-PARENT_TAG = "mlflow.parentRunId"  # mlflow/utils/mlflow_tags.py
+# From mlflow/utils/mlflow_tags.py.
+PARENT_TAG = "mlflow.parentRunId"
 DIGEST_TAG = "ray_unlearn.adapter_digest"
 
 
@@ -32,9 +33,9 @@ class RefusedError(Exception):
 
 
 class LoggedRun:
-    """A run in MLflow: what it has, and how it gets what it lacks. Every method sends only that.
+    """A run in MLflow. Every method sends only the part that MLflow lacks.
 
-    Raises whatever MLflow, a database driver or a cloud's client raises.
+    Methods raise the errors of MLflow, of a database driver or of a cloud's client.
     """
 
     def __init__(self, client: Any, run: Any, model_name: str) -> None:
@@ -44,7 +45,8 @@ class LoggedRun:
         self.steps: set[int] = set()
 
     def log_parameters(self, parameters: Mapping[str, str]) -> None:
-        """Log parameters. MLflow never changes one: a new value becomes the tag `resumed.train.steps`."""
+        """Log parameters. A changed value becomes a tag such as `resumed.train.steps`."""
+        # MLflow refuses to change a parameter.
         entities = load_mlflow().entities
         known, new, tags = self._run.data.params, [], []
         for key, value in _valid(parameters).items():
@@ -59,28 +61,29 @@ class LoggedRun:
     def log_steps(self, steps: Mapping[int, Mapping[str, float]]) -> None:
         """Log the metrics of optimizer steps, all of them or none."""
         now_ms = _now_ms()
-        metrics = [
-            load_mlflow().entities.Metric(key, float(value), now_ms, step)
-            for step, values in steps.items()
-            for key, value in _valid(values).items()
-        ]
-        self.steps |= steps.keys()  # one that is refused is not tried again
+        entities = load_mlflow().entities
+        metrics: list[Any] = []
+        for step, values in steps.items():
+            for key, value in _valid(values).items():
+                metrics.append(entities.Metric(key, float(value), now_ms, step))
+        # Before the request, so that steps that are refused are not tried again.
+        self.steps |= steps.keys()
         with _request():
             self._client.log_batch(self.id, metrics)
 
     def log_scores(self, scores: Mapping[str, float]) -> None:
         """Log metrics without steps."""
         known, now_ms = self._run.data.metrics, _now_ms()
-        metrics = [
-            load_mlflow().entities.Metric(key, value, now_ms, 0)
-            for key, value in _valid(scores).items()
-            if known.get(key) != value
-        ]
+        entities = load_mlflow().entities
+        metrics: list[Any] = []
+        for key, value in _valid(scores).items():
+            if known.get(key) != value:
+                metrics.append(entities.Metric(key, value, now_ms, 0))
         with _request():
             self._client.log_batch(self.id, metrics)
 
     def log_dataset(self, name: str, digest: str, rows: int) -> None:
-        """Log a set's name, digest (cut to MLflow's 36 characters) and number of rows; nothing of its content."""
+        """Log a set's name, digest and number of rows, and nothing of its content."""
         digest = digest[:DIGEST_LENGTH]
         for entry in self._run.inputs.dataset_inputs:
             if (entry.dataset.name, entry.dataset.digest) == (name, digest):
@@ -93,23 +96,21 @@ class LoggedRun:
             self._client.log_inputs(self.id, [entities.DatasetInput(dataset, [context])])
 
     def register(self, folder: Path, alias: str | None) -> int:
-        """Upload a PEFT folder and register it as `tracking.model_name`; equal weights are registered once.
+        """Upload a PEFT folder, register it as `tracking.model_name`, and return its version.
 
-        `alias` moves to that version, which is returned.
+        Identical weights are registered once. `alias` moves to that version.
         """
         client, model = self._client, self._model_name
         with _request(UPLOAD_TIMEOUT_S):
             digest = _weights_digest(folder)
             registered = client.search_model_versions(f"run_id = '{self.id}'")
-            versions = [
-                version
-                for version in registered
-                if version.name == model and version.tags.get(DIGEST_TAG) == digest
-            ]
-            if versions:
-                version = versions[0]
-            else:
-                # The files of a registered version never change.
+            version = None
+            for candidate in registered:
+                if candidate.name == model and candidate.tags.get(DIGEST_TAG) == digest:
+                    version = candidate
+                    break
+            if version is None:
+                # Later weights need another path, as a version's files must never change.
                 path = f"adapter-{digest[:12]}" if registered else "adapter"
                 client.log_artifacts(self.id, str(folder), path)
                 _unless_there(client.create_registered_model, model)
@@ -121,7 +122,7 @@ class LoggedRun:
         return number
 
     def log_file(self, path: Path) -> None:
-        """Upload a file to the top of the run's artifacts, unless one of its name and size is there."""
+        """Upload a file to the run's artifacts, unless one of its name and size is there."""
         with _request(UPLOAD_TIMEOUT_S):
             for entry in self._client.list_artifacts(self.id):
                 if (entry.path, entry.file_size) == (path.name, path.stat().st_size):
@@ -135,17 +136,18 @@ class LoggedRun:
 
 
 class Store:
-    """One MLflow store: finds and makes runs. Raises what `LoggedRun` raises."""
+    """An MLflow store, which finds and makes runs. It raises the same as `LoggedRun`."""
 
     def __init__(self, uri: str, artifacts: str | None, cfg: TrackingConfig) -> None:
         self.uri, self._artifacts, self._cfg = uri, artifacts, cfg
 
     @functools.cached_property
     def _client(self) -> Any:
+        # Made at first use, as it imports MLflow, which takes seconds.
         return load_mlflow().MlflowClient(self.uri, registry_uri=self.uri)
 
     def open_run(self, key: str, name: str) -> LoggedRun:
-        """Return the run with this key, made where there is none, running from now on, and what it has."""
+        """Return the run with this key with its content in MLflow. Make one if there is none."""
         client = self._client
         with _request():
             experiment = client.get_experiment_by_name(self._cfg.experiment)
@@ -161,7 +163,7 @@ class Store:
         return logged
 
     def log_trial(self, parent: LoggedRun, key: str, trial: Trial) -> None:
-        """Log a trial that has ended as a run inside `parent`, unless that has been done."""
+        """Log a trial that has ended as a run inside `parent`, unless MLflow has it."""
         with _request():
             experiment_id = parent.experiment_id
             run = self._find_or_create(experiment_id, key, trial.name, {PARENT_TAG: parent.id})
@@ -173,15 +175,20 @@ class Store:
         logged.end(trial.status)
 
     def _find_or_create(self, experiment_id: str, key: str, name: str, tags: dict[str, str]) -> Any:
+        """Return MLflow's record of the oldest run with this key, or of a new one."""
         filter_string = f"tags.`{RUN_KEY_TAG}` = '{key}'"
         runs = self._client.search_runs([experiment_id], filter_string)
         if runs:
-            return runs[-1]  # the oldest
+            return runs[-1]
         return self._client.create_run(experiment_id, _now_ms(), {RUN_KEY_TAG: key, **tags}, name)
 
 
 def locate(uri: str | None, folder: Path) -> tuple[str, str | None]:
-    """The store's uri, and where artifacts go (None: the server decides)."""
+    """Return the store's URI and the address of its artifacts, None if the server decides.
+
+    Raises:
+        ConfigError: MLflow cannot take `uri`.
+    """
     if uri is None:
         database = folder / "mlflow.db"
     elif re.fullmatch(r"https?://([^\s/@]+@)?(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?(/\S*)?", uri):
@@ -190,16 +197,14 @@ def locate(uri: str | None, folder: Path) -> tuple[str, str | None]:
         return uri, str(folder / "mlartifacts")
     elif re.fullmatch(r"sqlite:///[^?]+", uri):
         database = Path(uri.removeprefix("sqlite:///")).absolute()
-    elif re.fullmatch(
-        r"(file://)?[^:]+", uri
-    ):  # MLflow takes no new runs in plain files: a sqlite file there
+    elif re.fullmatch(r"(file://)?[^:]+", uri):
+        # MLflow takes no new runs in plain files, so a folder gets a SQLite file.
         database = Path(uri.removeprefix("file://")).absolute() / "mlflow.db"
     else:
         allowed = "http(s)://host:port, sqlite:///file, a folder, postgresql://, mysql://, mssql://"
         raise ConfigError(one_line(f"tracking.uri: found '{uri}', allowed: {allowed}"))
-    if set("%?") & set(
-        str(database)
-    ):  # MLflow decodes them in some places: files would end up elsewhere
+    # MLflow decodes both characters in some places, and files would end up elsewhere.
+    if set("%?") & set(str(database)):
         key = "tracking.uri" if uri else "output_dir"
         raise ConfigError(f"{key}: found '{database}', allowed: a path without % and ?")
     return f"sqlite:///{database}", str(database.parent / "mlartifacts")
@@ -207,13 +212,16 @@ def locate(uri: str | None, folder: Path) -> tuple[str, str | None]:
 
 @functools.cache
 def load_mlflow() -> Any:
-    """MLflow, imported late because that takes seconds; it sends no usage data and prints nothing."""
+    """Import MLflow, and let it send no usage data and print nothing."""
+    # It is imported late, as that takes seconds.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
     import mlflow.store.db.utils
 
-    mlflow.store.db.utils.MAX_RETRY_COUNT = 1  # ten attempts at a database that is down take 100 s
-    for name in ("mlflow", "alembic"):  # to whatever logging the application has, not to stderr
+    # Its ten attempts at a database that is down would take 100 s.
+    mlflow.store.db.utils.MAX_RETRY_COUNT = 1
+    # Their messages go to the logging of the application, and not to stderr.
+    for name in ("mlflow", "alembic"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [logging.NullHandler()], True
     return mlflow
@@ -221,7 +229,7 @@ def load_mlflow() -> Any:
 
 @contextmanager
 def _request(timeout_s: int | None = None) -> Generator[None]:
-    """Ask MLflow within our limits.
+    """Ask MLflow within the scope, under this module's limits of time and attempts.
 
     Raises:
         RefusedError: MLflow answers that this content is not allowed.
@@ -237,10 +245,8 @@ def _request(timeout_s: int | None = None) -> Generator[None]:
 
 @contextmanager
 def _limits(timeout_s: int) -> Generator[None]:
-    """Set MLflow's HTTP limits for a while, in the environment, where it reads them.
-
-    Limits that the user has set stay.
-    """
+    """Set MLflow's HTTP limits within the scope, but for those that the user has set."""
+    # MLflow reads them from the environment.
     limits = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     added = {name: value for name, value in limits.items() if name not in os.environ}
     os.environ.update(added)
@@ -253,7 +259,10 @@ def _limits(timeout_s: int) -> Generator[None]:
 
 def _valid(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values with their names in characters that MLflow takes."""
-    return {re.sub(r"[^\w\-. /]", "_", key)[:KEY_LENGTH]: values[key] for key in values}
+    valid: dict[str, Any] = {}
+    for key, value in values.items():
+        valid[re.sub(r"[^\w\-. /]", "_", key)[:KEY_LENGTH]] = value
+    return valid
 
 
 def _now_ms() -> int:
@@ -261,7 +270,7 @@ def _now_ms() -> int:
 
 
 def _unless_there(create: Callable[..., Any], *arguments: Any) -> None:
-    """Create what another run may have created a moment ago."""
+    """Create something, unless another run has created it a moment ago."""
     try:
         create(*arguments)
     except load_mlflow().MlflowException as error:
@@ -270,14 +279,13 @@ def _unless_there(create: Callable[..., Any], *arguments: Any) -> None:
 
 
 def _weights_digest(folder: Path) -> str:
-    """SHA-256 over names and contents; not of JSON and Markdown, which differ between two saves of one adapter."""
+    """Return the SHA-256 of an adapter's files, over their names and contents."""
     digest = hashlib.sha256()
-    for path in sorted(
-        p for p in folder.rglob("*") if p.is_file() and p.suffix not in {".json", ".md"}
-    ):
+    for path in sorted(folder.rglob("*")):
+        # JSON and Markdown differ between two saves of one adapter.
+        if not path.is_file() or path.suffix in {".json", ".md"}:
+            continue
+        digest.update(path.relative_to(folder).as_posix().encode())
         with path.open("rb") as file:
-            digest.update(
-                path.relative_to(folder).as_posix().encode()
-                + hashlib.file_digest(file, "sha256").digest()
-            )
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
