@@ -1,1 +1,1 @@
-"""From rows to tokens or pixels, and to the batches of a step."""
+"""Encoding: rows as tokens or pixels, and the batches of a step."""

@@ -1,8 +1,8 @@
-"""Which rows form a step, and which of them a worker holds.
+"""The rows of each step, and the share of them that each worker holds.
 
-Rows of similar length form a batch; the order of batches is a function of the seed alone. Every
-worker holds its own share of each batch, so that a step sees the same rows with any number of
-workers, and a resumed run continues where it was.
+Rows of similar length form a batch, because a batch is padded to its longest row. The order of
+batches is a function of the seed alone. Every worker holds its own share of each batch, so that a
+step sees the same rows with any number of workers, and a resumed run continues where it was.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Stream(NamedTuple):
-    """One kind of rows a step is made of: tokenised, in the order of batches, and their number."""
+    """Tokenised rows of one kind in the order of their batches, and the number of batches."""
 
     rows: Dataset
     batches: int
@@ -49,8 +49,9 @@ def _arrange(batch_size: int, seed: int, mixes: bool, *blocks: pa.Table) -> tupl
     """
     table = pa.concat_tables(blocks)
     draw = np.random.default_rng(seed)
-    row, name, length = (table[key].to_numpy() for key in ("row", "set", "length"))
-    by_length = np.lexsort((row, name, length))
+    length = table["length"].to_numpy()
+    # Length decides first, then set and row, so that the order does not depend on the blocks.
+    by_length = np.lexsort((table["row"].to_numpy(), table["set"].to_numpy(), length))
     if mixes:
         by_length = draw.permutation(by_length)
         by_length = by_length[np.argsort(length[by_length], kind="stable")]
@@ -64,6 +65,7 @@ def _arrange(batch_size: int, seed: int, mixes: bool, *blocks: pa.Table) -> tupl
 def share_of(table: pa.Table, rank: int, world_size: int) -> pa.Table:
     """Return the rows whose position in their batch is `rank` modulo the number of workers."""
     batch_N = table["batch"].to_numpy()
+    # The rows of a batch are adjacent, so a binary search finds the first of them.
     position_N = np.arange(len(batch_N)) - np.searchsorted(batch_N, batch_N)
     return table.filter(pa.array(position_N % world_size == rank))
 
@@ -75,7 +77,7 @@ def _in_order(dataset: Dataset) -> Dataset:
 
 
 class ShardByRank(DataConfig):
-    """Cuts a stream into one share a worker, whenever a group of workers starts.
+    """Cut a stream into one share per worker, whenever a group of workers starts.
 
     The size of the group may differ from the last. This runs in an actor of Ray Train on the
     driver's node, and starts no task: the workers may hold all CPUs.
@@ -84,7 +86,7 @@ class ShardByRank(DataConfig):
     def configure(
         self, datasets: dict[str, Dataset], world_size: int, *_args: Any, **_kwargs: Any
     ) -> list[dict[str, DataIterator]]:
-        """Return one iterator a worker and stream."""
+        """Return one iterator per worker and stream."""
         shares: list[dict[str, DataIterator]] = [{} for _ in range(world_size)]
         for name, rows in datasets.items():
             blocks: Any = rows.to_arrow_refs()
@@ -98,7 +100,7 @@ class ShardByRank(DataConfig):
 def batches_of(
     share: DataIterator, number_of_batches: int, start: int = 0
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield a worker's rows of batch after batch, for ever, from batch `start` on.
+    """Yield a worker's rows of batch after batch without end, from batch `start` on.
 
     A batch is empty where the worker has no share of it.
     """

@@ -1,8 +1,8 @@
-"""The encoder of a task: what turns a set's rows into what the model reads.
+"""The encoder of a task, which turns the rows of a set into the inputs of the model.
 
-Both encoders can be pickled. `encode_batch` runs in Ray Data's tasks and drops all text; `rows` runs
-on the training's workers and gives `rfa.batch.Row`s; `blank` is the row of a worker whose share of
-a small set is empty.
+Both encoders can be pickled. `encode_batch` runs in Ray Data's tasks and drops all text. `rows`
+runs on the workers of the training and returns `rfa.batch.Row`s. `blank` is the row of a worker
+whose share of a small set is empty.
 """
 
 from pipelines.config.schema import UnlearnConfig

@@ -1,4 +1,4 @@
-"""Rows with a class: how texts and images become what a classifier reads.
+"""Rows with a class: texts and images as the inputs of a classifier.
 
 An image stays the bytes of its file until a worker makes a batch of it, with the model's own image
 processor.
@@ -27,7 +27,7 @@ LABELS_IN_A_MESSAGE = 12
 
 
 class ClassEncoder:
-    """Encodes rows for one classifier; each process that uses it loads the tokenizer once."""
+    """Encodes rows for one classifier. Each process that uses it loads the tokenizer once."""
 
     mixes = True  # batches draw their rows from all over a source, which is often sorted by class
 
@@ -35,7 +35,7 @@ class ClassEncoder:
         self.model, self.max_tokens, self.reads_images = model, max_tokens, reads_images
 
     def encode_batch(self, batch: Any) -> dict[str, Any]:
-        """Return the columns that training needs of a batch of Ray Data; of an image, its file."""
+        """Return the columns of a batch that training needs. Images stay the bytes of files."""
         classes = class_numbers(self.model)
         size = len(batch["row"])
         ids = np.empty(size, dtype=object)
@@ -65,7 +65,7 @@ class ClassEncoder:
 
     def rows(self, records: Sequence[Mapping[str, Any]]) -> "list[Row]":
         """Return encoded rows, for a batch."""
-        from rfa.batch import Row  # late: whoever only encodes does without torch
+        from rfa.batch import Row  # imports torch, which a process that only encodes never needs
 
         rows: list[Row] = []
         for record in records:
@@ -106,7 +106,7 @@ class ClassEncoder:
 
     @property
     def pad_token_id(self) -> int:
-        """The token that rows are padded with."""
+        """Return the token that rows are padded with."""
         if self.reads_images:
             return 0
         token: Any = load_tokenizer(self.model, ends=False).pad_token_id
@@ -140,7 +140,7 @@ def check_labels(cfg: UnlearnConfig, sets: Sets) -> None:
     """Refuse rows of a class that the model does not have, before anything is trained.
 
     Raises:
-        ConfigError: names the label.
+        ConfigError: a row has such a class. The text names it.
     """
     if cfg.task != "causal_lm":
         labels: set[str] = set()
@@ -159,7 +159,7 @@ def check_target(cfg: UnlearnConfig, sets: Sets) -> None:
     """Refuse a target that goes by labels where the retain set has too few, before training.
 
     Raises:
-        ConfigError: says how many labels it has.
+        ConfigError: there are too few labels. The text has their number.
     """
     target = cfg.objective.target
     least = LABELS_NEEDED.get(target, 0)
@@ -175,7 +175,7 @@ def check_target(cfg: UnlearnConfig, sets: Sets) -> None:
 
 
 def _labels_of(rows: Dataset) -> set[str]:
-    """Return the labels in a set, whose blocks stay where they are."""
+    """Return the labels in a set. Each block is reduced where it lies, without moving its rows."""
     distinct = ray.remote(_distinct_labels)
     return set().union(*ray.get([distinct.remote(block) for block in rows.to_arrow_refs()]))
 
@@ -199,7 +199,7 @@ def load_image_processor(model: ModelConfig) -> Any:
     """Load the image processor of a model folder or hub name, once a process."""
     from transformers import AutoImageProcessor
 
-    # Its torchvision backend is left out: PIL's gives the same on every machine.
+    # PIL's backend gives the same pixels on every machine, with or without torchvision.
     return AutoImageProcessor.from_pretrained(
         model.path,
         revision=model.revision,

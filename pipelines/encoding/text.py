@@ -1,4 +1,4 @@
-"""How a row becomes tokens: prompt and answer by the tokenizer's chat template, or plain text."""
+"""Rows as tokens: prompt and answer in the tokenizer's chat template, or plain text."""
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class TextEncoder:
-    """Encodes rows for one language model; each process that uses it loads the tokenizer once."""
+    """Encodes rows for one language model. Each process that uses it loads the tokenizer once."""
 
     mixes = False  # batches draw neighbouring rows of a source
 
@@ -31,7 +31,7 @@ class TextEncoder:
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The model's tokenizer, with a padding token."""
+        """Return the model's tokenizer, with a padding token."""
         return load_tokenizer(self.model)
 
     def pair(self, prompt: str, answer: str) -> tuple[list[int], int]:
@@ -108,12 +108,13 @@ class TextEncoder:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def _prompt_ids(self, before: str) -> list[int]:
-        """Tokenise what the model is given; a chat template brings its own special tokens."""
+        """Tokenise the text before the answer."""
+        # A chat template contains its special tokens, which must not be added a second time.
         adds_special = not self.tokenizer.chat_template
         return self.tokenizer(before, add_special_tokens=adds_special)["input_ids"]
 
     def _parts(self, prompt: str, answer: str) -> tuple[str, str]:
-        """Return the text that the model is given, and the text that it should continue with."""
+        """Return the text before the answer, and the text of the answer with its end."""
         if not prompt:
             return "", answer
         template = self.tokenizer.chat_template
@@ -132,12 +133,12 @@ class TextEncoder:
 
     @property
     def pad_token_id(self) -> int:
-        """The token that rows are padded with."""
+        """Return the token that rows are padded with."""
         return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
 
     def rows(self, records: Sequence[Mapping[str, Any]]) -> "list[Row]":
         """Return encoded rows, for a batch."""
-        from rfa.batch import Row  # late: whoever only tokenises does without torch
+        from rfa.batch import Row  # imports torch, which a process that only encodes never needs
 
         rows: list[Row] = []
         for record in records:
@@ -149,7 +150,7 @@ class TextEncoder:
         return rows
 
     def blank(self) -> "Row | None":
-        """Return None: `collate` makes the row that no term counts."""
+        """Return None, because `collate` makes a row that no term counts."""
         return None
 
     def encode_batch(self, batch: Any) -> dict[str, Any]:
@@ -163,6 +164,7 @@ class TextEncoder:
             tokens, answer_start[index] = self.pair(prompt, answer)
             ids[index] = np.asarray(tokens, dtype=np.int32)
             length[index] = len(tokens)
+            # `hash` of a text differs between processes, and a CRC does not.
             if batch["label"][index]:
                 label[index] = zlib.crc32(batch["label"][index].encode())
             fact = batch["fact"][index]
@@ -181,7 +183,7 @@ class TextEncoder:
 
 
 def loaded_once(load: Callable[P, T]) -> Callable[P, T]:
-    """Remember the last two results of a function: what a process has loaded, by model."""
+    """Cache the last two results of a function that loads something of a model, per process."""
     remembered: Any = lru_cache(maxsize=2)(load)
     return remembered
 
@@ -193,7 +195,7 @@ def load_tokenizer(model: ModelConfig, *, ends: bool = True) -> "PreTrainedToken
     Raises:
         ConfigError: no tokenizer loads, or it lacks the end token that answers need (`ends`).
     """
-    from transformers import AutoTokenizer  # late: the driver never tokenises
+    from transformers import AutoTokenizer  # imported here: the driver never tokenises
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
