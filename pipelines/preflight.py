@@ -45,7 +45,7 @@ def check_settings(cfg: UnlearnConfig, purpose: Purpose) -> None:
     if purpose == "tune":
         refuse_store(cfg.output_dir)
     if purpose in ("run", "tune"):
-        check_strength(cfg)
+        check_holdout(cfg)
         check_tracking(cfg.tracking, Path(cfg.output_dir))
     if purpose == "tune":
         check_comparison(cfg)
@@ -96,13 +96,18 @@ def preflight(
     return checked
 
 
-def check_strength(cfg: UnlearnConfig) -> None:
-    """Require a holdout set when `solve.strength` is `auto`, since the search compares with it."""
-    if cfg.solve.mode != "off" and cfg.solve.strength == "auto" and cfg.data.holdout is None:
+def check_holdout(cfg: UnlearnConfig) -> None:
+    """Require a holdout set where the solver reads one: for a strength or for each token's aim."""
+    if cfg.data.holdout is not None or not cfg.solve.reads_holdout:
+        return
+    if cfg.solve.mode == "per_token":
         raise ConfigError(
-            "data.holdout: missing, required by solve.strength=auto; "
-            "allowed: a set, or a number there"
+            "data.holdout: missing, required by solve.mode=per_token, which reads each token's "
+            "aim from it; give never-seen rows like the forget set's, or another mode"
         )
+    raise ConfigError(
+        "data.holdout: missing, required by solve.strength=auto; allowed: a set, or a number there"
+    )
 
 
 def check_comparison(cfg: UnlearnConfig) -> None:

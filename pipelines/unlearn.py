@@ -131,8 +131,8 @@ def train(run: RunFolder, sets: Sets, mirror: Mirror | None, terminal: Terminal)
         "retain": (retain, cfg.train.retain_batch_size),
         "forget": (sets.forget, cfg.train.forget_batch_size),
     }
-    if cfg.solve.mode != "off" and cfg.solve.strength == "auto":
-        assert sets.holdout is not None  # `check_strength` has required it
+    if cfg.solve.reads_holdout:
+        assert sets.holdout is not None  # `check_holdout` has required it
         streams["holdout"] = (sets.holdout, cfg.train.forget_batch_size)
     trainer = Trainer(cfg, "unlearn", streams)
     started = time.monotonic()

@@ -84,6 +84,15 @@ class InverseMoments:
         half_DN = torch.linalg.solve_triangular(self._cholesky_DD, input_ND.T, upper=False)
         return half_DN.T @ half_DN
 
+    def energy(self, a_KD: Tensor) -> Tensor:
+        """Return A R A^T: what the kept sets' tokens get of a map's rows, K x K."""
+        a_KD = a_KD.double().cpu()
+        if self._factor_DL is None:
+            half_KD = a_KD @ self._cholesky_DD
+            return half_KD @ half_KD.T
+        half_KL = a_KD @ self._factor_DL
+        return half_KL @ half_KL.T + self._diagonal * (a_KD @ a_KD.T)
+
     def __call__(self, input_ND: Tensor) -> Tensor:
         """Return X R^-1."""
         input_ND = input_ND.double().cpu()
@@ -136,6 +145,31 @@ def solve(
     left_PK = _leading((energy_PP + energy_PP.T) / 2, rank)
     a_KD = kept((left_PK.T @ weighted_NP.T) @ input_ND) / scaling
     return LowRankUpdate(a_KD, left_PK if basis_OP is None else basis_OP @ left_PK)
+
+
+def added(
+    first: LowRankUpdate,
+    second: LowRankUpdate,
+    forget: ForgetRows,
+    kept: InverseMoments,
+    *,
+    rank: int,
+    strength: float = 1.0,
+) -> LowRankUpdate:
+    """Return the sum of two updates of one module, at rank `rank` or less.
+
+    What is dropped is what the kept and the forget tokens together notice least: the sum M is
+    approximated in the metric of R + strength * mean of x x^T over the forget tokens.
+    """
+    a_QD = torch.cat([first.a_KD, second.a_KD]).double()
+    b_OQ = torch.cat([first.b_OK, second.b_OK], dim=1).double()
+    shared_NQ = forget.input_ND.double().cpu() @ a_QD.T
+    energy_QQ = kept.energy(a_QD) + strength / forget.count * (shared_NQ.T @ shared_NQ)
+    values, vectors = torch.linalg.eigh((energy_QQ + energy_QQ.T) / 2)
+    root_QQ = vectors * values.clamp(min=0).sqrt()
+    left_OQ, _, _ = torch.linalg.svd(b_OQ @ root_QQ, full_matrices=False)
+    left_OK = left_OQ[:, : min(rank, left_OQ.shape[1])]
+    return LowRankUpdate((left_OK.T @ b_OQ) @ a_QD, left_OK)
 
 
 def _leading(matrix_PP: Tensor, number: int) -> Tensor:

@@ -14,7 +14,7 @@ ResidualKind = Literal["local", "drift"]
 TargetKind = Literal["retain_mean", "class_mean", "cluster_mean", "balanced_mean", "gaussian"]
 DistanceKind = Literal["squared", "smooth_l1", "cosine"]
 TokenKind = Literal["answer", "all"]
-SolveMode = Literal["off", "one_pass", "blockwise"]
+SolveMode = Literal["off", "one_pass", "blockwise", "per_token"]
 
 
 class Weights(NamedTuple):
@@ -75,7 +75,8 @@ class SolveSettings(NamedTuple):
 
     Args:
         mode: `one_pass` solves all modules from the base model's features, `blockwise` from the
-            lowest block up.
+            lowest block up, `per_token` in rounds that bring each forget token down to its own
+            aim (`rfa.token_solver`).
         utility_weight: weight of the residuals on the utility set beside those on the retain set.
         fact_weight: weight of the forget tokens that carry a row's fact. All others weigh 1.
         ridge: added to the inputs' second moments, in units of their mean diagonal.

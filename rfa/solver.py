@@ -62,7 +62,7 @@ class OnePassSolver:
         self._write = write or self._write_here
         self.features = {name: FeatureSums() for name in self.layers}
         self.sums: dict[str, dict[str, InputMoments]] = {kind: {} for kind in RETAINED_SETS}
-        self._inverses: Mapping[str, InverseMoments] = {}
+        self.inverses: Mapping[str, InverseMoments] = {}
         self._owner = _owners({name: input_width(layer) for name, layer in self.layers.items()})
 
     @torch.no_grad()
@@ -105,14 +105,14 @@ class OnePassSolver:
                 exchange.sum_on(owner, set_moments)
             if owner == exchange.rank():
                 inverses[name] = inverse_of(moments, self.settings)
-        self._inverses = inverses
+        self.inverses = inverses
 
     def adopt(self, inverses: Mapping[str, InverseMoments]) -> None:
         """Use what other solvers of this model have collected, instead of `collect` and `reduce`.
 
         The alignment's targets must be fitted already.
         """
-        self._inverses = inverses
+        self.inverses = inverses
 
     @torch.no_grad()
     def solve(
@@ -147,7 +147,7 @@ class OnePassSolver:
         """Solve each module when the rows reach it, after its base layer and before its adapter has run."""
 
         def solve_here(name: str, input_BSD: Tensor, output_BSO: Tensor) -> None:
-            rows = self._no_rows([name])
+            rows = self.empty_rows([name])
             self._add_forget(rows, batch, name, input_BSD, output_BSO)
             self._solve_together(rows, strength)
 
@@ -189,13 +189,13 @@ class OnePassSolver:
         stop: int,
     ) -> dict[str, ForgetRows]:
         """Return this worker's forget tokens at some modules; there may be none."""
-        rows = self._no_rows(names)
+        rows = self.empty_rows(names)
         for batch, hidden_BTD in zip(batches, hidden, strict=True):
             with self._observing(names, partial(self._add_forget, rows, batch)):
                 self._run(batch, hidden_BTD, start, stop)
         return rows
 
-    def _no_rows(self, names: Iterable[str]) -> dict[str, ForgetRows]:
+    def empty_rows(self, names: Iterable[str]) -> dict[str, ForgetRows]:
         rows: dict[str, ForgetRows] = {}
         for name in names:
             layer = self.layers[name]
@@ -228,19 +228,34 @@ class OnePassSolver:
     def _solve_together(self, rows: dict[str, ForgetRows], strength: float) -> None:
         """Solve modules on their owners, from all workers' rows, and write the solutions on every worker."""
         solutions: dict[str, LowRankUpdate] = {}
+        for name, merged in self.gathered(rows).items():
+            solutions[name] = self.solve_module(name, merged, strength)
+        self.write(rows, solutions)
+
+    def gathered(self, rows: dict[str, ForgetRows]) -> dict[str, ForgetRows]:
+        """Return all workers' rows of the modules that this worker owns."""
+        merged: dict[str, ForgetRows] = {}
         for name, worker_rows in rows.items():
             parts = exchange.gather_on(self._owner[name], worker_rows)
             if parts:
-                layer = self.layers[name]
-                solutions[name] = solve(
-                    reduce(ForgetRows.merged, parts),
-                    self._inverses[name],
-                    rank=layer.r[ADAPTER],
-                    strength=strength,
-                    scaling=layer.scaling[ADAPTER],
-                )
-        # All are solved before the first is sent: owners work side by side.
-        for name in rows:
+                merged[name] = reduce(ForgetRows.merged, parts)
+        return merged
+
+    def solve_module(self, name: str, rows: ForgetRows, strength: float) -> LowRankUpdate:
+        """Return the solution of a module that this worker owns."""
+        layer = self.layers[name]
+        return solve(
+            rows,
+            self.inverses[name],
+            rank=layer.r[ADAPTER],
+            strength=strength,
+            scaling=layer.scaling[ADAPTER],
+        )
+
+    @torch.no_grad()
+    def write(self, names: Iterable[str], solutions: Mapping[str, LowRankUpdate]) -> None:
+        """Write solutions, each known to its module's owner alone, into the adapters of every worker."""
+        for name in names:
             solution = exchange.broadcast_from(self._owner[name], solutions.get(name))
             self._write_solution(name, solution)
 

@@ -185,13 +185,15 @@ class SolveConfig(Section):
     mode: SolveMode = Field(
         default=SOLVE.mode,
         description="one_pass: all modules from the base model's features; blockwise: from the "
-        "lowest block up, each from what it sees with the residuals below in place; off: "
-        "train.steps of gradient do all the work.",
+        "lowest block up, each from what it sees with the residuals below in place; "
+        "per_token: in rounds, until each forget token is as likely as its like in the holdout "
+        "set (language models); off: train.steps of gradient do all the work.",
     )
     strength: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         default="auto",
         description="Weight of the forget set's shift against the retain set's stillness (> 0); "
-        "auto: the one at which the forget set's losses are like the holdout set's.",
+        "auto: the one at which the forget set's losses are like the holdout set's. "
+        "Not read by solve.mode=per_token.",
     )
     utility_weight: Weight = Field(
         default=SOLVE.utility_weight,
@@ -223,6 +225,11 @@ class SolveConfig(Section):
     @classmethod
     def _off_is_no_boolean(cls, mode: Any) -> Any:
         return "off" if mode is False else mode  # YAML 1.1 reads a bare off as false
+
+    @property
+    def reads_holdout(self) -> bool:
+        """Whether the solver needs never-seen rows: for each token's aim, or to find the strength."""
+        return self.mode == "per_token" or (self.mode != "off" and self.strength == "auto")
 
     def settings(self) -> SolveSettings:
         """Return the settings of the solver, without the strength that each solve takes."""
@@ -327,6 +334,11 @@ class UnlearnConfig(Section):
                     "allowed: null, or stage 0 to 2"
                 )
         mode = self.solve.mode
+        if mode == "per_token" and self.task != "causal_lm":
+            raise ValueError(
+                f"solve.mode: found per_token with task={self.task}, "
+                "allowed: off, one_pass or blockwise"
+            )
         if mode == "off" and self.train.steps == 0:
             raise ValueError(
                 "train.steps: found 0 with solve.mode=off, allowed: steps above 0, or a solve.mode"

@@ -9,13 +9,14 @@ from itertools import product
 
 from peft import PeftModel
 
-from pipelines.config.schema import UnlearnConfig
+from pipelines.config.schema import UnlearnConfig, WeightsConfig
 from pipelines.model.engine import LIVE_PARAMETERS, PERSISTENT_PARAMETER, REDUCE_BUCKET
 from pipelines.planning.plan import ASSUMED_ROWS, Layout, Parts
 from pipelines.planning.step import Step, StepShape, run_meta_step, use_fused_attention
 from pipelines.training.strength import TRIALS
 from rfa.adapters import lora_layers
-from rfa.solver import RETAINED_SETS, input_width
+from rfa.solver import RETAINED_SETS, input_width, output_width
+from rfa.token_solver import ROUNDS
 
 FP32_BYTES = 4
 ADAMW_BYTES = 2 * FP32_BYTES  # two fp32 moments a parameter
@@ -46,6 +47,7 @@ class Planner:
                 self._frozen_sizes.append(parameter.numel())
         # Layouts differ in few shapes, and a meta step of a large model takes seconds.
         self._steps: dict[StepShape, Step] = {}
+        self._rounds: dict[bool, Step] = {}  # by whether activations are recomputed
 
     @property
     def weight_bytes(self) -> int:
@@ -61,6 +63,8 @@ class Planner:
         training = 0
         if self.cfg.solve.mode != "off":
             solving = self.solve_step().activations
+        if self.cfg.solve.mode == "per_token":
+            solving = max(solving, self.round_step(layout).activations)
         if self.cfg.train.steps:
             adapters += self.gradient_bytes(layout)
             optimizer = self.optimizer_bytes(layout)
@@ -148,6 +152,23 @@ class Planner:
         entries = sum(width * columns for width, columns in self._moment_shapes())
         return step._replace(operations=step.operations + tokens * 2 * entries)
 
+    def round_step(self, layout: Layout) -> Step:
+        """Return memory and arithmetic of a batch of forget rows in a round of the token solver."""
+        if layout.checkpointing not in self._rounds:
+            # Any loss of the answers' logits takes what the solver's takes.
+            weights = WeightsConfig(retain=0, forget=0, output=1)
+            objective = self.cfg.objective.model_copy(update={"weights": weights})
+            cfg = self.cfg.model_copy(update={"objective": objective})
+            rows = _largest_share(self.cfg.train.forget_batch_size, self.workers)
+            shape = StepShape(0, rows, checkpointing=layout.checkpointing, backward=True)
+            step = run_meta_step(cfg, self.model, shape)
+            # The gradients at all modules' outputs are held at once.
+            widths = sum(output_width(layer) for _, layer in lora_layers(self.model))
+            gradients = FP32_BYTES * rows * self.cfg.data.max_tokens * widths
+            step = step._replace(activations=step.activations + gradients)
+            self._rounds[layout.checkpointing] = step
+        return self._rounds[layout.checkpointing]
+
     def _step(self, shape: StepShape) -> Step:
         if shape not in self._steps:
             self._steps[shape] = run_meta_step(self.cfg, self.model, shape)
@@ -165,7 +186,10 @@ class Planner:
         total = 0.0
         if cfg.solve.mode != "off":
             passes = counts.get("retain", 0) + counts.get("utility", 0)
-            if cfg.solve.strength == "auto":
+            if cfg.solve.mode == "per_token":
+                # A backward pass costs two forwards, and a round tries its factor twice or so.
+                passes += counts.get("holdout", 0) + ROUNDS * 5 * counts.get("forget", 0)
+            elif cfg.solve.strength == "auto":
                 # A trial solves on the forget set, about two passes, and scores the holdout set.
                 tried = counts.get("forget", 0) * 2 + counts.get("holdout", 0)
                 passes += TRIALS * tried

@@ -171,12 +171,15 @@ class TrainingLoop:
     def _small_set(self, name: str) -> list[UnlearnBatch]:
         """Return this worker's rows of the forget or holdout set, in one batch where they fit.
 
-        The total decides, so that every worker has the same number of batches.
+        The total decides, so that every worker has the same number of batches. Mode `per_token`
+        also goes backward through them, which takes the memory of a gradient step: its batches
+        stay as small as a step's.
         """
         batches = list(self.rows.once(name))
         joined = [row for rows in batches for row in rows]
         tokens = self._all_reduce({"tokens": sum(row.size for row in joined)})["tokens"]
-        if tokens <= TOKENS_AT_ONCE * self.world_size and self.job.stage < 3:
+        fits = tokens <= TOKENS_AT_ONCE * self.world_size
+        if fits and self.job.stage < 3 and self.job.cfg.solve.mode != "per_token":
             batches = [joined]
         return [self._batch([], rows) for rows in batches]
 

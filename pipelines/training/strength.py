@@ -29,6 +29,7 @@ from rfa import exchange
 from rfa.batch import UnlearnBatch
 from rfa.objective import ResidualAlignment
 from rfa.solver import OnePassSolver
+from rfa.token_solver import TokenSolver
 
 FIRST_STRENGTH = 2e-3
 # By this much the log-odds of the gap commonly fall with the log of the strength. Measured slopes
@@ -175,8 +176,12 @@ class WorkerSolver:
         """Solve at the configured strength, or search for it where it is `auto`.
 
         A search starts at `first` and makes at most `most` trials. Returns them, the chosen one
-        last. The list is empty where the configuration gives the strength.
+        last. The list is empty where the configuration gives the strength,
+        and in mode `per_token`, which has none.
         """
+        if self.cfg.mode == "per_token":
+            TokenSolver(self.one_pass, self.say).solve(forget, holdout)
+            return []
         if self.cfg.strength != "auto":
             self.one_pass.solve(forget, self.cfg.strength)
             return []

@@ -78,7 +78,7 @@ CASES = [
         "strength without holdout",
         ["data.holdout=null"],
         "data.holdout: missing, required by",
-        "check_strength",
+        "check_holdout",
         (*UNLEARNING, "submit"),
     ),
     Case(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rfa.closed_form import InverseMoments, solve
+from rfa.closed_form import InverseMoments, added, solve
 from rfa.moments import ForgetRows, InputMoments
 
 INPUTS, OUTPUTS = 12, 8  # features of a module
@@ -274,3 +274,34 @@ def test_the_low_memory_form_never_takes_a_used_direction_for_free() -> None:
     assert float(torch.linalg.eigvalsh(sketched_DD)[0]) > 10 * float(
         torch.linalg.eigvalsh(exact_DD)[0]
     )
+
+
+@given(seed=st.integers(0, 99), rank=st.integers(1, OUTPUTS))
+@settings(max_examples=20, deadline=None)
+def test_two_updates_add_up_to_the_nearest_of_the_rank(seed: int, rank: int) -> None:
+    problem = Problem(seed)
+    inverse = problem.kept()
+    first, second = (
+        solve(problem.rows(), inverse, rank=3, strength=strength) for strength in (0.1, 10.0)
+    )
+    second = second._replace(b_OK=second.b_OK.flip(0))  # in other output directions
+    both = added(first, second, problem.rows(), inverse, rank=rank)
+    assert len(both.a_KD) <= rank
+    # Brute force: the truncated singular value decomposition, in the metric of both sets' tokens.
+    exact_OD = first.b_OK @ first.a_KD + second.b_OK @ second.a_KD
+    root_DD = torch.linalg.cholesky(problem.brute_force(1.0)[1])
+    left_OO, values_O, right_OD = torch.linalg.svd(exact_OD @ root_DD, full_matrices=False)
+    values_O[rank:] = 0
+    expected_OD = left_OO @ values_O.diag() @ right_OD @ root_DD.inverse()
+    torch.testing.assert_close(both.b_OK @ both.a_KD, expected_OD, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [INPUTS, 5])
+def test_the_energy_of_a_map_is_what_it_does_to_the_retained_tokens(columns: int) -> None:
+    problem = Problem(retain=4)
+    inverse = InverseMoments([(1.0, problem.sums(columns))], problem.ridge)
+    map_KD = torch.randn(3, INPUTS, generator=torch.Generator().manual_seed(1)).double()
+    # R is what R^-1 is the inverse of.
+    moments_DD = inverse(torch.eye(INPUTS)).inverse()
+    expected_KK = map_KD @ moments_DD @ map_KD.T
+    torch.testing.assert_close(inverse.energy(map_KD), expected_KK, rtol=1e-6, atol=1e-8)

@@ -8,7 +8,7 @@ import yaml
 
 from pipelines.config.load import changed_keys, describe, load_config, preset_names, to_yaml
 from pipelines.config.schema import ConfigError, ObjectiveConfig, SolveConfig, UnlearnConfig
-from pipelines.preflight import check_strength
+from pipelines.preflight import check_holdout
 from rfa.settings import Objective, SolveSettings
 
 
@@ -126,9 +126,12 @@ def test_a_strength_is_found_by_a_holdout_set_or_given() -> None:
     with pytest.raises(
         ConfigError, match=r"^data.holdout: missing, required by solve.strength=auto"
     ):
-        check_strength(load_config("quick", ["data.holdout=null"]))
+        check_holdout(load_config("quick", ["data.holdout=null"]))
     for override in ("solve.strength=0.1", "solve.mode=off"):
-        check_strength(load_config("quick", ["data.holdout=null", override]))
+        check_holdout(load_config("quick", ["data.holdout=null", override]))
+    overrides = ["data.holdout=null", "solve.strength=0.1", "solve.mode=per_token"]
+    with pytest.raises(ConfigError, match=r"^data.holdout: missing, required by solve.mode=per_"):
+        check_holdout(load_config("quick", overrides))
 
 
 def test_parameters_of_a_forget_loss_are_set_by_name() -> None:

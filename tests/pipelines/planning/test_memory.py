@@ -17,7 +17,7 @@ from pipelines.model.load import blank_model
 from pipelines.planning.check import plan_run
 from pipelines.planning.devices import planned_device
 from pipelines.planning.memory import Planner
-from pipelines.planning.plan import Layout
+from pipelines.planning.plan import Layout, Parts
 from pipelines.planning.table import plan_rows
 
 
@@ -111,6 +111,14 @@ def test_the_plan_is_within_15_percent_of_what_a_step_takes(
     parts = Planner(cfg, blank(cfg, model), 1).parts(Layout.of(cfg, 0))
     measured = measured_bytes(cfg, model)
     assert abs(parts.total / measured - 1) < 0.15, (parts, measured)
+
+
+def test_rounds_of_the_token_solver_need_the_memory_of_a_backward_pass() -> None:
+    parts: dict[str, Parts] = {}
+    for mode in ("blockwise", "per_token"):
+        cfg = load_config("quick", ["train.steps=0", f"solve.mode={mode}"])
+        parts[mode] = Planner(cfg, blank(cfg, SMALL), 1).parts(Layout.of(cfg, 0))
+    assert parts["per_token"].activations > 2 * parts["blockwise"].activations
 
 
 @pytest.mark.parametrize("steps", [0, 50])
