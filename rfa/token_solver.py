@@ -46,7 +46,7 @@ SLACK = 1.5  # a round may exceed the fall by this factor
 HELD_WEIGHT = 3.0  # of the held tokens' divergence, beside the pushed tokens' log-odds
 MOST_HELD = 0.03  # nats that held tokens may diverge from the original, on average
 
-Say = Callable[[int, int, str], None]  # done, of, what
+ProgressCallback = Callable[[int, int, str], None]  # done, of, what
 
 
 class Answers(NamedTuple):
@@ -69,8 +69,8 @@ class Standing(NamedTuple):
 class TokenSolver:
     """Solves the adapters of one alignment from the moments that `one_pass` has collected."""
 
-    def __init__(self, one_pass: OnePassSolver, say: Say) -> None:
-        self.one_pass, self.say = one_pass, say
+    def __init__(self, one_pass: OnePassSolver, on_progress: ProgressCallback) -> None:
+        self.one_pass, self.on_progress = one_pass, on_progress
         self.alignment = one_pass.alignment
         self._updates: dict[str, LowRankUpdate] = {}  # of the modules that this worker owns
 
@@ -87,7 +87,7 @@ class TokenSolver:
         for index in range(ROUNDS):
             if not standings[-1].above:
                 break
-            self.say(index, ROUNDS, f"{standings[-1].above} tokens above their aim")
+            self.on_progress(index, ROUNDS, f"{standings[-1].above} tokens above their aim")
             rows = self.one_pass.gathered(self._shifts(answers))
             step = {name: self.one_pass.solve_module(name, rows[name], 1.0) for name in rows}
             factor, standing = self._take_step(rows, step, answers, factor, standings[-1])
@@ -150,7 +150,9 @@ class TokenSolver:
                 ],
                 dtype=torch.float64,
             )
-        above, log_p, pushed, divergence, num_held = sum(exchange.gather_all(sums)).tolist()
+        above, log_p, pushed, divergence, num_held = (
+            torch.stack(exchange.gather_all(sums)).sum(0).tolist()
+        )
         return Standing(int(above), log_p / max(pushed, 1), divergence / max(num_held, 1))
 
     def _shifts(self, answers: Sequence[Answers]) -> dict[str, ForgetRows]:
@@ -183,7 +185,7 @@ class TokenSolver:
             log_p_N = _of_labels(self._log_p(batch), batch)
             counts[0] += (pushed_N & (log_p_N > aim_N)).sum().cpu()
             counts[1] += (~pushed_N).sum().cpu()
-        above, held = sum(exchange.gather_all(counts)).clamp(min=1).tolist()
+        above, held = torch.stack(exchange.gather_all(counts)).sum(0).clamp(min=1).tolist()
         return above, held
 
     @contextmanager

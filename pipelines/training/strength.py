@@ -180,7 +180,7 @@ class WorkerSolver:
         and in mode `per_token`, which has none.
         """
         if self.cfg.mode == "per_token":
-            TokenSolver(self.one_pass, self.say).solve(forget, holdout)
+            TokenSolver(self.one_pass, self.on_progress).solve(forget, holdout)
             return []
         if self.cfg.strength != "auto":
             self.one_pass.solve(forget, self.cfg.strength)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from rfa.adapters import attach
 from rfa.batch import Row, UnlearnBatch, collate
@@ -32,6 +33,7 @@ def learned() -> dict[str, Tensor]:
     """Weights of a tiny model that has learned the retain and the forget rows by heart."""
     model = tiny_model()
     batch = collate(RETAIN, FORGET, 0)
+    loss = torch.tensor(torch.inf)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(80):
         logits_BTV = model(**batch.model_inputs()).logits
@@ -126,7 +128,7 @@ def products(tokens: TokenSolver) -> dict[str, Tensor]:
 def test_two_workers_find_the_adapter_of_one(learned: dict[str, Tensor], tmp_path: Path) -> None:
     alone = build_solver(learned)
     expected = alone.solve(*batches(50))
-    torch.multiprocessing.spawn(solve_part, (learned, str(tmp_path)), nprocs=2)
+    spawn(solve_part, (learned, str(tmp_path)), nprocs=2)
     for rank in range(2):
         standings, found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         assert len(standings) == len(expected) > 2
