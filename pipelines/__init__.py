@@ -1,1 +1,1 @@
-"""The flow: data through Ray Data, training through Ray Train and DeepSpeed, proof through evaluation and MLflow."""
+"""The flow: Ray Data, training by Ray Train and DeepSpeed, proof by evaluation and MLflow."""

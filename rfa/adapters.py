@@ -1,7 +1,9 @@
 """LoRA on chosen linear layers and convolutions, through PEFT."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -155,3 +157,18 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, scale in zip(layers, scales, strict=True):
             layer.scaling[ADAPTER] = scale
+
+
+def input_width(layer: Any) -> int:
+    """Return D of an adapted layer."""
+    return math.prod(full_shape(layer.lora_A[ADAPTER].weight)[1:])
+
+
+def output_width(layer: Any) -> int:
+    """Return O of an adapted layer."""
+    return full_shape(layer.lora_B[ADAPTER].weight)[0]
+
+
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Return a parameter's full shape, also where ZeRO-3 has partitioned it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

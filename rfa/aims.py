@@ -1,9 +1,10 @@
 """What each forget token should come down to, and what the original model said of it.
 
-A mean over tokens can be met by two wrongs that cancel: names broken, facts left. So every token has
-an aim of its own: the log-probability that tokens of its kind have where the row was never seen. It
-is read off the original model and never-seen rows (the holdout set), without a retrained model: a
-token's neighbours are the never-seen answer tokens that are predicted from the most similar features.
+A mean over tokens can be met by two wrongs that cancel: names broken, facts left. So every token
+has an aim of its own: the log-probability that tokens of its kind have where the row was never seen.
+It is read off the original model and never-seen rows (the holdout set), without a retrained model.
+A token's neighbours are the never-seen answer tokens that are predicted from the most similar
+features.
 
 Shapes: N forget tokens, M never-seen tokens, D features, J neighbours, V vocabulary, L likeliest.
 """

@@ -1,20 +1,24 @@
 """The one-pass solver: the adapter of one module in closed form. This project's own.
 
-With `local` residuals the objective is, module by module, a weighted low-rank least-squares problem:
+With `local` residuals the objective is, module by module, a weighted low-rank least-squares
+problem:
 
     minimise over rank(M) <= rank:   strength * mean over D_f of |h0 + M x - t|^2
-                                     + mean over D_r of |M x|^2 + w_u * mean over D_u of |M x|^2 + ridge
+                                     + mean over D_r of |M x|^2
+                                     + w_u * mean over D_u of |M x|^2 + ridge
 
 The forget set's mean is a weighted one: tokens that carry a row's fact may weigh more.
-The kept sets enter through R = G_r/n_r + w_u G_u/n_u + ridge * mean(diag) * I alone, which does not depend on the
-strength: it is factored once. The forget set enters through its (few) tokens' inputs X and shifts T = t - h0. With
+The kept sets enter through R = G_r/n_r + w_u G_u/n_u + ridge * mean(diag) * I alone. It does not
+depend on the strength, and is factored once. The forget set enters through its (few) tokens' inputs
+X and shifts T = t - h0. With
 K = X R^-1 X^T, lambda = n_f / strength and Z = (K + lambda)^-1 T the full-rank solution is
 
     M = Z^T X R^-1
 
-which is `C S^-1` of the usual normal equations, and reduced-rank regression (Izenman 1975) keeps the leading
-eigenvectors U of M S M^T = Z^T K T:  B = U,  A = U^T M / scaling. One Cholesky factor of the tokens' kernel and the
-leading part of one eigenproblem are all the work; with fewer tokens than outputs it is posed in the span of T.
+which is `C S^-1` of the usual normal equations. Reduced-rank regression (Izenman 1975) keeps the
+leading eigenvectors U of M S M^T = Z^T K T:  B = U,  A = U^T M / scaling. One Cholesky factor of the
+tokens' kernel and the leading part of one eigenproblem are all the work. With fewer tokens than
+outputs the eigenproblem is posed in the span of T.
 
 Shapes: N tokens, D input features, O output features, P = min(N, O), K rank, L columns.
 """
@@ -30,7 +34,10 @@ from rfa.moments import ForgetRows, InputMoments
 
 
 class LowRankUpdate(NamedTuple):
-    """B A times the adapter's scaling is the solution; fewer than `rank` rows where fewer carry anything."""
+    """B A times the adapter's scaling is the solution.
+
+    There are fewer than `rank` rows where fewer carry anything.
+    """
 
     a_KD: Tensor
     b_OK: Tensor
@@ -39,8 +46,8 @@ class LowRankUpdate(NamedTuple):
 class InverseMoments:
     """R^-1 of the retained sets' second moments, applied to inputs; float64 on the CPU.
 
-    With low-memory sums R is Nystroem's approximation plus what it leaves out of the trace, spread evenly: directions
-    that the basis has missed count as used by the retained sets, not as free.
+    With low-memory sums R is Nystroem's approximation plus what it leaves out of the trace, spread
+    evenly: directions that the basis has missed count as used by the retained sets, not as free.
     """
 
     def __init__(self, weighted: list[tuple[float, InputMoments]], ridge: float) -> None:
@@ -105,7 +112,8 @@ class InverseMoments:
 def _cholesky(matrix_DD: Tensor, diagonal: float) -> Tensor:
     """Return the Cholesky factor of `matrix + diagonal * I`.
 
-    The diagonal grows tenfold until the factorisation succeeds: rounding may have made the matrix indefinite.
+    The diagonal grows tenfold until the factorisation succeeds, because rounding may have made the
+    matrix indefinite.
     """
     least = 1e-12 * max(float(matrix_DD.diagonal().mean()), 1e-300)
     while math.isfinite(diagonal):
@@ -136,7 +144,7 @@ def solve(
     if not (input_ND.isfinite().all() and shift_NO.isfinite().all()):
         raise ValueError("solve: the features are not finite")
     kernel_NN = kept.kernel(input_ND)
-    # With fewer tokens than outputs the eigenproblem is posed in the span of T: N x N in place of O x O.
+    # With fewer tokens than outputs the eigenproblem is posed in the span of T: N x N, not O x O.
     few_tokens = len(shift_NO) < shift_NO.shape[1]
     basis_OP = torch.linalg.qr(shift_NO.T)[0] if few_tokens else None
     shift_NP = shift_NO if basis_OP is None else shift_NO @ basis_OP
@@ -173,7 +181,10 @@ def added(
 
 
 def _leading(matrix_PP: Tensor, number: int) -> Tensor:
-    """Return up to `number` leading eigenvectors, by falling eigenvalue, leaving out those that are rounding alone."""
+    """Return up to `number` leading eigenvectors, by falling eigenvalue.
+
+    Those whose eigenvalue is rounding alone are left out.
+    """
     size = len(matrix_PP)
     if not size:
         return matrix_PP

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfa.adapters import ADAPTER, lora_layers
@@ -147,3 +148,17 @@ class FeatureHooks:
         for name, added_BSD in self._added.items():
             scaled[name] = added_BSD * self._layers[name].scaling[ADAPTER]
         return scaled
+
+
+def input_positions(module: nn.Module, feature: Tensor) -> Tensor:
+    """Return a layer's inputs as [B, S, D].
+
+    A convolution's are the patches that it sees, D = channels * kernel size.
+    """
+    if not isinstance(module, nn.Conv2d):
+        return as_positions(feature)
+    assert module.groups == 1 and not isinstance(module.padding, str)
+    patches_BDS = F.unfold(
+        feature, module.kernel_size, module.dilation, module.padding, module.stride
+    )
+    return patches_BDS.transpose(1, 2)

@@ -1,19 +1,22 @@
-"""From data to a solved adapter: one forward over the retained sets, then the forget set's rows alone.
+"""From data to a solved adapter: one forward over the retained sets, then the forget rows alone.
 
-`collect` streams the retain and utility rows once, for the targets and the retained sets' second moments. `solve` needs
-the forget set's rows only, so that trying another strength costs no further pass over what is retained. Two modes:
+`collect` streams the retain and utility rows once, for the targets and the retained sets' second
+moments. `solve` needs the forget rows only, so that another strength costs no further pass over
+what is retained. Two modes:
 
     one_pass   all modules are solved from the base model's features
-    blockwise  module by module from the lowest block up, each from what it sees with the residuals below in place.
-               A forget set of one batch is solved in passing, in a single forward; a larger one is carried from block
-               to block, each of which continues from the hidden states of the block before
+    blockwise  module by module from the lowest block up, each from what it sees with the residuals
+               below in place. A forget set of one batch is solved in passing, in a single forward.
+               A larger one is carried from block to block, each of which continues from the hidden
+               states of the block before
 
-Where torch.distributed runs, every worker brings its own rows, and each module has one worker that adds up and solves.
+Where torch.distributed runs, every worker brings its own rows, and each module has one worker that
+adds up and solves.
 
-Shapes: B rows, T tokens, S positions of a module, N selected positions, D input features, O output features, K rank.
+Shapes: B rows, T tokens, S positions of a module, N selected positions, D input features, O output
+features, K rank.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,15 +24,14 @@ from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfa import exchange
-from rfa.adapters import ADAPTER, lora_layers
+from rfa.adapters import ADAPTER, full_shape, input_width, lora_layers, output_width
 from rfa.batch import UnlearnBatch
 from rfa.blocks import block_range, hook_scope
 from rfa.closed_form import InverseMoments, LowRankUpdate, solve
-from rfa.features import as_positions
+from rfa.features import as_positions, input_positions
 from rfa.moments import ForgetRows, InputMoments
 from rfa.objective import ResidualAlignment
 from rfa.settings import SolveSettings
@@ -45,8 +47,9 @@ class OnePassSolver:
     Use: `collect` every retained batch, `reduce`, then `solve` as often as wanted.
 
     Args:
-        alignment: the model with its adapters (B = 0) and objective, whose residuals must be `local`.
-        write: writes lora_A [K, D] and lora_B [O, K] of the module of that name into the model; every worker calls it.
+        alignment: the model with its adapters (B = 0) and objective, whose residuals are `local`.
+        write: writes lora_A [K, D] and lora_B [O, K] of the module of that name into the model.
+            Every worker calls it.
     """
 
     def __init__(
@@ -69,7 +72,8 @@ class OnePassSolver:
     def collect(self, batch: UnlearnBatch, sample_tokens: int = SAMPLE_TOKENS) -> None:
         """Add a batch of retain and utility rows.
 
-        Its retain rows serve the targets, too, unless `sample_tokens` is 0: `cluster_mean` samples as many of each.
+        Its retain rows serve the targets, too, unless `sample_tokens` is 0. `cluster_mean` samples
+        that many tokens of each row.
         """
         tokens_BT = batch.retain_tokens_BT()
         utility_B1 = batch.utility_B[:, None]
@@ -96,10 +100,11 @@ class OnePassSolver:
         return InputMoments.empty(name, width, columns, layer.lora_A[ADAPTER].weight.device)
 
     def reduce(self) -> None:
-        """Add up all workers' sums, fit the targets on every worker, and factor each module's moments on its owner."""
+        """Add up all workers' sums and fit the targets. Each module's owner factors its moments."""
         self.alignment.fit(merged_features(self.features))
         inverses: dict[str, InverseMoments] = {}
         for name, owner in self._owner.items():
+            # Popped: a worker keeps the moments of its own modules only, and those factored.
             moments = {kind: self.sums[kind].pop(name) for kind in RETAINED_SETS}
             for set_moments in moments.values():
                 exchange.sum_on(owner, set_moments)
@@ -120,9 +125,10 @@ class OnePassSolver:
     ) -> list[Tensor] | None:
         """Solve and write all adapters, from this worker's forget rows and the other workers'.
 
-        Returns, with `with_logits`, what the solved model then predicts of each batch's answers, [N, V], where the same
-        forward computes it; else None.
+        Returns, with `with_logits`, what the solved model then predicts of each batch's answers,
+        [N, V], where the same forward computes it, else None.
         """
+        # A solution starts from the base model: the last one's residuals would change the features.
         for name in self.layers:
             self._write_solution(name, None)
         if self.settings.mode == "blockwise" and len(batches) == 1:
@@ -144,7 +150,7 @@ class OnePassSolver:
     def _solve_in_passing(
         self, batch: UnlearnBatch, strength: float, *, with_logits: bool
     ) -> Tensor | None:
-        """Solve each module when the rows reach it, after its base layer and before its adapter has run."""
+        """Solve each module when the rows reach it: its base layer has run, its adapter has not."""
 
         def solve_here(name: str, input_BSD: Tensor, output_BSO: Tensor) -> None:
             rows = self.empty_rows([name])
@@ -160,6 +166,7 @@ class OnePassSolver:
     def _stages(self) -> list["_Stage"]:
         """Return which modules are solved at once, in order."""
         last_block = self.alignment.hooks.last_block
+        # All at once: no module waits for what the modules below it will have changed.
         if self.settings.mode == "one_pass":
             return [_Stage(list(self.layers), last_block + 1, advances=False)]
         block_of = {name: block_range(self.alignment.model, name)[0] for name in self.layers}
@@ -220,13 +227,14 @@ class OnePassSolver:
         target_NO = targets(name, feature_NO, batch.row_B[index_N], batch.label_B[index_N])
         input_ND = batch.select(input_BSD, tokens_BT).feature_ND
         weight_N = torch.ones(len(input_ND))
+        # A classified row has one label and no words, so that no token carries more of a fact.
         if not batch.classified:
             weight_N[batch.fact_BT[tokens_BT].cpu()] = self.settings.fact_weight
         added = ForgetRows.of(input_ND.cpu(), (target_NO - feature_NO).cpu(), weight_N)
         rows[name] = rows[name].merged(added)
 
     def _solve_together(self, rows: dict[str, ForgetRows], strength: float) -> None:
-        """Solve modules on their owners, from all workers' rows, and write the solutions on every worker."""
+        """Solve modules on their owners, from all workers' rows, and write them on every worker."""
         solutions: dict[str, LowRankUpdate] = {}
         for name, merged in self.gathered(rows).items():
             solutions[name] = self.solve_module(name, merged, strength)
@@ -254,7 +262,7 @@ class OnePassSolver:
 
     @torch.no_grad()
     def write(self, names: Iterable[str], solutions: Mapping[str, LowRankUpdate]) -> None:
-        """Write solutions, each known to its module's owner alone, into the adapters of every worker."""
+        """Write solutions that only their modules' owners know into every worker's adapters."""
         for name in names:
             solution = exchange.broadcast_from(self._owner[name], solutions.get(name))
             self._write_solution(name, solution)
@@ -266,6 +274,7 @@ class OnePassSolver:
         """
         layer = self.layers[name]
         rank, width = layer.r[ADAPTER], input_width(layer)
+        # The same on every worker, which each draw it for themselves.
         generator = torch.Generator().manual_seed(0)
         a_KD = torch.empty(rank, width).uniform_(-(width**-0.5), width**-0.5, generator=generator)
         b_OK = torch.zeros(output_width(layer), rank)
@@ -273,7 +282,7 @@ class OnePassSolver:
             used = len(solution.a_KD)
             a_KD[:used], b_OK[:, :used] = solution.a_KD, solution.b_OK
         a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        self._write(name, a_KD.view(_shape(a)), b_OK.view(_shape(b)))
+        self._write(name, a_KD.view(full_shape(a)), b_OK.view(full_shape(b)))
 
     def _write_here(self, name: str, a_KD: Tensor, b_OK: Tensor) -> None:
         layer = self.layers[name]
@@ -284,7 +293,7 @@ class OnePassSolver:
     def _observing(
         self, names: Iterable[str], observe: Callable[[str, Tensor, Tensor], None]
     ) -> Iterator[None]:
-        """Call `observe(name, input, output)` when one of these modules' base layers runs within the block.
+        """Call `observe(name, input, output)` when one of these base layers runs within the block.
 
         Input and output are [B, S, D] and [B, S, O].
         """
@@ -299,32 +308,6 @@ class OnePassSolver:
             yield
 
 
-def input_positions(module: nn.Module, feature: Tensor) -> Tensor:
-    """Return a layer's inputs as [B, S, D]; a convolution's are the patches that it sees, D = C * kernel size."""
-    if not isinstance(module, nn.Conv2d):
-        return as_positions(feature)
-    assert module.groups == 1 and not isinstance(module.padding, str)
-    patches_BDS = F.unfold(
-        feature, module.kernel_size, module.dilation, module.padding, module.stride
-    )
-    return patches_BDS.transpose(1, 2)
-
-
-def input_width(layer: Any) -> int:
-    """Return D of an adapted layer."""
-    return math.prod(_shape(layer.lora_A[ADAPTER].weight)[1:])
-
-
-def output_width(layer: Any) -> int:
-    """Return O of an adapted layer."""
-    return _shape(layer.lora_B[ADAPTER].weight)[0]
-
-
-def _shape(parameter: Tensor) -> tuple[int, ...]:
-    """Return a parameter's full shape, also where ZeRO-3 has partitioned it."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
 def inverse_of(moments: Mapping[str, InputMoments], settings: SolveSettings) -> InverseMoments:
     """Factor the weighted second moments of one module's inputs over the retained sets."""
     weighted = [(1.0, moments["retain"]), (settings.utility_weight, moments["utility"])]
@@ -332,7 +315,10 @@ def inverse_of(moments: Mapping[str, InputMoments], settings: SolveSettings) -> 
 
 
 class _Stage(NamedTuple):
-    """Modules that are solved from one pass of the blocks below `stop`; then the hidden states move on, or not."""
+    """Modules that are solved from one pass of the blocks below `stop`.
+
+    If the stage advances, the hidden states then move on to `stop`.
+    """
 
     names: list[str]
     stop: int
@@ -340,7 +326,10 @@ class _Stage(NamedTuple):
 
 
 def _owners(widths: dict[str, int]) -> dict[str, int]:
-    """Assign each module to a worker: modules of one width go round, so that memory and work are shared evenly."""
+    """Assign each module to a worker.
+
+    Modules of one width go round, so that memory and work are shared evenly.
+    """
     seen: Counter[int] = Counter()
     owners: dict[str, int] = {}
     for name, width in widths.items():

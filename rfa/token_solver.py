@@ -12,9 +12,9 @@ tokens, which is about 0 at held ones, at the least cost to the retained sets' s
 
     M = T^T (K + lambda)^-1 X R^-1,    K = X R^-1 X^T,    lambda = number of tokens
 
-That is `rfa.closed_form` with another shift. One factor for all modules makes the pushed tokens fall
-by about `FALL` nats on average. The retained sets are read once, before: a round costs a forward and
-a backward over the forget rows and a few forwards that find the factor. The sum of the rounds'
+That is `rfa.closed_form` with another shift. One factor for all modules makes the pushed tokens
+fall by about `FALL` nats on average. The retained sets are read once, before. A round costs a
+forward and a backward over the forget rows and a few forwards that find the factor. The sum of the rounds'
 updates stays within the adapter's rank. This combination is the project's own. Its parts are common
 property: the normal equations are those of MEMIT (arXiv 2210.07229).
 
@@ -35,9 +35,9 @@ from rfa.aims import MARGIN, Prediction, neighbour_aims
 from rfa.batch import UnlearnBatch
 from rfa.blocks import hook_scope
 from rfa.closed_form import LowRankUpdate, added
-from rfa.features import as_positions
+from rfa.features import as_positions, input_positions
 from rfa.moments import ForgetRows
-from rfa.solver import OnePassSolver, input_positions
+from rfa.solver import OnePassSolver
 
 ROUNDS = 12
 TRIES = 4  # forwards at most that look for a round's factor

@@ -34,7 +34,7 @@ BEHIND_THE_WALL = {
     "pipelines.planning.step",
     "tuning.workbench",
 }
-FILE_LINES, FUNCTION_LINES = 420, 75
+FILE_LINES, FUNCTION_LINES = 350, 60
 
 
 def module_name(path: Path) -> str:

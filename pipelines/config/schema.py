@@ -192,8 +192,7 @@ class SolveConfig(Section):
     strength: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         default="auto",
         description="Weight of the forget set's shift against the retain set's stillness (> 0); "
-        "auto: the one at which the forget set's losses are like the holdout set's. "
-        "Not read by solve.mode=per_token.",
+        "auto: where the forget set's losses are like the holdout set's. per_token has none.",
     )
     utility_weight: Weight = Field(
         default=SOLVE.utility_weight,
@@ -228,7 +227,7 @@ class SolveConfig(Section):
 
     @property
     def reads_holdout(self) -> bool:
-        """Whether the solver needs never-seen rows: for each token's aim, or to find the strength."""
+        """Whether the solver reads never-seen rows, for each token's aim or for the strength."""
         return self.mode == "per_token" or (self.mode != "off" and self.strength == "auto")
 
     def settings(self) -> SolveSettings:
@@ -336,8 +335,7 @@ class UnlearnConfig(Section):
         mode = self.solve.mode
         if mode == "per_token" and self.task != "causal_lm":
             raise ValueError(
-                f"solve.mode: found per_token with task={self.task}, "
-                "allowed: off, one_pass or blockwise"
+                f"solve.mode: found per_token, allowed with task={self.task}: off, one_pass, blockwise"
             )
         if mode == "off" and self.train.steps == 0:
             raise ValueError(

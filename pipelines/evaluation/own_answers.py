@@ -102,7 +102,7 @@ def _generate(
     return answers
 
 
-# "DEFAULT" leaves these tasks out of a Tune trial's placement group, whose resources its workers have.
+# "DEFAULT" leaves these tasks out of a Tune trial's placement group, whose CPUs its workers have.
 @ray.remote(scheduling_strategy="DEFAULT")
 def _questions(*blocks: pa.Table) -> pa.Table:
     """Return row number and prompt of each row without an answer."""

@@ -19,7 +19,7 @@ class Rule(NamedTuple):
 
     # The original must differ from the target by this much, or a score says nothing of forgetting.
     min_gap: float = 0.02
-    # Of the scores that say something, this share must be nearer to the target than to the original.
+    # Of the scores that say something, this share must be nearer to the target than the original.
     forgotten: float = 2 / 3
     # Below this share nothing worth the name was forgotten.
     partly: float = 1 / 3
@@ -29,7 +29,7 @@ class Rule(NamedTuple):
     overshoot_share: float = 1 / 4
     # A score of what should stay that falls under this share of the original's is a cost.
     kept: float = 0.95
-    # Token by token the model must lie at most this share of the original's distance from the oracle.
+    # Token by token: at most this share of the original's distance from the oracle.
     token_distance: float = 0.6
     # An attack's AUC that lies further from the oracle's than this is a leak by itself.
     attack_gap: float = 0.2

@@ -14,8 +14,8 @@ from pipelines.model.engine import LIVE_PARAMETERS, PERSISTENT_PARAMETER, REDUCE
 from pipelines.planning.plan import ASSUMED_ROWS, Layout, Parts
 from pipelines.planning.step import Step, StepShape, run_meta_step, use_fused_attention
 from pipelines.training.strength import TRIALS
-from rfa.adapters import lora_layers
-from rfa.solver import RETAINED_SETS, input_width, output_width
+from rfa.adapters import input_width, lora_layers, output_width
+from rfa.solver import RETAINED_SETS
 from rfa.token_solver import ROUNDS
 
 FP32_BYTES = 4

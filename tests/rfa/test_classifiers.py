@@ -18,9 +18,10 @@ from transformers import (
 from rfa.adapters import ADAPTER, attach, lora_layers, target_names
 from rfa.batch import Row, TokenCounts, UnlearnBatch, collate
 from rfa.blocks import BlockRunner
+from rfa.features import input_positions
 from rfa.objective import ResidualAlignment
 from rfa.settings import Objective, SolveSettings, Weights
-from rfa.solver import OnePassSolver, input_positions
+from rfa.solver import OnePassSolver
 
 CLASSES = 5
 TARGETS = {

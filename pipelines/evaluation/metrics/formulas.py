@@ -32,7 +32,7 @@ def mean_of(name: str) -> OfSet:
 
 
 def token_mean_of(name: str) -> OfSet:
-    """Return the formula of the mean over all tokens of the rows, of a number that is a row's mean."""
+    """Return the mean over all tokens of the rows, of a number that is each row's mean."""
 
     def formula(rows: Rows) -> float | None:
         rows = [row for row in rows if row.get(name) is not None and row.get("tokens")]

@@ -4,13 +4,10 @@ Readers: scores.json (its `versions`), the terminal, the page, docs/scores.md, t
 search's score.
 """
 
+from functools import partial
+
 from pipelines.evaluation.metrics import formulas, likelihood, membership, memorization
-from pipelines.evaluation.metrics.formulas import (
-    attack_auc,
-    mean_of,
-    probability_of,
-    token_mean_of,
-)
+from pipelines.evaluation.metrics.formulas import attack_auc, mean_of, probability_of, token_mean_of
 from pipelines.evaluation.metrics.metric import Metric
 from pipelines.evaluation.metrics.relearning import steps_to_relearn
 
@@ -19,6 +16,8 @@ NEEDS_FACTS = "the data does not say which words are the facts"
 NEEDS_PARAPHRASES = "the data has no paraphrases"
 NEEDS_HOLDOUT = "needs a holdout set"
 
+# Every attack is an AUC, and the verdict counts it.
+attack = partial(Metric, unit="AUC", absent=NEEDS_HOLDOUT, judged=True)
 
 # Hardest to fool first; tables and plots keep this order.
 METRICS = (
@@ -36,7 +35,8 @@ METRICS = (
     Metric(
         name="token_distance_above",
         label="token distance, too little forgotten",
-        help="the part of it from tokens that are likelier than to the oracle by more than 0.7 nats",
+        help="the part of it from tokens that are likelier than to the oracle by more than "
+        "0.7 nats",
         unit="nats",
         absent=NEEDS_ORACLE,
         of_set=token_mean_of("token_distance_above"),
@@ -145,10 +145,7 @@ METRICS = (
         of_set=mean_of("rouge"),
         terminal=("forget", "retain"),
         judged=True,
-        kept={
-            "retain": "the retained answers' wording",
-            "general": "the general answers' wording",
-        },
+        kept={"retain": "the retained answers' wording", "general": "the general answers' wording"},
     ),
     Metric(
         name="rouge_paraphrased",
@@ -177,10 +174,7 @@ METRICS = (
         terminal=("forget", "retain", "general"),
         judged=True,
         decisive="accuracy",
-        kept={
-            "retain": "the retained rows' accuracy",
-            "general": "the accuracy on unseen rows",
-        },
+        kept={"retain": "the retained rows' accuracy", "general": "the accuracy on unseen rows"},
         is_utility=True,
         search="classes",
     ),
@@ -210,69 +204,54 @@ METRICS = (
         of_answer=likelihood.entropy,
         of_set=mean_of("entropy"),
     ),
-    Metric(
+    attack(
         name="mia.min_k",
         label="min-k %",
         help="an attack by each answer's least likely tokens",
-        unit="AUC",
-        absent=NEEDS_HOLDOUT,
         of_answer=lambda answer: membership.min_k(answer.body.log_probability),
         reads="min_k",
         of_model=attack_auc("min_k"),
         applies=formulas.answers_can_be_attacked,
         terminal=("mia",),
-        judged=True,
         decisive="the min-k attack",
         search="own words",
     ),
-    Metric(
+    attack(
         name="mia.min_k_plus_plus",
         label="min-k %++",
         help="min-k %, relative to the spread of the model's predictions",
-        unit="AUC",
-        absent=NEEDS_HOLDOUT,
         of_answer=lambda answer: membership.min_k_plus_plus(
             answer.body.log_probability, answer.body.mean, answer.body.variance
         ),
         reads="min_k_plus_plus",
         of_model=attack_auc("min_k_plus_plus"),
         applies=formulas.answers_can_be_attacked,
-        judged=True,
     ),
-    Metric(
+    attack(
         name="mia.loss",
         label="loss",
         help="an attack by each row's loss",
-        unit="AUC",
-        absent=NEEDS_HOLDOUT,
         of_model=attack_auc("loss"),
         applies=formulas.can_be_attacked,
-        judged=True,
     ),
-    Metric(
+    attack(
         name="mia.zlib",
         label="zlib",
         help="an attack by the loss relative to how far the text compresses",
-        unit="AUC",
-        absent=NEEDS_HOLDOUT,
         of_answer=lambda answer: membership.zlib_score(
             likelihood.loss(answer.tokens.log_probability), answer.text
         ),
         reads="zlib_score",
         of_model=attack_auc("zlib_score"),
         applies=formulas.answers_can_be_attacked,
-        judged=True,
     ),
-    Metric(
+    attack(
         name="mia.grad_norm",
         label="gradient norm",
         help="an attack by the norm of each row's gradient, mean over the model's parameters",
-        unit="AUC",
-        absent=NEEDS_HOLDOUT,
         of_model=attack_auc("grad_norm"),
         applies=formulas.answers_can_be_attacked,
         terminal=("mia",),
-        judged=True,
     ),
     Metric(
         name="mia.reference",  # contains the oracle itself, so the verdict does not count it
@@ -285,9 +264,8 @@ METRICS = (
     Metric(
         name="forget_quality",
         label="forget quality",
-        help="p-value that the truth ratios are distributed as the oracle's "
-        "(Kolmogorov-Smirnov); under 0.05 they differ, above it few rows may hide that "
-        "they do",
+        help="p-value that the truth ratios are distributed as the oracle's (Kolmogorov-Smirnov); "
+        "under 0.05 they differ, above it few rows may hide that they do",
         remembered="neither",
         unit="p-value",
         absent=NEEDS_ORACLE,
