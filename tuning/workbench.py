@@ -174,13 +174,8 @@ class Workbench:
         forget = itertools.chain.from_iterable(self._rows(self.shared.forget_rows))
         holdout = itertools.chain.from_iterable(self._rows(self.shared.holdout_rows))
         first, most = FIRST_STRENGTH, TRIALS
-        fewest = None
-        # Begin at the strength of the most similar trial, of equally similar ones the last.
-        for other, strength in reversed(self._strengths):
-            differences = len(changed_keys(other.model_dump(), cfg.model_dump()))
-            if fewest is None or differences < fewest:
-                fewest = differences
-                first, most = strength, TRIALS_NEAR_BY
+        if self._strengths:
+            first, most = self._first_strength(cfg), TRIALS_NEAR_BY
         trials = solver.solve(
             [self._batch([], list(forget))], [self._batch([], list(holdout))], first, most
         )
@@ -188,6 +183,14 @@ class Workbench:
         if trials:
             self._strengths.append((cfg, trials[-1].strength))
         return [trial._asdict() for trial in trials]
+
+    def _first_strength(self, cfg: UnlearnConfig) -> float:
+        """Return the strength found by the most similar trial, of equally similar ones the last."""
+
+        def differences(known: tuple[UnlearnConfig, float]) -> int:
+            return len(changed_keys(known[0].model_dump(), cfg.model_dump()))
+
+        return min(reversed(self._strengths), key=differences)[1]
 
     def _train(self, cfg: UnlearnConfig, alignment: ResidualAlignment) -> Iterator[None]:
         """Take a run's gradient steps in this process. Yield after each of `RUNGS` equal parts."""
