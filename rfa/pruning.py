@@ -32,8 +32,7 @@ from rfa.blocks import hook_scope
 
 Method = Literal["rows", "magnitude", "wanda"]
 Layer = nn.Linear | Conv1D | nn.Conv2d
-# A scope in which a parameter can be read and written in full: DeepSpeed's ZeRO-3 partitions
-# parameters.
+# A scope in which a parameter that ZeRO-3 has partitioned can be read and written in full.
 Whole = Callable[[Any], AbstractContextManager[Any]]
 
 GROUPS: dict[str, tuple[type[nn.Module], ...]] = {

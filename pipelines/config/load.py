@@ -178,6 +178,9 @@ def _explain(error: ValidationError) -> str:
     # Sections and mappings are not shown, since they may be long.
     if isinstance(fault["input"], str | int | float | None | list):
         found = f"found {fault['input']!r}, "
+    # A fault of sections that do not agree has no key of its own: its message names one.
+    if not keys:
+        return allowed[0]
     return f"{key}: {found}{' or '.join(allowed)}"
 
 

@@ -332,19 +332,18 @@ class UnlearnConfig(Section):
                     "finetune.salient: found with train.deepspeed.stage=3, "
                     "allowed: null, or stage 0 to 2"
                 )
-        mode = self.solve.mode
-        if mode == "per_token" and self.task != "causal_lm":
+        if self.solve.mode == "per_token" and self.task != "causal_lm":
             raise ValueError(
                 f"solve.mode: found per_token, allowed with task={self.task}: off, one_pass, blockwise"
             )
-        if mode == "off" and self.train.steps == 0:
+        if self.solve.mode == "off" and self.train.steps == 0:
             raise ValueError(
                 "train.steps: found 0 with solve.mode=off, allowed: steps above 0, or a solve.mode"
             )
         # The closed form solves for what each module adds. Drift is not linear in that.
-        if mode != "off" and self.objective.residual != "local":
+        if self.solve.mode != "off" and self.objective.residual != "local":
             raise ValueError(
                 f"objective.residual: found {self.objective.residual}, "
-                f"allowed with solve.mode={mode}: local"
+                f"allowed with solve.mode={self.solve.mode}: local"
             )
         return self

@@ -73,6 +73,25 @@ def test_a_search_runs_on_nodes_that_its_driver_is_not_on(
     assert (tmp_path / "search" / "best.yaml").exists()
 
 
+def job_options(head: Head, keys: Path, tracking: str, overrides: list[str]) -> list[str]:
+    """Return what submits a run of one or two workers that reads its sets from the bucket."""
+    model, *sets = overrides
+    local = sets[0].split("=")[1].rsplit("/", 1)[0]
+    changes = [
+        model,
+        *(override.replace(local, "s3://bucket/data") for override in sets),
+        "solve.mode=off",
+        f"train.steps={STEPS}",
+        f"train.checkpoint_every={CHECKPOINT_EVERY}",
+        f"tracking.uri={tracking}",
+        "train.wait_s=60",
+        "train.num_workers=[1,2]",
+        "train.cpus_per_worker=1.5",
+    ]
+    submit = ["submit", "--address", head.address, "--no-install", "--env-file", str(keys)]
+    return [*submit, "--", "run", "quick", *changes]
+
+
 def test_a_job_outlives_a_node(
     cluster: tuple[Head, list[psutil.Process]],
     bucket: Bucket,
@@ -82,35 +101,7 @@ def test_a_job_outlives_a_node(
     tmp_path: Path,
 ) -> None:
     head, nodes = cluster
-    changes = [
-        override.replace(override.split("=")[1].rsplit("/", 1)[0], "s3://bucket/data")
-        for override in overrides[1:]
-    ]
-    changes += [
-        overrides[0],
-        "solve.mode=off",
-        f"train.steps={STEPS}",
-        f"train.checkpoint_every={CHECKPOINT_EVERY}",
-    ]
-    changes += [
-        f"tracking.uri={tracking}",
-        "train.wait_s=60",
-        "train.num_workers=[1,2]",
-        "train.cpus_per_worker=1.5",
-    ]
-    options = [
-        "submit",
-        "--address",
-        head.address,
-        "--no-install",
-        "--env-file",
-        str(keys),
-        "--",
-        "run",
-        "quick",
-        *changes,
-    ]
-
+    options = job_options(head, keys, tracking, overrides)
     whole = head.ray_unlearn(*options, "output_dir=s3://bucket/whole")
     assert whole.returncode == 0, whole.stdout + whole.stderr
 

@@ -99,6 +99,7 @@ def test_nothing_is_asked_for_what_it_cannot_do(overrides: list[str], message: s
     with pytest.raises(ConfigError) as caught:
         load_config("quick", overrides)
     assert message in str(caught.value)
+    assert re.match(r"[a-z_.]+: found ", str(caught.value)), "the line begins with the key"
     assert "\n" not in str(caught.value)
 
 
