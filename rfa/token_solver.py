@@ -64,6 +64,7 @@ class Standing(NamedTuple):
     above: int  # pushed tokens above their aim
     log_p: float  # of the pushed tokens, mean
     divergence: float  # KL(original || current) of the held tokens, mean
+    held: int  # held tokens
 
 
 class TokenSolver:
@@ -88,7 +89,7 @@ class TokenSolver:
             if not standings[-1].above:
                 break
             self.on_progress(index, ROUNDS, f"{standings[-1].above} tokens above their aim")
-            rows = self.one_pass.gathered(self._shifts(answers))
+            rows = self.one_pass.gathered(self._shifts(answers, standings[-1]))
             step = {name: self.one_pass.solve_module(name, rows[name], 1.0) for name in rows}
             factor, standing = self._take_step(rows, step, answers, factor, standings[-1])
             if standing is None:
@@ -153,12 +154,14 @@ class TokenSolver:
         above, log_p, pushed, divergence, num_held = (
             torch.stack(exchange.gather_all(sums)).sum(0).tolist()
         )
-        return Standing(int(above), log_p / max(pushed, 1), divergence / max(num_held, 1))
+        mean_divergence = divergence / max(num_held, 1)
+        return Standing(int(above), log_p / max(pushed, 1), mean_divergence, int(num_held))
 
-    def _shifts(self, answers: Sequence[Answers]) -> dict[str, ForgetRows]:
+    def _shifts(self, answers: Sequence[Answers], now: Standing) -> dict[str, ForgetRows]:
         """Return this worker's inputs and wanted shifts at every module: the loss's gradient."""
         rows = self.one_pass.empty_rows(self.one_pass.layers)
-        num_above, num_held = self._counts(answers)
+        # The means are over all workers' tokens.
+        num_above, num_held = max(now.above, 1), max(now.held, 1)
         for batch, aim_N, pushed_N, held in answers:
             with torch.enable_grad():
                 with self._recording() as seen:
@@ -176,17 +179,6 @@ class TokenSolver:
                 added_rows = ForgetRows.of(input_ND.float().cpu(), shift_NO.float().cpu())
                 rows[name] = rows[name].merged(added_rows)
         return rows
-
-    @torch.no_grad()
-    def _counts(self, answers: Sequence[Answers]) -> tuple[float, float]:
-        """Return how many pushed tokens are above their aim, and how many are held; at least 1."""
-        counts = torch.zeros(2)
-        for batch, aim_N, pushed_N, _ in answers:
-            log_p_N = _of_labels(self._log_p(batch), batch)
-            counts[0] += (pushed_N & (log_p_N > aim_N)).sum().cpu()
-            counts[1] += (~pushed_N).sum().cpu()
-        above, held = torch.stack(exchange.gather_all(counts)).sum(0).clamp(min=1).tolist()
-        return above, held
 
     @contextmanager
     def _recording(self) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:

@@ -143,7 +143,7 @@ def test_the_shift_is_the_way_down(learned: dict[str, Tensor]) -> None:
     tokens = build_solver(learned)
     forget, unseen = batches(50)
     answers = tokens.aims(forget, unseen)
-    shifts = tokens._shifts(answers)
+    shifts = tokens._shifts(answers, tokens._standing(answers))
     mask_BT = forget[0].forget_tokens_BT("all")
     label_N1 = forget[0].expected(forget[0].answer_BT)[:, None]
 
