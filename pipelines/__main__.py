@@ -66,7 +66,7 @@ def run(config: Config, overrides: Overrides = None, debug: Debug = False) -> No
         from pipelines.unlearn import unlearn
 
         folder = unlearn(cfg, terminal)
-        terminal.scores(folder.scores()["models"], terminal_titles())
+        terminal.scores(folder.scores(), terminal_titles())
         terminal.say(f"Report: {folder.output.url}/report.html")
 
 
@@ -172,15 +172,14 @@ def evaluate(
         if not model:
             raise ConfigError("--model: missing, allowed: a model folder")
         cfg = load_config(config, overrides)
-        from pipelines.evaluation.metrics.keys import terminal_titles, versions
+        from pipelines.evaluation.metrics.keys import terminal_titles
         from pipelines.unlearn import evaluate_model
 
-        scores = evaluate_model(cfg, ModelConfig(path=model), terminal)
-        terminal.scores(scores, terminal_titles())
+        evaluation = evaluate_model(cfg, ModelConfig(path=model), terminal).content()
+        terminal.scores(evaluation, terminal_titles())
         if not output:
             output = f"scores-{Path(model).resolve().parent.name}-{Path(model).name}.json"
-        content = {"schema": 1, "models": scores, "versions": versions(scores.values())}
-        text = json.dumps(content, indent=2, allow_nan=False)
+        text = json.dumps({"schema": 1, **evaluation}, indent=2, allow_nan=False)
         Path(output).write_text(text, encoding="utf-8")
         terminal.say(f"Scores: {output}")
 

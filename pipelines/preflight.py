@@ -15,6 +15,7 @@ from pipelines.config.schema import ConfigError, ModelConfig, UnlearnConfig
 from pipelines.data.sets import Sets, load_sets
 from pipelines.encoding.labelled import check_labels, check_target
 from pipelines.encoding.text import load_tokenizer
+from pipelines.evaluation.scored_model import oracle_names
 from pipelines.storage.output import refuse_store
 from pipelines.storage.run_folder import RunFolder
 from pipelines.terminal import Terminal
@@ -68,9 +69,9 @@ def preflight(
     """
     check_resources(cfg.train, terminal.say)
     check_partitioning(cfg, purpose)
-    others = {} if model is None else {"--model": model}
+    others = [] if model is None else [("--model", model)]
     if purpose != "finetune":
-        others |= oracle_of(cfg, "evaluation.oracle")
+        others += [("evaluation.oracle", oracle) for oracle in oracles_of(cfg).values()]
 
     def check() -> "ModelSize":
         from pipelines.model.load import check_models
@@ -117,7 +118,7 @@ def check_comparison(cfg: UnlearnConfig) -> None:
     rows that the model has not been trained on.
     """
     data = cfg.data
-    has_oracle = cfg.evaluation.oracle is not None
+    has_oracle = bool(cfg.evaluation.oracles)
     if cfg.task == "causal_lm" and data.holdout is None and not has_oracle:
         raise ConfigError("data.holdout: missing, required by a search without evaluation.oracle")
     if cfg.task != "causal_lm" and data.general is None and (has_oracle or data.holdout is None):
@@ -166,8 +167,7 @@ def check_answered(cfg: UnlearnConfig, sets: Sets) -> None:
         )
 
 
-def oracle_of(cfg: UnlearnConfig, name: str) -> dict[str, ModelConfig]:
-    """Return the retrain oracle under a name; an empty dict where none is configured."""
-    if cfg.evaluation.oracle is None:
-        return {}
-    return {name: ModelConfig(path=cfg.evaluation.oracle)}
+def oracles_of(cfg: UnlearnConfig) -> dict[str, ModelConfig]:
+    """Return the retrain oracles under their names in a run, none where none is configured."""
+    models = [ModelConfig(path=path) for path in cfg.evaluation.oracles]
+    return dict(zip(oracle_names(len(models)), models, strict=True))

@@ -84,16 +84,23 @@ class Terminal:
             table.add_row(*row)
         self._console.print(table)
 
-    def scores(self, models: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> None:
-        """Print the scores that have a label, one column per model."""
+    def scores(self, scores: Mapping[str, Any], labels: Mapping[str, str]) -> None:
+        """Print the scores that have a label, one column per model, of a score file's content.
+
+        Beside the mean of several oracles stands half of their spread.
+        """
         table = Table("", title="Scores", title_justify="left")
+        models, spread = scores["models"], scores.get("oracle_spread", {})
         for name in models:
             table.add_column(name, justify="right")
         for key, label in labels.items():
             cells: list[str] = []
-            for scores in models.values():
-                value = scores.get(key)
-                cells.append("-" if value is None else f"{value:.3f}")
+            for name, entry in models.items():
+                value = entry.get(key)
+                cell = "-" if value is None else f"{value:.3f}"
+                if name == "oracle" and key in spread:
+                    cell += f" ± {spread[key] / 2:.3f}"
+                cells.append(cell)
             if set(cells) != {"-"}:
                 table.add_row(label, *cells)
         self._console.print(table)

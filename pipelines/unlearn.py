@@ -15,14 +15,14 @@ from pipelines.cluster.session import session
 from pipelines.cluster.tasks import on_every_node, on_this_node, result_of
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.data.sets import Sets
-from pipelines.evaluation.metrics.keys import versions
+from pipelines.evaluation.entries import Evaluation
 from pipelines.evaluation.own_answers import (
     answered_only,
     drop_answers,
     with_own_answers,
 )
 from pipelines.evaluation.pool import evaluate, evaluation_work
-from pipelines.preflight import check_settings, oracle_of, preflight
+from pipelines.preflight import check_settings, oracles_of, preflight
 from pipelines.report.page import write_report
 from pipelines.storage.run_folder import RunFolder
 from pipelines.terminal import Terminal
@@ -35,8 +35,6 @@ from pipelines.tracking.mirror import (
 )
 from pipelines.training.progress import ProgressLog
 from pipelines.training.trainer import Trainer, forget_resume_points
-
-Scores = dict[str, dict[str, float | None]]
 
 
 def unlearn(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
@@ -65,9 +63,8 @@ def unlearn(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
             cost = run.manifest().get("cost") or train(run, sets, mirror, terminal)
             # Scoring workers may run on nodes that cannot see the folder.
             with on_every_node(run.output, "model"):
-                scores, evaluate_s = score(cfg, result_models(run), sets, terminal)
-            cost = {**cost, "evaluate_s": evaluate_s}
-            run.write_scores(scores, cost, versions(scores.values()))
+                evaluation, evaluate_s = score(cfg, result_models(run), sets, terminal)
+            run.write_scores({**cost, "evaluate_s": evaluate_s}, evaluation.content())
             record(run, mirror)
     return run
 
@@ -109,12 +106,12 @@ def finetune(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
     return run
 
 
-def evaluate_model(cfg: UnlearnConfig, model: ModelConfig, terminal: Terminal) -> Scores:
-    """Score any model folder on the sets, and the oracle where one is configured.
+def evaluate_model(cfg: UnlearnConfig, model: ModelConfig, terminal: Terminal) -> Evaluation:
+    """Score any model folder on the sets, and the oracles where any are configured.
 
     Utility rows without an answer are left out, since there is nothing to score.
     """
-    models = {"model": model, **oracle_of(cfg, "oracle")}
+    models = {"model": model, **oracles_of(cfg)}
     with (
         TemporaryDirectory() as folder,
         session(cfg.train, Path(folder) / "run.log", terminal, preload),
@@ -154,12 +151,12 @@ def train(run: RunFolder, sets: Sets, mirror: Mirror | None, terminal: Terminal)
 
 def score(
     cfg: UnlearnConfig, models: dict[str, ModelConfig], sets: Sets, terminal: Terminal
-) -> tuple[Scores, float]:
-    """Score each model on the sets. Returns the scores by model, and the seconds they took."""
+) -> tuple[Evaluation, float]:
+    """Score each model on the sets. Returns the scores, and the seconds they took."""
     started = time.monotonic()
     bar = terminal.bar("Evaluating " + ", ".join(models), evaluation_work(cfg, models, sets))
-    scores = evaluate(cfg, models, sets, bar.advance)
-    return scores, time.monotonic() - started
+    evaluation = evaluate(cfg, models, sets, bar.advance)
+    return evaluation, time.monotonic() - started
 
 
 def record(run: RunFolder, mirror: Mirror) -> None:
@@ -201,9 +198,9 @@ def export(run: RunFolder, result: Result, *, full: bool = False) -> dict[str, f
 
 
 def result_models(run: RunFolder) -> dict[str, ModelConfig]:
-    """Return the models to compare: before, after and, where configured, the oracle."""
+    """Return the models to compare: before, after and, where configured, the oracles."""
     after = ModelConfig(path=str(run.path / "model"))
-    return {"before": run.cfg.model, "after": after, **oracle_of(run.cfg, "oracle")}
+    return {"before": run.cfg.model, "after": after, **oracles_of(run.cfg)}
 
 
 def cost_of(result: Result, fit_s: float) -> dict[str, Any]:

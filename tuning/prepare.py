@@ -20,7 +20,7 @@ from pipelines.data.sets import Sets
 from pipelines.encoding.batches import plan_stream
 from pipelines.encoding.encoder import build_encoder
 from pipelines.evaluation.pool import evaluate, evaluation_work, pieces_of
-from pipelines.preflight import oracle_of
+from pipelines.preflight import oracles_of
 from pipelines.terminal import Terminal
 from rfa.settings import TokenKind
 from tuning.contracts import Shared
@@ -143,13 +143,13 @@ def likelihoods_only(cfg: UnlearnConfig) -> UnlearnConfig:
 def reference_scores(
     cfg: UnlearnConfig, sets: Sets, folder: Path, terminal: Terminal
 ) -> References:
-    """Score the original model and the oracle, or read the scores that an earlier search wrote."""
+    """Score the original model and the oracles, or read the scores that an earlier search wrote."""
     path = folder / "references.json"
     if not path.exists():
         cfg = likelihoods_only(cfg)
         sets = scored_sets(sets)
-        models = {"before": cfg.model, **oracle_of(cfg, "oracle")}
+        models = {"before": cfg.model, **oracles_of(cfg)}
         bar = terminal.bar("Evaluating " + ", ".join(models), evaluation_work(cfg, models, sets))
-        scores = evaluate(cfg, models, sets, bar.advance)
+        scores = evaluate(cfg, models, sets, bar.advance).models
         path.write_text(json.dumps(scores, indent=2), encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))

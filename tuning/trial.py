@@ -197,7 +197,7 @@ def _run(cfg: UnlearnConfig, sets: Sets) -> Measured:
     # It imports transformers, which the driver must not.
     from pipelines.model.load import check_models
 
-    check_models(cfg, {})
+    check_models(cfg)
     check_partitioning(cfg, "run")
     folder = Path(cfg.output_dir)
     run = RunFolder(cfg, "run")
@@ -207,9 +207,9 @@ def _run(cfg: UnlearnConfig, sets: Sets) -> Measured:
         with session(cfg.train, folder / "run.log", terminal):
             cost = train(run, sets, None, terminal)
             after = {"after": ModelConfig(path=str(folder / "model"))}
-            scores, _ = score(cfg, after, scored_sets(sets), terminal)
+            evaluation, _ = score(cfg, after, scored_sets(sets), terminal)
         strengths = run.manifest()["strengths"]
-        return Measured(scores["after"], cost["solve_s"] + cost["train_s"], strengths)
+        return Measured(evaluation.models["after"], cost["solve_s"] + cost["train_s"], strengths)
     finally:
         _clear(folder)
 

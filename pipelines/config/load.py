@@ -76,15 +76,18 @@ def load_config(source: str, overrides: list[str] | None = None) -> UnlearnConfi
     update: dict[str, Any] = {}
     if "://" not in cfg.output_dir:
         update["output_dir"] = os.path.abspath(Path(cfg.output_dir).expanduser())
-    # A model path that does not exist here is a hub name, which stays as it is.
-    model = Path(cfg.model.path).expanduser()
-    if model.exists():
-        update["model"] = cfg.model.model_copy(update={"path": os.path.abspath(model)})
+    update["model"] = cfg.model.model_copy(update={"path": _absolute(cfg.model.path)})
     oracle = cfg.evaluation.oracle
-    if oracle is not None and Path(oracle).expanduser().exists():
-        path = os.path.abspath(Path(oracle).expanduser())
-        update["evaluation"] = cfg.evaluation.model_copy(update={"oracle": path})
+    if oracle is not None:
+        absolute = _absolute(oracle) if isinstance(oracle, str) else tuple(map(_absolute, oracle))
+        update["evaluation"] = cfg.evaluation.model_copy(update={"oracle": absolute})
     return cfg.model_copy(update=update)
+
+
+def _absolute(path: str) -> str:
+    """Return a model folder's absolute path. What does not exist here is a hub name, and stays."""
+    folder = Path(path).expanduser()
+    return os.path.abspath(folder) if folder.exists() else path
 
 
 def read_config(source: str, overrides: list[str] | None = None) -> UnlearnConfig:

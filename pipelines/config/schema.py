@@ -6,6 +6,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pipelines.config.data import ConfigError as ConfigError
 from pipelines.config.data import DataConfig, Section, Task
+from pipelines.config.evaluation import EvaluationConfig
 from pipelines.config.train import FinetuneConfig, TrainConfig
 from rfa.forget_losses import FORGET_LOSSES, describe_losses, describe_parameters
 from rfa.settings import (
@@ -19,7 +20,6 @@ from rfa.settings import (
     Weights,
 )
 
-RobustnessCheck = Literal["quantised_8bit", "quantised_4bit", "relearn"]
 Weight = Annotated[float, Field(ge=0)]
 OBJECTIVE, SOLVE = Objective(), SolveSettings()
 if TYPE_CHECKING:
@@ -233,37 +233,6 @@ class SolveConfig(Section):
     def settings(self) -> SolveSettings:
         """Return the settings of the solver, without the strength that each solve takes."""
         return SolveSettings(**self.model_dump(exclude={"strength"}))
-
-
-class EvaluationConfig(Section):
-    """Scoring: its models, rows, metrics and attacks."""
-
-    oracle: str | None = Field(
-        default=None, description="Model folder of the retrain oracle, if there is one."
-    )
-    batch_size: int = Field(default=16, ge=1, description="Rows a worker scores at once.")
-    gpus_per_worker: float | None = Field(
-        default=None,
-        gt=0,
-        description="GPUs of a worker that scores; with several, a model is spread over them. "
-        "null: train's.",
-    )
-    max_new_tokens: int = Field(default=200, ge=1, description="Tokens generated for an answer.")
-    max_rows: int | None = Field(
-        default=None, ge=1, description="Rows scored of each set, evenly spaced; null for all."
-    )
-    quick: bool = Field(
-        default=False,
-        description="Likelihoods of the right answers alone: nothing is generated, no wrong "
-        "answers are weighed; about a tenth of the work.",
-    )
-    robustness: tuple[RobustnessCheck, ...] = Field(
-        default=(),
-        description="Attempts to bring the forget set back, on the models after and oracle; any "
-        "of quantised_8bit, quantised_4bit (the forget and retain sets scored once more, with "
-        "rounded weights) and relearn (50 steps of fine-tuning on half of the forget set; a "
-        "worker holds all parameters in fp32 with gradients and AdamW's moments).",
-    )
 
 
 class TrackingConfig(Section):

@@ -5,7 +5,7 @@ a time. Rows leave the workers as numbers; no text comes back.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Container, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,18 +16,23 @@ from ray.util import ActorPool
 from pipelines.cluster.resources import worker_environment, workers_now
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.data.sets import Sets
-from pipelines.evaluation.metrics import Sample, relearn_scores, summarise
-from pipelines.evaluation.metrics.keys import Rounding
-from pipelines.evaluation.metrics.relearning import STEPS
-from pipelines.evaluation.scored_model import CHANGES, Beside, Change, Relearned, ScoredModel
+from pipelines.evaluation.entries import Evaluation, evaluation_of
+from pipelines.evaluation.scored_model import (
+    CHANGES,
+    QUANTISED_SETS,
+    Beside,
+    Change,
+    Relearned,
+    ScoredModel,
+    is_oracle,
+)
 
 if TYPE_CHECKING:
     from pipelines.evaluation.scorer import Samples, Scorer
 
 ROWS_A_PIECE = 16
-# Models whose robustness is measured, by name. The original has forgotten nothing.
-ATTACKED_MODELS = ("after", "model", "oracle")
-QUANTISED_SETS = ("forget", "retain")  # sets that models of rounded weights are scored on
+# Models whose robustness is measured, beside the oracles. The original has forgotten nothing.
+ATTACKED_MODELS = ("after", "model")
 # Sets whose next-token distributions are compared with the oracle's, and with the original's.
 FORGOTTEN_SETS = ("forget",)
 KEPT_SETS = ("retain", "utility", "general")
@@ -49,10 +54,11 @@ class Done(NamedTuple):
 
 def evaluate(
     cfg: UnlearnConfig, models: dict[str, ModelConfig], sets: Sets, advance: Callable[[int], None]
-) -> dict[str, dict[str, float | None]]:
-    """Return the scores of each model, by key; call `advance` with the work that has been done.
+) -> Evaluation:
+    """Return the scores of each model; call `advance` with the work that has been done.
 
-    With a model named `oracle`, the metrics that compare with it are there for the others.
+    With models named as `oracle_names` has it, the metrics that compare with an oracle are there
+    for all others.
     """
 
     def start(worker: Any, task: Task) -> Any:
@@ -66,19 +72,7 @@ def evaluate(
         for model, of_model in done.samples.items():
             samples[model] |= of_model
         advance(done.work)
-    for model, of_model in samples.items():
-        if isinstance(model.change, Beside):
-            for row, distances in of_model.items():
-                samples[ScoredModel(model.name)][row].update(distances)
-    scores: dict[str, dict[str, float | None]] = {}
-    for name in models:
-        oracle = None
-        if "oracle" in models and name != "oracle":
-            oracle = _in_order(samples[ScoredModel("oracle")])
-        scores[name] = summarise(_in_order(samples[ScoredModel(name)]), oracle)
-        for change in _attacks_on(cfg, name):
-            scores[name] |= _scores_of_change(ScoredModel(name, change), samples)
-    return scores
+    return evaluation_of(samples, {name: _attacks_on(cfg, name) for name in models})
 
 
 def evaluation_work(cfg: UnlearnConfig, models: Collection[str], sets: Sets) -> int:
@@ -139,12 +133,11 @@ class _Worker:
         return asked.select(["row"]).append_column("answer", answers), asked.num_rows
 
 
-def _changes_of(cfg: UnlearnConfig, name: str, models: Container[str]) -> list[Change]:
+def _changes_of(cfg: UnlearnConfig, name: str, models: Collection[str]) -> list[Change]:
     """Return what else a model of this name is scored after or beside, of these models."""
     changes = _attacks_on(cfg, name)
     if cfg.task == "causal_lm":
-        if "oracle" in models and name != "oracle":
-            changes.append(Beside("oracle"))
+        changes += [Beside(other) for other in models if is_oracle(other) and other != name]
         if "before" in models and name == "after":
             changes.append(Beside("before"))
     return changes
@@ -152,7 +145,7 @@ def _changes_of(cfg: UnlearnConfig, name: str, models: Container[str]) -> list[C
 
 def _attacks_on(cfg: UnlearnConfig, name: str) -> list[Change]:
     """Return the changes that could bring back what a model of this name has forgotten."""
-    if name not in ATTACKED_MODELS:
+    if name not in ATTACKED_MODELS and not is_oracle(name):
         return []
     return [CHANGES[change] for change in cfg.evaluation.robustness]
 
@@ -160,7 +153,7 @@ def _attacks_on(cfg: UnlearnConfig, name: str) -> list[Change]:
 def _sets_of(change: Change) -> tuple[str, ...]:
     """Return the sets that are scored after or beside a change, besides all."""
     if isinstance(change, Beside):
-        return FORGOTTEN_SETS if change.reference == "oracle" else KEPT_SETS
+        return FORGOTTEN_SETS if is_oracle(change.reference) else KEPT_SETS
     return QUANTISED_SETS
 
 
@@ -180,29 +173,6 @@ def _tasks(
             for set_name in _sets_of(change):
                 tasks += [Task(model, [rows]) for rows in pieces.get(set_name, [])]
     return relearnings + tasks
-
-
-def _scores_of_change(
-    model: ScoredModel, samples: "Mapping[ScoredModel, Samples]"
-) -> dict[str, float | None]:
-    """Return what a model's entry holds of a change that was made to it."""
-    if isinstance(model.change, Rounding):
-        scores: dict[str, float | None] = {}
-        for key, value in summarise(_in_order(samples[model])).items():
-            if key.partition(".")[0] in QUANTISED_SETS:
-                scores[f"{model.change.name}.{key}"] = value
-        return scores
-    curve: dict[int, list[Sample]] = {}
-    for step in STEPS:
-        curve[step] = _in_order(samples[ScoredModel(model.name, Relearned(step))])
-    held_out = samples[ScoredModel(model.name, Relearned(0))]
-    before = samples[ScoredModel("before")]
-    original = {row: sample for row, sample in before.items() if row in held_out}
-    return relearn_scores(curve, _in_order(original) if before else None)
-
-
-def _in_order(samples: "Samples") -> list[Sample]:
-    return [samples[row] for row in sorted(samples)]
 
 
 def _rows_scored(cfg: UnlearnConfig, sets: Sets, name: str) -> int:

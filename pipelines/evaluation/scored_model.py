@@ -36,3 +36,16 @@ CHANGES: dict[str, Change] = {
     **{rounding.name: rounding for rounding in ROUNDINGS},
     "relearn": Relearned(STEPS[-1]),
 }
+QUANTISED_SETS = ("forget", "retain")  # sets that models of rounded weights are scored on
+
+
+def oracle_names(number: int) -> list[str]:
+    """Return the names of a run's oracles: `oracle` alone, or `oracle 1`, `oracle 2`, ..."""
+    if number == 1:
+        return ["oracle"]
+    return [f"oracle {index}" for index in range(1, number + 1)]
+
+
+def is_oracle(name: str) -> bool:
+    """Return whether a model of this name is a retrain oracle."""
+    return name.split(" ")[0] == "oracle"

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,13 +94,15 @@ def check_weight_index(folder: Path, key: str) -> None:
             )
 
 
-def check_models(cfg: UnlearnConfig, others: dict[str, ModelConfig]) -> "ModelSize":
-    """Check the model to train, and that the others, by their configuration keys, can be loaded.
+def check_models(cfg: UnlearnConfig, others: Iterable[tuple[str, ModelConfig]] = ()) -> "ModelSize":
+    """Check the model to train, and that the others can be loaded.
+
+    Each of `others` comes with the configuration key that names it.
 
     Raises:
         ConfigError: as `load_model_config` and `check_model`.
     """
-    for key, model in others.items():
+    for key, model in others:
         load_model_config(model, key)
     return check_model(cfg)
 

@@ -157,17 +157,15 @@ class RunFolder:
         write_text(self.path / "manifest.json", json.dumps({**self.manifest(), **fields}, indent=2))
 
     def write_scores(
-        self,
-        models: dict[str, dict[str, float | None]],
-        cost: dict[str, float | int | None],
-        versions: dict[str, int],
+        self, cost: Mapping[str, float | int | None], evaluation: Mapping[str, Any]
     ) -> None:
-        """Write scores.json, with the version of each metric.
+        """Write scores.json, with the models' scores as `Evaluation.content` gives them.
 
         Raises:
             ValueError: a score is NaN or infinite, which JSON does not have.
         """
-        content = {"schema": 1, "models": models, "cost": cost, "versions": versions}
+        # The scores themselves come first: a reader of the file looks for them.
+        content = {"schema": 1, "models": evaluation["models"], "cost": cost, **evaluation}
         write_text(self.path / "scores.json", json.dumps(content, indent=2, allow_nan=False))
 
     def scores(self) -> dict[str, Any]:

@@ -373,11 +373,10 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     problem = Problem(arguments.config, arguments.overrides)
-    assert problem.cfg.evaluation.oracle is not None, "the benchmark needs evaluation.oracle"
+    assert problem.cfg.evaluation.oracles, "the benchmark needs evaluation.oracle"
     before = Point("before", "", 0.0, problem.score(load_base(problem.cfg.model)))
-    oracle = Point(
-        "oracle", "", 0.0, problem.score(load_base(ModelConfig(path=problem.cfg.evaluation.oracle)))
-    )
+    retrained = ModelConfig(path=problem.cfg.evaluation.oracles[0])
+    oracle = Point("oracle", "", 0.0, problem.score(load_base(retrained)))
     points: list[Point] = []
     for point in all_points(problem, arguments.steps):
         points.append(point)

@@ -120,7 +120,7 @@ def cell(key: str, seed: int, asked: list[str]) -> dict[str, dict[str, Any]]:
             session(cfg.train, Path(scratch) / "run.log", terminal),
         ):
             sets, _ = preflight(cfg, "evaluate", terminal)
-            scores, _ = score(cfg, settled, sets, terminal)
+            scores = score(cfg, settled, sets, terminal)[0].models
         scores["retrain"] = scores.pop("oracle")
         record.write_text(json.dumps(scores, indent=1))
     return {name: {"scores": scores[name], "cost": cost} for name, cost in costs.items()}

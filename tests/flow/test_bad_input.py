@@ -55,6 +55,11 @@ CONFIGURATION = [
         "objective.target: found 'mean', input should be 'retain_mean'",
     ),
     (
+        "an oracle twice",
+        ["evaluation.oracle=[one,one]"],
+        "evaluation.oracle: found ['one', 'one'], allowed: a model folder, or a list of different",
+    ),
+    (
         "nothing forgets",
         ["objective.weights.forget=0"],
         "weights.forget, weights.output and weights.task are all 0",
@@ -172,6 +177,13 @@ CASES = [
     Case(
         "no oracle",
         ["evaluation.oracle={folder}"],
+        "evaluation.oracle: {folder} is not a model folder",
+        "check_models",
+        (*UNLEARNING, "evaluate"),
+    ),
+    Case(
+        "no second oracle",
+        ["evaluation.oracle=[{data}/../model,{folder}]"],
         "evaluation.oracle: {folder} is not a model folder",
         "check_models",
         (*UNLEARNING, "evaluate"),

@@ -28,6 +28,25 @@ def test_an_exception_is_one_line_and_an_exit_code(
     assert capsys.readouterr().err == f"{line}\n"
 
 
+def test_the_scores_of_several_oracles_stand_with_half_their_spread(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    models = {
+        "after": {"forget.token_distance": 0.98, "forget.rouge": 0.25},
+        "oracle": {"forget.token_distance": 0.065, "forget.rouge": 0.2},
+    }
+    labels = {"forget.token_distance": "Forget: token distance", "forget.rouge": "Forget: ROUGE-L"}
+    spread = {"forget.token_distance": 0.01}
+    with reporting(debug=True) as terminal:
+        terminal.scores({"models": models, "oracle_spread": spread}, labels)
+        terminal.scores({"models": models}, labels)
+    several, one = capsys.readouterr().err.split("Scores")[1:]
+    assert "0.065 ± 0.005" in several
+    assert several.count("±") == 1, "no spread is known of ROUGE-L"
+    assert "0.065" in one
+    assert "±" not in one
+
+
 def test_debug_shows_the_exception_itself() -> None:
     with pytest.raises(ConfigError, match="seed"), reporting(debug=True):
         raise ConfigError("seed: missing")

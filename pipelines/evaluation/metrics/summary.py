@@ -9,6 +9,8 @@ whose number is NaN is not, and makes the metric None.
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
+from statistics import fmean
 
 from pipelines.config.data import SET_NAMES
 from pipelines.evaluation.metrics.formulas import RowsBySet, probability_of
@@ -80,6 +82,29 @@ def relearn_scores(
         target = _finite(probability_of("loss")(original))
         scores["relearn.steps"] = steps_to_relearn(probabilities, target)
     return scores
+
+
+def mean_scores(entries: Sequence[Scores]) -> Scores:
+    """Return each score's mean over some entries, None where one of them has no number."""
+    means: Scores = {}
+    for key in dict.fromkeys(chain(*entries)):
+        values = _values(key, entries)
+        means[key] = fmean(values) if len(values) == len(entries) else None
+    return means
+
+
+def spread(entries: Sequence[Scores]) -> dict[str, float]:
+    """Return each score's largest value minus its smallest, where all entries have a number."""
+    differences: dict[str, float] = {}
+    for key in dict.fromkeys(chain(*entries)):
+        values = _values(key, entries)
+        if len(values) == len(entries):
+            differences[key] = max(values) - min(values)
+    return differences
+
+
+def _values(key: str, entries: Sequence[Scores]) -> list[float]:
+    return [value for entry in entries if (value := entry.get(key)) is not None]
 
 
 def _by_set(samples: Sequence[Sample]) -> RowsBySet:

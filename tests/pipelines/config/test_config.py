@@ -6,9 +6,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.config.load import changed_keys, describe, load_config, preset_names, to_yaml
+from pipelines.config.load import (
+    changed_keys,
+    describe,
+    load_config,
+    preset_names,
+    to_yaml,
+    with_values,
+)
 from pipelines.config.schema import ConfigError, ObjectiveConfig, SolveConfig, UnlearnConfig
-from pipelines.preflight import check_holdout
+from pipelines.preflight import check_holdout, oracles_of
 from rfa.settings import Objective, SolveSettings
 
 
@@ -45,6 +52,34 @@ def test_local_paths_become_absolute_and_hub_names_stay(
     cfg = load_config("quick", ["model.path=model", "output_dir=out"])
     assert (cfg.model.path, cfg.output_dir) == (str(tmp_path / "model"), str(tmp_path / "out"))
     assert load_config("quick", ["model.path=owner/name"]).model.path == "owner/name"
+
+
+def test_oracles_are_a_folder_or_a_list_of_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    assert load_config("quick").evaluation.oracles == ()
+    single = load_config("quick", ["evaluation.oracle=one"])
+    assert (single.evaluation.oracle, single.evaluation.oracles) == (one, (one,))
+    assert list(oracles_of(single)) == ["oracle"]
+    several = load_config("quick", ["evaluation.oracle=[one,two]"])
+    assert several.evaluation.oracle == several.evaluation.oracles == (one, two)
+    assert [model.path for model in oracles_of(several).values()] == [one, two]
+    for cfg in (single, several):
+        (tmp_path / "config.yaml").write_text(to_yaml(cfg))
+        assert load_config(str(tmp_path / "config.yaml")) == cfg
+        assert with_values(cfg, {"seed": 1}).evaluation == cfg.evaluation
+
+
+@pytest.mark.parametrize("found", ["[]", "['one', 'one']", "['one', './one/']", "[3]", "''", "3"])
+def test_other_oracles_are_refused_in_one_line(found: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("quick", [f"evaluation.oracle={found}"])
+    allowed = "allowed: a model folder, or a list of different ones"
+    assert str(caught.value) == f"evaluation.oracle: found {found}, {allowed}"
 
 
 def test_every_key_is_described() -> None:

@@ -1,12 +1,21 @@
 """What the workers are asked, and what becomes of their answers."""
 
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
 import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipelines.config.load import load_config
-from pipelines.config.schema import UnlearnConfig
+from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.data.sets import Sets, load_sets
 from pipelines.evaluation.metrics.relearning import STEPS
-from pipelines.evaluation.pool import evaluate, evaluation_work
+from pipelines.evaluation.pool import evaluate, evaluation_work, pieces_of
+from pipelines.evaluation.scored_model import Beside, ScoredModel
+from pipelines.evaluation.text_scorer import TextScorer
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -26,37 +35,73 @@ def sets(cfg: UnlearnConfig, ray_session: None) -> Sets:
     return load_sets(cfg.data)
 
 
+@pytest.fixture(scope="module")
+def noisy_model(cfg: UnlearnConfig, tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    """The configured model with noise on all weights."""
+    folder: Path = tmp_path_factory.mktemp("noisy")
+    model = AutoModelForCausalLM.from_pretrained(cfg.model.path)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(cfg.model.path).save_pretrained(folder)
+    return ModelConfig(path=str(folder))
+
+
 def test_the_work_told_in_advance_is_the_work_done(cfg: UnlearnConfig, sets: Sets) -> None:
     done: list[int] = []
     models = {"model": cfg.model, "oracle": cfg.model}
-    scores = evaluate(cfg, models, sets, done.append)
+    evaluation = evaluate(cfg, models, sets, done.append)
     # Two models, five sets of three rows; each rounded on two sets; each relearned; one set compared.
     assert sum(done) == evaluation_work(cfg, models, sets) == 2 * 15 + 2 * 6 + 2 * STEPS[-1] + 3
-    for entry in scores.values():
+    assert set(evaluation.content()) == {"models", "versions"}, "one oracle has no spread"
+    for entry in evaluation.models.values():
         assert entry["quantised_8bit.forget.probability"] == pytest.approx(
             entry["forget.probability"], rel=0.01
         )
         assert "quantised_8bit.holdout.loss" not in entry
         assert "relearn.probability.50" in entry
         assert "relearn.steps" not in entry, "the original is not there"
+    assert "forget.token_distance" not in evaluation.models["oracle"]
 
 
-def test_models_are_compared_token_by_token_with_the_oracle_and_the_original(
-    cfg: UnlearnConfig, sets: Sets
+def test_two_oracles_are_compared_with_every_model_and_with_each_other(
+    cfg: UnlearnConfig, sets: Sets, noisy_model: ModelConfig
 ) -> None:
-    cfg = cfg.model_copy(
-        update={"evaluation": cfg.evaluation.model_copy(update={"robustness": []})}
-    )
+    robustness = {"robustness": ["quantised_8bit"]}
+    cfg = cfg.model_copy(update={"evaluation": cfg.evaluation.model_copy(update=robustness)})
     done: list[int] = []
-    models = {"before": cfg.model, "after": cfg.model, "oracle": cfg.model}
-    scores = evaluate(cfg, models, sets, done.append)
-    # Three models on five sets; two beside the oracle on one set, one beside the original on three.
-    assert sum(done) == evaluation_work(cfg, models, sets) == 3 * 15 + 2 * 3 + 3 * 3
-    for name in ("before", "after"):
-        assert scores[name]["forget.token_distance"] == pytest.approx(0, abs=1e-6)
-        assert scores[name]["forget.token_distance_paraphrased"] == pytest.approx(0, abs=1e-6)
-    assert scores["after"]["retain.kept_distance"] == pytest.approx(0, abs=1e-6)
-    assert "forget.token_distance" not in scores["oracle"]
+    models = {
+        "before": cfg.model, "after": noisy_model, "oracle 1": cfg.model, "oracle 2": noisy_model
+    }  # fmt: skip
+    scores, spread, *_ = evaluate(cfg, models, sets, done.append)
+    # Four models on five sets; three rounded on two sets; two beside two oracles, and each oracle
+    # beside the other, on one set; one beside the original on three.
+    work = 4 * 15 + 3 * 6 + (2 * 2 + 2) * 3 + 3 * 3
+    assert sum(done) == evaluation_work(cfg, models, sets) == work
+    assert list(scores) == ["before", "after", "oracle"]
+
+    # By hand, of one pair of models at a time.
+    rows = pa.concat_tables(ray.get(pieces_of(cfg, sets)["forget"]))
+    pair = TextScorer(cfg, {"clean": cfg.model, "noisy": noisy_model})
+    for key in ("token_distance", "token_distance_paraphrased"):
+        distances: dict[str, float] = {}
+        for name, other in (("clean", "noisy"), ("noisy", "clean")):
+            compared = pair.score(ScoredModel(name, Beside(other)), rows).values()
+            tokens = [sample["tokens"] for sample in pair.score(ScoredModel(name), rows).values()]
+            values = [sample[key] for sample in compared]
+            distances[name] = float(np.average(values, weights=tokens))
+        assert distances["clean"] > 1e-3
+        # Each model is one of the oracles, and has no distance to that one.
+        assert scores["before"][f"forget.{key}"] == pytest.approx(distances["clean"] / 2, rel=1e-3)
+        assert scores["after"][f"forget.{key}"] == pytest.approx(distances["noisy"] / 2, rel=1e-3)
+        floor = (distances["clean"] + distances["noisy"]) / 2
+        assert scores["oracle"][f"forget.{key}"] == pytest.approx(floor, rel=1e-3)
+        apart = abs(distances["clean"] - distances["noisy"])
+        assert spread[f"forget.{key}"] == pytest.approx(apart, abs=1e-5)
+    assert "quantised_8bit.forget.loss" in scores["oracle"]
+    assert scores["after"]["retain.kept_distance"] > 1e-3
     assert "retain.kept_distance" not in scores["before"]
 
 

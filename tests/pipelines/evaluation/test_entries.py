@@ -1,0 +1,126 @@
+"""From samples to a score file's entries, with one oracle and with several."""
+
+import json
+from statistics import fmean
+from typing import Any
+
+import pytest
+
+from pipelines.evaluation.entries import evaluation_of
+from pipelines.evaluation.metrics import Sample
+from pipelines.evaluation.metrics.keys import ROUNDINGS
+from pipelines.evaluation.metrics.relearning import STEPS
+from pipelines.evaluation.scored_model import (
+    Beside,
+    Relearned,
+    ScoredModel,
+    is_oracle,
+    oracle_names,
+)
+
+# The loss of each model's forget rows, and the distance of two models: how far these lie apart.
+LOSSES = {"before": 0.1, "after": 1.0, "oracle 1": 2.0, "oracle 2": 2.5, "oracle 3": 4.0}
+Samples = dict[ScoredModel, dict[tuple[str, int], Sample]]
+
+
+def samples_of(losses: dict[str, float]) -> Samples:
+    """Samples of two forget rows and two holdout rows of each model, and of each comparison."""
+    samples: Samples = {}
+    for name, loss in losses.items():
+        own: dict[tuple[str, int], Sample] = {}
+        for row in range(2):
+            numbers: dict[str, Any] = {"loss": loss + row, "min_k": loss + row, "tokens": 1 + row}
+            numbers["perturbed_losses"] = [3.0 + row]
+            own["forget", row] = Sample(set_name="forget", **numbers)
+            unseen = numbers | {"loss": 2.2 + row, "min_k": 2.2 + row}
+            own["holdout", row] = Sample(set_name="holdout", **unseen)
+        samples[ScoredModel(name)] = own
+        for other in losses:
+            if is_oracle(other) and other != name:
+                distance = abs(loss - losses[other])
+                samples[ScoredModel(name, Beside(other))] = {
+                    ("forget", row): Sample(set_name="forget", token_distance=distance + row)
+                    for row in range(2)
+                }
+    return samples
+
+
+def entries_of(losses: dict[str, float]) -> dict[str, dict[str, float | None]]:
+    return evaluation_of(samples_of(losses), {name: [] for name in losses}).models
+
+
+def beside_one(name: str, oracle: str) -> dict[str, float | None]:
+    """The entry of a model that is compared with one oracle alone."""
+    return entries_of({"model": LOSSES[name], "oracle": LOSSES[oracle]})["model"]
+
+
+def test_one_oracle_has_the_name_that_several_are_numbered_by() -> None:
+    assert oracle_names(0) == []
+    assert oracle_names(1) == ["oracle"]
+    assert oracle_names(3) == ["oracle 1", "oracle 2", "oracle 3"]
+    assert all(map(is_oracle, [*oracle_names(1), *oracle_names(3)]))
+    assert not any(map(is_oracle, ("before", "after", "model")))
+
+
+def test_a_score_is_the_mean_over_the_oracles_that_it_compares_with() -> None:
+    models = entries_of(LOSSES)
+    assert list(models) == ["before", "after", "oracle"]
+    for name in ("before", "after"):
+        single = [beside_one(name, oracle) for oracle in oracle_names(3)]
+        for key in ("forget.token_distance", "mia.reference", "privleak", "forget_quality"):
+            assert models[name][key] == pytest.approx(fmean(entry[key] or 0 for entry in single))
+        assert models[name]["forget.loss"] == single[0]["forget.loss"]
+    # 1 + 1.5 + 3 nats to the oracles, and 2/3 from the rows, of which one has two tokens.
+    assert models["after"]["forget.token_distance"] == pytest.approx(5.5 / 3 + 2 / 3)
+
+
+def test_the_floor_is_the_oracles_mean_distance_to_each_other() -> None:
+    oracle = entries_of(LOSSES)["oracle"]
+    pairs = [(one, two) for one in oracle_names(3) for two in oracle_names(3) if one != two]
+    for key in ("forget.token_distance", "privleak", "mia.reference"):
+        assert oracle[key] == pytest.approx(fmean(beside_one(*pair)[key] or 0 for pair in pairs))
+    # Between 2, 2.5 and 4 lie 0.5, 1.5 and 2.
+    assert oracle["forget.token_distance"] == pytest.approx(4 / 3 + 2 / 3)
+    assert oracle["forget.loss"] == pytest.approx((2 + 2.5 + 4) / 3 + 0.5)
+
+
+def test_the_spread_is_the_highest_oracle_minus_the_lowest() -> None:
+    evaluation = evaluation_of(samples_of(LOSSES), {name: [] for name in LOSSES})
+    spread = evaluation.oracle_spread
+    assert spread["forget.loss"] == pytest.approx(2.0)
+    # The mean distances to the two others are 1.25, 1 and 1.75.
+    assert spread["forget.token_distance"] == pytest.approx(0.75)
+    assert "model_utility" not in spread, "no oracle has a number"
+    content = evaluation.content()
+    assert content["oracle_spread"] == spread
+    json.dumps(content, allow_nan=False)
+
+
+def test_one_oracle_has_no_floor_and_no_spread() -> None:
+    losses = {"before": 0.1, "after": 1.0, "oracle": 2.0}
+    evaluation = evaluation_of(samples_of(losses), {name: [] for name in losses})
+    assert "forget.token_distance" not in evaluation.models["oracle"]
+    assert evaluation.models["oracle"]["privleak"] is None
+    assert set(evaluation.content()) == {"models", "versions"}
+
+
+def test_attacks_are_averaged_over_the_oracles_and_one_that_never_relearns_leaves_none() -> None:
+    losses = {"before": 0.1, "oracle 1": 2.0, "oracle 2": 3.0}
+    samples = samples_of(losses)
+    rounding = ROUNDINGS[0]
+    # Halfway from exp(-3) at step 0 to the original's exp(-1.1) is passed at a loss of 1.
+    for name, steps in (("oracle 1", 5), ("oracle 2", 10)):
+        samples[ScoredModel(name, rounding)] = samples[ScoredModel(name)]
+        for step in STEPS:
+            loss = 1.0 if step >= steps else 3.0
+            row = Sample(set_name="forget", loss=loss)
+            samples[ScoredModel(name, Relearned(step))] = {("forget", 1): row}
+    attacks = {"before": [], "oracle 1": [rounding, Relearned(50)]}
+    attacks["oracle 2"] = attacks["oracle 1"]
+    oracle = evaluation_of(samples, attacks).models["oracle"]
+    assert oracle["quantised_8bit.forget.loss"] == pytest.approx(3.0)
+    assert oracle["relearn.steps"] == pytest.approx(7.5)
+    for step in STEPS:
+        row = Sample(set_name="forget", loss=3.0)
+        samples[ScoredModel("oracle 2", Relearned(step))] = {("forget", 1): row}
+    assert evaluation_of(samples, attacks).models["oracle"]["relearn.steps"] is None
