@@ -3,14 +3,19 @@
 As in open-unlearning (locuslab) the yardstick is closeness to the retrain oracle, not the lowest
 score. Means alone can be met by two wrongs that cancel: the verdict also asks whether the model is
 nearer to the oracle token by token, and whether every attack finds what it finds of the oracle.
+Two oracles differ, too: where several are given, that distance is the floor, and nearer than the
+floor no model can be asked to be.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from pipelines.evaluation.metrics.keys import ROUNDINGS
 from pipelines.evaluation.metrics.membership import CHANCE
 from pipelines.evaluation.metrics.metric import Metric
+from pipelines.evaluation.metrics.relearning import STEPS
 from pipelines.evaluation.metrics.table import BY_NAME, METRICS
 
 
@@ -29,10 +34,18 @@ class Rule(NamedTuple):
     overshoot_share: float = 1 / 4
     # A score of what should stay that falls under this share of the original's is a cost.
     kept: float = 0.95
-    # Token by token: at most this share of the original's distance from the oracle.
+    # A decisive share that stands further than this from the target, on the original's side, is
+    # still there, however much nearer to the target it has come.
+    remains: float = 0.10
+    # Token by token: at most this share of the original's distance from the oracle, of both
+    # distances the part above the floor.
     token_distance: float = 0.6
-    # An attack's AUC that lies further from the oracle's than this is a leak by itself.
+    # Up to so many times the floor a model's tokens cannot be told from another oracle's.
+    floor: float = 1.1
+    # An attack's AUC that lies further from the target than this is a leak by itself.
     attack_gap: float = 0.2
+    # Relearned sooner than the oracle by so many of the numbers of steps that are tried.
+    sooner: int = 2
     # Without a target: scores above this share of the original's mean that nothing happened.
     still_there: float = 0.90
 
@@ -61,8 +74,9 @@ class Forgetting(NamedTuple):
     telling: int  # the original differs from the target
     nearer: int  # of the telling: nearer to the target than to the original
     beyond: int
-    missed: list[str]  # the decisive ones that are nearer to the original, and attacks that succeed
-    exposed: list[str]  # attacks that find the rows less known than the oracle does
+    decisive: int  # of the measured
+    missed: list[str]  # the decisive ones that are still there, and attacks that succeed
+    exposed: list[str]  # attacks that find the rows less known than the target is
 
 
 class Share(NamedTuple):
@@ -85,6 +99,10 @@ def verdict(scores: Mapping[str, Any]) -> Verdict:
     kept = _kept_shares(before, after)
     level, head, evidence = _judge(before, after, oracle)
     lost = [share.words for share in kept if share.value < RULE.kept]
+    brought_back = _brought_back(before, after, oracle)
+    if level == "forgotten" and brought_back:
+        level, head = "partly", "Partly forgotten"
+        evidence += f"; but it comes back by {_join(brought_back)}"
     if level == "forgotten" and not kept:
         level, head = "undecided", "Undecided"
     elif level == "forgotten" and lost:
@@ -107,7 +125,7 @@ def _kept_shares(before: Entry, after: Entry) -> list[Share]:
 
 
 def _count(before: Entry, after: Entry, oracle: Entry | None) -> Forgetting:
-    measured = telling = nearer = beyond = 0
+    measured = telling = nearer = beyond = decisive = 0
     missed: list[str] = []
     exposed: list[str] = []
     for metric in JUDGED:
@@ -117,18 +135,22 @@ def _count(before: Entry, after: Entry, oracle: Entry | None) -> Forgetting:
         if old is None or new is None or target is None:
             continue
         measured += 1
+        decisive += bool(metric.decisive)
         sign = -1 if metric.remembered == "lower" else 1
         beyond += sign * new < min(sign * target, sign * old) - RULE.overshoot
-        if oracle and metric.unit == "AUC" and abs(new - target) > RULE.attack_gap:
-            (missed if new > target else exposed).append(f"the {metric.label} attack")
+        words = metric.decisive or f"the {metric.label} attack"
+        if metric.unit == "AUC" and abs(new - target) > RULE.attack_gap:
+            (missed if new > target else exposed).append(words)
         if abs(old - target) < RULE.min_gap:
             continue
         telling += 1
         is_nearer = abs(new - target) < abs(new - old)
         nearer += is_nearer
-        if metric.decisive and not is_nearer:
-            missed.append(metric.decisive)
-    return Forgetting(measured, telling, nearer, beyond, list(dict.fromkeys(missed)), exposed)
+        remains = metric.unit == "share" and sign * (new - target) > RULE.remains
+        if metric.decisive and (remains or not is_nearer):
+            missed.append(words)
+    missed = list(dict.fromkeys(missed))
+    return Forgetting(measured, telling, nearer, beyond, decisive, missed, exposed)
 
 
 def _stand_in(metric: Metric, before: Entry) -> float | None:
@@ -156,7 +178,7 @@ def _judge(before: Entry, after: Entry, oracle: Entry | None) -> Judgement:
     by_counts = _judge_by_counts(counts, target)
     if by_counts[0] == "not_forgotten" or old is None or new is None:
         return by_counts
-    return _judge_by_tokens(old, new, by_counts)
+    return _judge_by_tokens(old, new, (oracle or {}).get(TOKEN_DISTANCE), by_counts)
 
 
 def _judge_by_counts(counts: Forgetting, target: str) -> Judgement:
@@ -172,20 +194,59 @@ def _judge_by_counts(counts: Forgetting, target: str) -> Judgement:
         return "partly", "Partly forgotten", f"{evidence}, but not on {_join(counts.missed)}"
     if counts.nearer < RULE.forgotten * counts.telling:
         return "partly", "Partly forgotten", evidence
+    if not counts.decisive:
+        return "undecided", "Undecided", f"{evidence}, but none of the decisive ones was measured"
     return "forgotten", "Forgotten", evidence
 
 
-def _judge_by_tokens(before: float, after: float, by_counts: Judgement) -> Judgement:
-    """Judge by the distance to the oracle at each token, and by the counts where it allows."""
+def _judge_by_tokens(
+    before: float, after: float, floor: float | None, by_counts: Judgement
+) -> Judgement:
+    """Judge by the distance to the oracle at each token, and by the counts where it allows.
+
+    `floor` is the distance of several oracles to each other.
+    """
     level, head, evidence = by_counts
     nats = f"{after:.2f} nats a token, the original {before:.2f}"
+    oracle = "the oracle"
+    if floor is not None:
+        oracle = f"the oracles, which lie {floor:.2f} from each other"
+    if floor is not None and after <= RULE.floor * floor:
+        evidence += f"; token by token it lies {nats} from {oracle}: "
+        return level, head, f"{evidence}its tokens cannot be told from a retrained model's"
     if after >= before:
         evidence = f"token by token the model is no nearer to the retrained oracle ({nats})"
         return "not_forgotten", "Not forgotten", evidence
-    evidence += f"; token by token it lies {nats} from the oracle"
-    if level == "forgotten" and after > RULE.token_distance * before:
+    evidence += f"; token by token it lies {nats} from {oracle}"
+    least = floor or 0.0
+    if level == "forgotten" and after - least > RULE.token_distance * (before - least):
         return "partly", "Partly forgotten", evidence
     return level, head, evidence
+
+
+def _brought_back(before: Entry, after: Entry, oracle: Entry | None) -> list[str]:
+    """Name what brings the forget set back: roundings, and relearning sooner than the oracle."""
+    found: list[str] = []
+    for rounding in ROUNDINGS:
+        for metric in JUDGED:
+            name = metric.key("forget")
+            rounded = f"{rounding.name}.{name}"
+            old, new = before.get(name), after.get(rounded)
+            target = oracle.get(rounded) if oracle else _stand_in(metric, before)
+            if not metric.decisive or old is None or new is None or target is None:
+                continue
+            if abs(old - target) >= RULE.min_gap and abs(new - target) >= abs(new - old):
+                found.append(f"rounding to {rounding.bits} bits")
+                break
+    steps = after.get("relearn.steps")
+    if oracle and "relearn.steps" in oracle and steps is not None:
+        of_oracle = oracle["relearn.steps"]
+        never = len(STEPS)
+        place = never if of_oracle is None else bisect_left(STEPS, of_oracle)
+        if place - bisect_left(STEPS, steps) >= RULE.sooner:
+            target = "more than can be tried" if of_oracle is None else f"{of_oracle:g}"
+            found.append(f"relearning (steps: {steps:g}, the oracle: {target})")
+    return found
 
 
 def _judge_without_target(before: Entry, after: Entry) -> Judgement:

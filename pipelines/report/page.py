@@ -23,7 +23,7 @@ from pipelines.evaluation.metrics.keys import ROUNDINGS, metric_of
 from pipelines.evaluation.metrics.membership import chance_gap
 from pipelines.evaluation.metrics.metric import Metric
 from pipelines.evaluation.metrics.table import METRICS
-from pipelines.evaluation.verdict import RULE, Entry, verdict
+from pipelines.evaluation.verdict import RULE, TOKEN_DISTANCE, Entry, verdict
 from pipelines.report.curves import loss_curves, relearn_curve
 from pipelines.storage.run_folder import read_json, read_text
 
@@ -47,13 +47,15 @@ class Row(NamedTuple):
     """A score of all models.
 
     `group` precedes the metric in the score's key, and is empty for a score of no set. `reached` is
-    the percentage of the way to the oracle, or of the score before.
+    the percentage of the way to the oracle, or of the score before. `spread` is the difference
+    between the highest and the lowest of several oracles.
     """
 
     group: str
     metric: Metric
     values: dict[str, float | None]
     reached: int | None
+    spread: float | None
 
 
 def write_report(run_dir: Path) -> Path:
@@ -138,7 +140,7 @@ def _view(run: Run) -> dict[str, Any]:
     if {"forget", "holdout"} <= rows.keys():
         most = run.config.evaluation.max_rows or max(rows.values())
         margin = chance_margin(min(rows["forget"], most), min(rows["holdout"], most))
-    scores = _scores(models)
+    scores = _scores(models, run.scores.get("oracle_spread", {}))
     return {
         "cfg": run.config,
         "config_text": run.config_text,
@@ -152,6 +154,7 @@ def _view(run: Run) -> dict[str, Any]:
         "roundings": ROUNDINGS,
         "decisive": [m.decisive for m in METRICS if m.decisive and m.key("forget") in scores],
         "verdict": verdict(run.scores),
+        "floor": models.get("oracle", {}).get(TOKEN_DISTANCE),
         "rule": RULE,
         "curves": loss_curves(run.losses),
         "relearning": relearn_curve(models),
@@ -161,7 +164,7 @@ def _view(run: Run) -> dict[str, Any]:
     }
 
 
-def _scores(models: Mapping[str, Entry]) -> dict[str, Row]:
+def _scores(models: Mapping[str, Entry], spread: Mapping[str, float]) -> dict[str, Row]:
     """Return each score by its key in the order of METRICS, with scores of no metric last."""
     scores: dict[str, Row] = {}
     for key in dict.fromkeys(chain(*models.values())):
@@ -174,7 +177,7 @@ def _scores(models: Mapping[str, Entry]) -> dict[str, Row]:
             # Another version has written this score. As a distance it is drawn on no axis.
             metric = Metric(name=name, label=name.replace("_", " "), help="", unit="distance")
         values = {model: entry.get(key) for model, entry in models.items()}
-        scores[key] = Row(group, metric, values, _reached(group, metric, values))
+        scores[key] = Row(group, metric, values, _reached(group, metric, values), spread.get(key))
 
     def position(score: tuple[str, Row]) -> int:
         metric = score[1].metric

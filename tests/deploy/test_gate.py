@@ -4,7 +4,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines.__main__ import app
-from tests.pipelines.report.test_page import forget_entry, scores_of, write_run
+from tests.pipelines.evaluation.test_verdict import forget_entry, scores_of
+from tests.pipelines.report.test_page import write_run
 
 BEFORE, ORACLE = forget_entry(0.9), forget_entry(0.5)
 

@@ -126,6 +126,7 @@ METRICS = (
         terminal=("forget", "retain"),
         judged=True,
         decisive="fact recall",
+        kept={"retain": "the retained facts", "general": "the general facts"},
         search="own words",
     ),
     Metric(

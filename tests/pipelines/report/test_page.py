@@ -9,16 +9,11 @@ import pytest
 from pipelines.config.schema import ConfigError
 from pipelines.evaluation.metrics import summarise
 from pipelines.evaluation.metrics.keys import metric_of
-from pipelines.evaluation.metrics.table import METRICS
 from pipelines.evaluation.verdict import verdict
 from pipelines.report.page import chance_margin, format_number, read_losses, write_report
 from tests.pipelines.evaluation.metrics.test_summary import full_samples
+from tests.pipelines.evaluation.test_verdict import forget_entry, scores_of
 
-# The scores that the verdict counts of a language model.
-FORGET_SCORES = [
-    metric.key("forget") for metric in METRICS if metric.judged and metric.search != "classes"
-]
-KEPT = {"retain.probability": 0.94, "general.probability": 0.60}
 CONFIG = """
 model: {path: "runs/<script>alert(1)</script>"}
 data: {forget: {path: forget.jsonl}, retain: {path: retain.jsonl}}
@@ -26,17 +21,6 @@ adapter: {rank: 32}
 train: {steps: 3}
 output_dir: runs/one
 """
-
-
-def forget_entry(level: float, **scores: float | None) -> dict[str, float | None]:
-    """An entry of scores.json whose forget-set scores all stand at one level; truth ratio runs the other way."""
-    entry: dict[str, float | None] = dict.fromkeys(FORGET_SCORES, level)
-    entry["forget.truth_ratio"] = 1 - level
-    return entry | KEPT | {key.replace("__", "."): value for key, value in scores.items()}
-
-
-def scores_of(**models: dict[str, Any]) -> dict[str, Any]:
-    return {"schema": 1, "models": models, "cost": {}}
 
 
 def write_run(folder: Path, scores: dict[str, Any], manifest: dict[str, Any] | None = None) -> Path:
@@ -51,208 +35,6 @@ def write_run(folder: Path, scores: dict[str, Any], manifest: dict[str, Any] | N
     ]
     (folder / "losses.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return folder
-
-
-def test_a_model_at_the_oracle_has_forgotten_and_the_sentence_counts_the_scores() -> None:
-    after = forget_entry(0.5, retain__probability=0.93, general__probability=0.59)
-    level, sentence = verdict(
-        scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5))
-    )
-    assert level == "forgotten"
-    assert sentence == (
-        "Forgotten: on the forget set the model is closer to the retrained oracle than to the original on 14 of 14 "
-        "scores; it keeps 98 % of the retained answers' probability and 98 % of general knowledge."
-    )
-
-
-def test_a_model_at_the_original_has_not_forgotten() -> None:
-    level, sentence = verdict(
-        scores_of(before=forget_entry(0.9), after=forget_entry(0.88), oracle=forget_entry(0.5))
-    )
-    assert level == "not_forgotten"
-    assert sentence.startswith("Not forgotten: ")
-    assert "on 0 of 14 scores" in sentence
-
-
-def test_half_of_the_scores_at_the_oracle_is_partly() -> None:
-    missed = ("forget.probability", "forget.rouge", "mia.loss", "mia.zlib")
-    after = forget_entry(0.5) | dict.fromkeys(
-        [name for name in FORGET_SCORES if name.startswith(missed)], 0.9
-    )
-    level, sentence = verdict(
-        scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5))
-    )
-    assert level == "partly"
-    assert "on 8 of 14 scores" in sentence
-
-
-def test_extractable_answers_are_not_forgotten_whatever_the_other_scores_say() -> None:
-    after = forget_entry(0.5, forget__extraction_strength=0.85)
-    level, sentence = verdict(
-        scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5))
-    )
-    assert level == "partly"
-    assert "on 13 of 14 scores, but not on extraction strength" in sentence
-
-
-def test_a_cost_is_named_in_the_head_and_in_numbers() -> None:
-    after = forget_entry(0.5, general__probability=0.27)
-    level, sentence = verdict(
-        scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5))
-    )
-    assert level == "costly"
-    assert sentence.startswith("Forgotten, but at the cost of general knowledge: ")
-    assert sentence.endswith(
-        "it keeps 100 % of the retained answers' probability and 45 % of general knowledge."
-    )
-
-
-@pytest.mark.parametrize(("share", "level"), [(0.96, "forgotten"), (0.949, "costly")])
-def test_a_share_just_under_95_percent_is_a_cost_and_never_reads_as_95(
-    share: float, level: str
-) -> None:
-    after = forget_entry(0.5, retain__probability=0.94 * share)
-    found = verdict(scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5)))
-    assert found.level == level
-    assert "95 %" not in found.sentence
-
-
-@pytest.mark.parametrize(("after", "level"), [(0.41, "forgotten"), (0.39, "over_forgotten")])
-def test_scores_more_than_a_tenth_below_the_oracle_are_over_forgotten(
-    after: float, level: str
-) -> None:
-    scores = scores_of(
-        before=forget_entry(0.9), after=forget_entry(after), oracle=forget_entry(0.5)
-    )
-    assert verdict(scores).level == level
-
-
-def test_three_overshooting_scores_of_fourteen_are_tolerated_and_four_are_not() -> None:
-    models = {"before": forget_entry(0.9), "oracle": forget_entry(0.5)}
-    three = forget_entry(0.5, forget__rouge=0.1, forget__probability=0.1, mia__loss=0.35)
-    assert verdict(scores_of(after=three, **models)).level == "forgotten"
-    level, sentence = verdict(scores_of(after=three | {"mia.zlib": 0.35}, **models))
-    assert level == "over_forgotten"
-    assert (
-        "4 of 14 forget-set scores lie more than 0.10 beyond those of the retrained oracle"
-        in sentence
-    )
-
-
-def test_a_model_the_oracle_cannot_be_told_from_at_the_start_leaves_the_verdict_open() -> None:
-    level, sentence = verdict(
-        scores_of(before=forget_entry(0.5), after=forget_entry(0.5), oracle=forget_entry(0.5))
-    )
-    assert level == "undecided"
-    assert "nothing to forget" in sentence
-
-
-@pytest.mark.parametrize(
-    ("auc", "level", "words"),
-    [
-        (0.31, "forgotten", ""),
-        (0.29, "over_forgotten", "but the gradient norm attack sees that something was removed"),
-        (0.71, "partly", "but not on the gradient norm attack"),
-    ],
-)
-def test_one_attack_that_is_far_from_the_oracles_decides(
-    auc: float, level: str, words: str
-) -> None:
-    models = {"before": forget_entry(0.95), "oracle": forget_entry(0.5)}
-    found = verdict(scores_of(after=forget_entry(0.5, mia__grad_norm=auc), **models))
-    assert found.level == level
-    assert words in found.sentence
-
-
-@pytest.mark.parametrize(
-    ("distance", "level", "words"),
-    [
-        (0.42, "forgotten", "token by token it lies 0.42 nats a token, the original 0.72 from"),
-        (0.45, "partly", "token by token it lies 0.45 nats a token, the original 0.72 from"),
-        (0.98, "not_forgotten", "token by token the model is no nearer to the retrained oracle"),
-    ],
-)
-def test_scores_at_the_oracles_prove_nothing_while_the_tokens_are_elsewhere(
-    distance: float, level: str, words: str
-) -> None:
-    before = forget_entry(0.9, forget__token_distance=0.72)
-    after = forget_entry(0.5, forget__token_distance=distance)
-    found = verdict(scores_of(before=before, after=after, oracle=forget_entry(0.5)))
-    assert found.level == level
-    assert words in found.sentence
-
-
-def test_the_original_as_its_own_oracle_leaves_the_verdict_open() -> None:
-    models = {"before": forget_entry(0.9), "oracle": forget_entry(0.9)}
-    assert verdict(scores_of(after=forget_entry(0.4), **models)).level == "undecided"
-
-
-def test_forgetting_without_any_score_of_what_stays_is_undecided() -> None:
-    nothing = dict.fromkeys(KEPT)
-    models = {
-        "before": forget_entry(0.9) | nothing,
-        "after": forget_entry(0.5),
-        "oracle": forget_entry(0.5),
-    }
-    level, sentence = verdict(scores_of(**models))
-    assert level == "undecided"
-    assert sentence.endswith("what it keeps was not measured.")
-
-
-def test_without_an_oracle_attacks_at_chance_give_a_verdict_that_calls_itself_weaker() -> None:
-    before = {"mia.min_k": 0.98, "mia.loss": 0.97, "forget.rouge": 0.9} | KEPT
-    after = {"mia.min_k": 0.55, "mia.loss": 0.52, "forget.rouge": 0.4} | KEPT
-    level, sentence = verdict(scores_of(before=before, after=after))
-    assert level == "forgotten"
-    assert sentence.startswith(
-        "Forgotten (no retrained oracle was given, so this verdict is weaker): "
-    )
-    assert "closer to never-seen data than to the original on 2 of 2 scores" in sentence
-
-
-def test_without_an_oracle_the_holdout_scores_of_the_original_stand_in() -> None:
-    before = {"forget.rouge": 0.9, "holdout.rouge": 0.3} | KEPT
-    assert (
-        verdict(scores_of(before=before, after={"forget.rouge": 0.35} | KEPT)).level == "forgotten"
-    )
-    assert (
-        verdict(scores_of(before=before, after={"forget.rouge": 0.85} | KEPT)).level
-        == "not_forgotten"
-    )
-
-
-@pytest.mark.parametrize(("rouge", "level"), [(0.85, "not_forgotten"), (0.2, "undecided")])
-def test_with_neither_oracle_nor_holdout_only_failure_can_be_told(rouge: float, level: str) -> None:
-    found = verdict(
-        scores_of(before={"forget.rouge": 0.9} | KEPT, after={"forget.rouge": rouge} | KEPT)
-    )
-    assert found.level == level
-
-
-def test_without_an_oracle_nothing_says_that_a_class_that_is_gone_is_gone_too_far() -> None:
-    before = {"forget.accuracy": 0.91, "mia_efficacy": 0.16, "retain.accuracy": 0.87}
-    gone = {"forget.accuracy": 0.0, "mia_efficacy": 1.0, "retain.accuracy": 0.87}
-    level, sentence = verdict(scores_of(before=before, after=gone))
-    assert level == "undecided"
-    assert (
-        "stand at 0 % of the original's on average, but nothing given says how low is right"
-        in sentence
-    )
-    assert verdict(scores_of(before=before, after=gone, oracle=gone)).level == "forgotten"
-    assert verdict(scores_of(before=before, after=before)).level == "not_forgotten"
-
-
-def test_null_scores_are_left_out_of_the_count() -> None:
-    after = forget_entry(0.5, forget__rouge=None, mia__zlib=None)
-    level, sentence = verdict(
-        scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5))
-    )
-    assert level == "forgotten"
-    assert "on 12 of 12 scores" in sentence
-
-
-def test_no_scores_at_all_are_undecided() -> None:
-    assert verdict(scores_of(before={}, after={})).level == "undecided"
 
 
 def test_sixteen_against_forty_rows_stray_a_sixth_by_chance() -> None:
@@ -341,6 +123,30 @@ def test_facts_that_are_still_recalled_are_not_forgotten_and_stand_beside_rouge(
     assert "Retain: fact recall" in names
     assert table.count("<td>Fact recall<") == 2
     assert "80 %" in table  # of the retained facts are kept
+
+
+def test_several_oracles_stand_with_their_spread_and_their_floor(tmp_path: Path) -> None:
+    scores = scores_of(
+        before=forget_entry(0.9, forget__token_distance=0.72),
+        after=forget_entry(0.5, forget__token_distance=0.11),
+        oracle=forget_entry(0.5, forget__token_distance=0.1, forget_quality=None),
+    )
+    write_run(tmp_path, scores | {"oracle_spread": {"forget.rouge": 0.08}})
+    (tmp_path / "config.yaml").write_text(CONFIG + "evaluation: {oracle: [first, second]}\n")
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "aim: the floor, 0.100" in page
+    table = page.split("<h2>All scores</h2>")[1]
+    cells = re.findall(r"<td[^>]*>([^<]*)<", table)
+    assert cells[cells.index("Token distance") :][:4] == [
+        "Token distance", "0.720", "0.110", "0.100"
+    ]  # fmt: skip
+    assert cells[cells.index("ROUGE-L") :][:4] == ["ROUGE-L", "0.900", "0.500", "0.500 ± 0.040"]
+    assert "Oracle: the mean of 2, ± half of what lies between" in table
+    assert "98 %" in table  # Of the way from 0.72 to the floor of 0.10.
+    assert "<dt>Oracle</dt><dd>first, second</dd>" in page
+    assert "as the 2 oracles do" in page
+    write_run(tmp_path, scores_of(before=forget_entry(0.9), after=forget_entry(0.5)))
+    assert "floor" not in write_report(tmp_path).read_text(encoding="utf-8")
 
 
 def test_absent_scores_are_dashes_with_their_reason(tmp_path: Path) -> None:

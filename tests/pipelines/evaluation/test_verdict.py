@@ -1,0 +1,347 @@
+"""The verdict on a run, from the scores alone."""
+
+from typing import Any
+
+import pytest
+
+from pipelines.evaluation.metrics.table import METRICS
+from pipelines.evaluation.verdict import verdict
+
+# The scores that the verdict counts of a language model.
+FORGET_SCORES = [
+    metric.key("forget") for metric in METRICS if metric.judged and metric.search != "classes"
+]
+KEPT = {"retain.probability": 0.94, "general.probability": 0.60}
+
+
+def forget_entry(level: float, **scores: float | None) -> dict[str, float | None]:
+    """An entry of scores.json whose forget-set scores all stand at one level; truth ratio runs the other way."""
+    entry: dict[str, float | None] = dict.fromkeys(FORGET_SCORES, level)
+    entry["forget.truth_ratio"] = 1 - level
+    return entry | KEPT | {key.replace("__", "."): value for key, value in scores.items()}
+
+
+def scores_of(**models: dict[str, Any]) -> dict[str, Any]:
+    return {"schema": 1, "models": models, "cost": {}}
+
+
+def test_a_model_at_the_oracle_has_forgotten_and_the_sentence_counts_the_scores() -> None:
+    after = forget_entry(0.5, retain__probability=0.93, general__probability=0.59)
+    level, sentence = verdict(
+        scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5))
+    )
+    assert level == "forgotten"
+    assert sentence == (
+        "Forgotten: on the forget set the model is closer to the retrained oracle than to the original on 14 of 14 "
+        "scores; it keeps 98 % of the retained answers' probability and 98 % of general knowledge."
+    )
+
+
+def test_a_model_at_the_original_has_not_forgotten() -> None:
+    level, sentence = verdict(
+        scores_of(before=forget_entry(0.9), after=forget_entry(0.88), oracle=forget_entry(0.5))
+    )
+    assert level == "not_forgotten"
+    assert sentence.startswith("Not forgotten: ")
+    assert "on 0 of 14 scores" in sentence
+
+
+def test_half_of_the_scores_at_the_oracle_is_partly() -> None:
+    missed = ("forget.probability", "forget.rouge", "mia.loss", "mia.zlib")
+    after = forget_entry(0.5) | dict.fromkeys(
+        [name for name in FORGET_SCORES if name.startswith(missed)], 0.9
+    )
+    level, sentence = verdict(
+        scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5))
+    )
+    assert level == "partly"
+    assert "on 8 of 14 scores" in sentence
+
+
+def test_extractable_answers_are_not_forgotten_whatever_the_other_scores_say() -> None:
+    after = forget_entry(0.5, forget__extraction_strength=0.85)
+    level, sentence = verdict(
+        scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5))
+    )
+    assert level == "partly"
+    assert "on 13 of 14 scores, but not on extraction strength" in sentence
+
+
+def test_a_cost_is_named_in_the_head_and_in_numbers() -> None:
+    after = forget_entry(0.5, general__probability=0.27)
+    level, sentence = verdict(
+        scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5))
+    )
+    assert level == "costly"
+    assert sentence.startswith("Forgotten, but at the cost of general knowledge: ")
+    assert sentence.endswith(
+        "it keeps 100 % of the retained answers' probability and 45 % of general knowledge."
+    )
+
+
+@pytest.mark.parametrize(("share", "level"), [(0.96, "forgotten"), (0.949, "costly")])
+def test_a_share_just_under_95_percent_is_a_cost_and_never_reads_as_95(
+    share: float, level: str
+) -> None:
+    after = forget_entry(0.5, retain__probability=0.94 * share)
+    found = verdict(scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5)))
+    assert found.level == level
+    assert "95 %" not in found.sentence
+
+
+@pytest.mark.parametrize(("after", "level"), [(0.41, "forgotten"), (0.39, "over_forgotten")])
+def test_scores_more_than_a_tenth_below_the_oracle_are_over_forgotten(
+    after: float, level: str
+) -> None:
+    scores = scores_of(
+        before=forget_entry(0.9), after=forget_entry(after), oracle=forget_entry(0.5)
+    )
+    assert verdict(scores).level == level
+
+
+def test_three_overshooting_scores_of_fourteen_are_tolerated_and_four_are_not() -> None:
+    models = {"before": forget_entry(0.9), "oracle": forget_entry(0.5)}
+    three = forget_entry(0.5, forget__rouge=0.1, forget__probability=0.1, mia__loss=0.35)
+    assert verdict(scores_of(after=three, **models)).level == "forgotten"
+    level, sentence = verdict(scores_of(after=three | {"mia.zlib": 0.35}, **models))
+    assert level == "over_forgotten"
+    assert (
+        "4 of 14 forget-set scores lie more than 0.10 beyond those of the retrained oracle"
+        in sentence
+    )
+
+
+def test_a_model_the_oracle_cannot_be_told_from_at_the_start_leaves_the_verdict_open() -> None:
+    level, sentence = verdict(
+        scores_of(before=forget_entry(0.5), after=forget_entry(0.5), oracle=forget_entry(0.5))
+    )
+    assert level == "undecided"
+    assert "nothing to forget" in sentence
+
+
+@pytest.mark.parametrize(
+    ("auc", "level", "words"),
+    [
+        (0.31, "forgotten", ""),
+        (0.29, "over_forgotten", "but the gradient norm attack sees that something was removed"),
+        (0.71, "partly", "but not on the gradient norm attack"),
+    ],
+)
+def test_one_attack_that_is_far_from_the_oracles_decides(
+    auc: float, level: str, words: str
+) -> None:
+    models = {"before": forget_entry(0.95), "oracle": forget_entry(0.5)}
+    found = verdict(scores_of(after=forget_entry(0.5, mia__grad_norm=auc), **models))
+    assert found.level == level
+    assert words in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("distance", "level", "words"),
+    [
+        (0.42, "forgotten", "token by token it lies 0.42 nats a token, the original 0.72 from"),
+        (0.45, "partly", "token by token it lies 0.45 nats a token, the original 0.72 from"),
+        (0.98, "not_forgotten", "token by token the model is no nearer to the retrained oracle"),
+    ],
+)
+def test_scores_at_the_oracles_prove_nothing_while_the_tokens_are_elsewhere(
+    distance: float, level: str, words: str
+) -> None:
+    before = forget_entry(0.9, forget__token_distance=0.72)
+    after = forget_entry(0.5, forget__token_distance=distance)
+    found = verdict(scores_of(before=before, after=after, oracle=forget_entry(0.5)))
+    assert found.level == level
+    assert words in found.sentence
+
+
+def test_the_original_as_its_own_oracle_leaves_the_verdict_open() -> None:
+    models = {"before": forget_entry(0.9), "oracle": forget_entry(0.9)}
+    assert verdict(scores_of(after=forget_entry(0.4), **models)).level == "undecided"
+
+
+def test_forgetting_without_any_score_of_what_stays_is_undecided() -> None:
+    nothing = dict.fromkeys(KEPT)
+    models = {
+        "before": forget_entry(0.9) | nothing,
+        "after": forget_entry(0.5),
+        "oracle": forget_entry(0.5),
+    }
+    level, sentence = verdict(scores_of(**models))
+    assert level == "undecided"
+    assert sentence.endswith("what it keeps was not measured.")
+
+
+def test_without_an_oracle_attacks_at_chance_give_a_verdict_that_calls_itself_weaker() -> None:
+    before = {"mia.min_k": 0.98, "mia.loss": 0.97, "forget.rouge": 0.9} | KEPT
+    after = {"mia.min_k": 0.55, "mia.loss": 0.52, "forget.rouge": 0.4} | KEPT
+    level, sentence = verdict(scores_of(before=before, after=after))
+    assert level == "forgotten"
+    assert sentence.startswith(
+        "Forgotten (no retrained oracle was given, so this verdict is weaker): "
+    )
+    assert "closer to never-seen data than to the original on 2 of 2 scores" in sentence
+
+
+def test_without_an_oracle_the_holdout_scores_of_the_original_stand_in() -> None:
+    before = {"forget.fact_recall": 0.9, "holdout.fact_recall": 0.3} | KEPT
+    for recall, level in ((0.35, "forgotten"), (0.85, "not_forgotten")):
+        after = {"forget.fact_recall": recall} | KEPT
+        assert verdict(scores_of(before=before, after=after)).level == level
+
+
+@pytest.mark.parametrize(("rouge", "level"), [(0.85, "not_forgotten"), (0.2, "undecided")])
+def test_with_neither_oracle_nor_holdout_only_failure_can_be_told(rouge: float, level: str) -> None:
+    found = verdict(
+        scores_of(before={"forget.rouge": 0.9} | KEPT, after={"forget.rouge": rouge} | KEPT)
+    )
+    assert found.level == level
+
+
+def test_without_an_oracle_nothing_says_that_a_class_that_is_gone_is_gone_too_far() -> None:
+    before = {"forget.accuracy": 0.91, "mia_efficacy": 0.16, "retain.accuracy": 0.87}
+    gone = {"forget.accuracy": 0.0, "mia_efficacy": 1.0, "retain.accuracy": 0.87}
+    level, sentence = verdict(scores_of(before=before, after=gone))
+    assert level == "undecided"
+    assert (
+        "stand at 0 % of the original's on average, but nothing given says how low is right"
+        in sentence
+    )
+    assert verdict(scores_of(before=before, after=gone, oracle=gone)).level == "forgotten"
+    assert verdict(scores_of(before=before, after=before)).level == "not_forgotten"
+
+
+def test_null_scores_are_left_out_of_the_count() -> None:
+    after = forget_entry(0.5, forget__rouge=None, mia__zlib=None)
+    level, sentence = verdict(
+        scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5))
+    )
+    assert level == "forgotten"
+    assert "on 12 of 12 scores" in sentence
+
+
+def test_no_scores_at_all_are_undecided() -> None:
+    assert verdict(scores_of(before={}, after={})).level == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("distance", "level", "words"),
+    [
+        (0.11, "forgotten", "0.10 from each other: its tokens cannot be told from a retrained"),
+        (0.46, "forgotten", "the original 0.72 from the oracles, which lie 0.10 from each other;"),
+        (0.48, "partly", "the original 0.72 from the oracles, which lie 0.10 from each other;"),
+        (0.73, "not_forgotten", "token by token the model is no nearer to the retrained oracle"),
+    ],
+)
+def test_the_floor_is_no_distance_that_a_model_is_asked_to_remove(
+    distance: float, level: str, words: str
+) -> None:
+    # The threshold is 0.6 of the way from the original to the floor: 0.10 + 0.6 * 0.62 = 0.472.
+    before = forget_entry(0.9, forget__token_distance=0.72)
+    after = forget_entry(0.5, forget__token_distance=distance)
+    oracle = forget_entry(0.5, forget__token_distance=0.10)
+    found = verdict(scores_of(before=before, after=after, oracle=oracle))
+    assert found.level == level
+    assert words in found.sentence
+
+
+def test_tokens_at_the_floor_do_not_excuse_facts_that_are_still_recalled() -> None:
+    before = forget_entry(0.9, forget__token_distance=0.72)
+    after = forget_entry(0.5, forget__token_distance=0.10, forget__fact_recall=0.9)
+    oracle = forget_entry(0.5, forget__token_distance=0.10)
+    found = verdict(scores_of(before=before, after=after, oracle=oracle))
+    assert found.level == "partly"
+    assert "not on fact recall; token by token" in found.sentence
+
+
+def test_an_original_as_near_as_another_oracle_is_judged_by_the_other_scores() -> None:
+    distances = {"before": 0.05, "after": 0.06, "oracle": 0.10}
+    levels = {"before": 0.9, "after": 0.5, "oracle": 0.5}
+    models: dict[str, Any] = {}
+    for name, distance in distances.items():
+        models[name] = forget_entry(levels[name], forget__token_distance=distance)
+    assert verdict(scores_of(**models)).level == "forgotten"
+
+
+@pytest.mark.parametrize(("recall", "level"), [(0.33, "partly"), (0.09, "forgotten")])
+def test_a_third_of_the_facts_that_the_oracle_has_none_of_is_still_there(
+    recall: float, level: str
+) -> None:
+    models = {
+        "before": forget_entry(0.9, forget__fact_recall=1.0),
+        "after": forget_entry(0.5, forget__fact_recall=recall),
+        "oracle": forget_entry(0.5, forget__fact_recall=0.0),
+    }
+    found = verdict(scores_of(**models))
+    assert found.level == level
+    assert ("but not on fact recall" in found.sentence) == (level == "partly")
+
+
+def test_an_attack_that_finds_every_forgotten_row_below_the_unseen_ones_is_over_forgotten() -> None:
+    before, after = forget_entry(0.95), forget_entry(0.5, mia__min_k=0.0)
+    with_oracle = scores_of(before=before, after=after, oracle=forget_entry(0.5))
+    for name in FORGET_SCORES:
+        if name.startswith("forget."):
+            before[name.replace("forget.", "holdout.")] = 0.5
+    for scores in (with_oracle, scores_of(before=before, after=after)):
+        level, sentence = verdict(scores)
+        assert level == "over_forgotten"
+        assert "but the min-k attack sees that something was removed" in sentence
+
+
+def test_retained_facts_that_are_gone_are_a_cost_even_where_probabilities_stay() -> None:
+    kept = {"retain.fact_recall": 1.0, "general.fact_recall": 1.0}
+    models = {"before": forget_entry(0.9) | kept, "oracle": forget_entry(0.5) | kept}
+    assert verdict(scores_of(after=forget_entry(0.5) | kept, **models)).level == "forgotten"
+    lost = dict.fromkeys(kept, 0.0)
+    level, sentence = verdict(scores_of(after=forget_entry(0.5) | lost, **models))
+    assert level == "costly"
+    assert "at the cost of the retained facts and the general facts" in sentence
+    assert "0 % of the retained facts" in sentence
+
+
+@pytest.mark.parametrize("after_rounding", [0.89, 0.52])
+def test_what_rounding_brings_back_was_only_hidden(after_rounding: float) -> None:
+    recall = "quantised_4bit.forget.fact_recall"
+    models = {"before": forget_entry(0.9), "oracle": forget_entry(0.5) | {recall: 0.5}}
+    level, sentence = verdict(
+        scores_of(after=forget_entry(0.5) | {recall: after_rounding}, **models)
+    )
+    comes_back = after_rounding == 0.89
+    assert level == ("partly" if comes_back else "forgotten")
+    assert ("but it comes back by rounding to 4 bits" in sentence) == comes_back
+
+
+@pytest.mark.parametrize(
+    ("steps", "of_oracle", "level"),
+    [
+        (1, 10, "partly"),
+        (1, None, "partly"),
+        (5, 10, "forgotten"),
+        (5, 12.5, "partly"),
+        (50, None, "forgotten"),
+        (None, 10, "forgotten"),
+        (20, 10, "forgotten"),
+    ],
+)
+def test_what_a_step_of_relearning_brings_back_was_only_hidden(
+    steps: float | None, of_oracle: float | None, level: str
+) -> None:
+    models = {
+        "before": forget_entry(0.9),
+        "after": forget_entry(0.5) | {"relearn.steps": steps},
+        "oracle": forget_entry(0.5) | {"relearn.steps": of_oracle},
+    }
+    found = verdict(scores_of(**models))
+    assert found.level == level
+    assert ("it comes back by relearning (steps: " in found.sentence) == (level == "partly")
+
+
+def test_without_a_decisive_score_the_verdict_is_open() -> None:
+    decisive = {metric.key("forget") for metric in METRICS if metric.decisive}
+    models: dict[str, Any] = {}
+    for name, level in (("before", 0.9), ("after", 0.5), ("oracle", 0.5)):
+        entry = forget_entry(level)
+        models[name] = {key: value for key, value in entry.items() if key not in decisive}
+    level, sentence = verdict(scores_of(**models))
+    assert level == "undecided"
+    assert "none of the decisive ones was measured" in sentence
