@@ -3,10 +3,15 @@
 With several oracles a score that compares with the oracle is its mean over them, and the entry
 `oracle` holds the mean of theirs. Each oracle is compared with the others as a model is with it: so
 its `forget.token_distance` is the floor, how far one retrained model lies from another.
+
+Shapes: M models, N tokens of the forget set's answers.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.evaluation.metrics import Sample, relearn_scores, summarise
 from pipelines.evaluation.metrics.keys import Rounding, versions
@@ -27,11 +32,22 @@ if TYPE_CHECKING:
     SamplesByModel = Mapping[ScoredModel, Samples]
 
 
+TOKENS = 2000  # in a score file, at most
+
+
 class Evaluation(NamedTuple):
-    """The scores of all models, and how much several oracles differ in each."""
+    """The scores of all models, and what else a score file holds beside them.
+
+    Attributes:
+        models: the entries, by model.
+        oracle_spread: how much several oracles differ in each score; empty for one.
+        tokens: log-probabilities of forget answers' tokens, by model, the same token at the same
+            place of each list; empty without an oracle.
+    """
 
     models: dict[str, Scores]
     oracle_spread: dict[str, float]
+    tokens: dict[str, list[float]]
 
     def content(self) -> dict[str, Any]:
         """Return this as a part of a score file, with the version of each metric."""
@@ -41,6 +57,8 @@ class Evaluation(NamedTuple):
         }
         if self.oracle_spread:
             content["oracle_spread"] = self.oracle_spread
+        if self.tokens:
+            content["tokens"] = self.tokens
         return content
 
 
@@ -56,11 +74,13 @@ def evaluation_of(samples: "SamplesByModel", attacks: Mapping[str, Sequence[Chan
         models[name] = _compared_scores(name, others, samples)
         for change in changes:
             models[name] |= _scores_of_change(ScoredModel(name, change), samples)
+    others = [name for name in models if name not in oracles]
+    tokens = _tokens(others, oracles, samples) if others and oracles else {}
     if len(oracles) < 2:
-        return Evaluation(models, {})
+        return Evaluation(models, {}, tokens)
     of_oracles = [models.pop(name) for name in oracles]
     models["oracle"] = mean_scores(of_oracles)
-    return Evaluation(models, spread(of_oracles))
+    return Evaluation(models, spread(of_oracles), tokens)
 
 
 def _compared_scores(name: str, oracles: Sequence[str], samples: "SamplesByModel") -> Scores:
@@ -99,6 +119,37 @@ def _scores_of_change(model: ScoredModel, samples: "SamplesByModel") -> Scores:
     before = samples.get(ScoredModel("before"), {})
     original = {row: sample for row, sample in before.items() if row in held_out}
     return relearn_scores(curve, _in_order(original) if before else None)
+
+
+def _tokens(
+    names: Sequence[str], oracles: Sequence[str], samples: "SamplesByModel"
+) -> dict[str, list[float]]:
+    """Return log-probabilities of the forget answers' tokens, at most TOKENS, evenly spread.
+
+    Those under `oracle` are the mean over the oracles. A token that is not finite under one of the
+    models is left out.
+    """
+
+    def column_N(name: str, oracle: str, number: str) -> NDArray[np.float64]:
+        compared = _in_order(samples.get(ScoredModel(name, Beside(oracle)), {}))
+        tokens = [row[number] for row in compared if number in row]
+        return np.concatenate([np.zeros(0), *tokens])
+
+    of_oracles = [column_N(names[0], oracle, "oracle_log_probability") for oracle in oracles]
+    columns = {"oracle": np.mean(of_oracles, axis=0)}
+    for name in names:
+        columns[name] = column_N(name, oracles[0], "log_probability")
+    values_MN = np.stack(list(columns.values()))
+    values_MN = values_MN[:, np.isfinite(values_MN).all(axis=0)]
+    count = values_MN.shape[1]
+    if count == 0:
+        return {}
+    kept = min(count, TOKENS)
+    # Adding 0 turns -0 into 0.
+    values_MN = values_MN[:, np.arange(kept) * count // kept].round(3) + 0.0
+    # In the order of the text, log-probabilities could spell the text to who has the models.
+    values_MN = values_MN[:, np.lexsort(values_MN[::-1])]
+    return dict(zip(columns, values_MN.tolist(), strict=True))
 
 
 def _in_order(samples: "Samples") -> list[Sample]:

@@ -6,6 +6,7 @@ Shapes: B rows, T tokens (of a batch, or of an answer with EOS), N answer tokens
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -134,6 +135,10 @@ class TextScorer(Scorer):
             if text.kind == "token_distance":
                 numbers[text.row]["token_distance_above"] = parts["distance_above"]
                 numbers[text.row]["token_distance_below"] = parts["distance_below"]
+                of_model_T = distances.reference + distances.surplus
+                numbers[text.row]["log_probability"] = of_model_T.astype(np.float32)
+                of_oracle_T = distances.reference.astype(np.float32)
+                numbers[text.row]["oracle_log_probability"] = of_oracle_T
         return samples_of(records, numbers)
 
     def _gradient_norm(self, row: Mapping[str, Any]) -> float:

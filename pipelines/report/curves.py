@@ -1,4 +1,4 @@
-"""The page's line plots, as SVG in data addresses, with the same bytes for the same numbers."""
+"""The page's plots, as SVG in data addresses, with the same bytes for the same numbers."""
 
 import base64
 import io
@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.evaluation.metrics.distance import MARGIN
+
 # Keys of losses.jsonl beside the terms of the objective.
 NOT_TERMS = ("step", "learning_rate", "tokens_per_s")
 # A curve whose largest value is this many times its smallest is drawn on a logarithmic axis.
@@ -15,6 +17,8 @@ LOG_SCALE_FROM = 30
 # Precedes the number of steps in a model's scores.
 RELEARNED = "relearn.probability."
 SOFT = "#555b65"
+# Log-probabilities below this are drawn at it: further down no difference matters.
+LOWEST = -25.0
 # The same looks as of the models' scores on the page. The original is not relearned.
 LOOKS: dict[str, dict[str, Any]] = {
     "after": {"color": "#0072b2", "marker": "o"},
@@ -61,6 +65,50 @@ def relearn_curve(models: Mapping[str, Mapping[str, float | None]]) -> str | Non
         axes.legend(frameon=False, labelcolor=SOFT)
 
     return svg(draw)
+
+
+def token_scatter(tokens: Mapping[str, Sequence[float]]) -> str | None:
+    """Plot each token of the forget answers: its log-probability to the oracle and to the model.
+
+    `tokens` is the part of that name of a score file. Returns None if a model is missing.
+    """
+    if not {"oracle", "before", "after"} <= tokens.keys():
+        return None
+    oracle, before, after = (np.array(tokens[name]) for name in ("oracle", "before", "after"))
+    is_learned = before - oracle > MARGIN
+    lowest = max(LOWEST, min(oracle.min(), before.min(), after.min()) - 0.5)
+
+    def places(of_model: Any, is_drawn: Any) -> Any:
+        """Return the distinct places of some tokens, which one mark each shows, as x and y."""
+        points = np.stack([oracle[is_drawn], of_model[is_drawn]], axis=1)
+        return np.unique(points.clip(lowest).round(1), axis=0).T
+
+    def draw(axes: Any) -> None:
+        line = {"color": "#1b1f26", "linewidth": 1, "linestyle": "--"}
+        axes.plot([lowest, 0], [lowest, 0], label="as a retrained model", zorder=4, **line)
+        faint = {"color": "#c3c8d0", "marker": ".", "markersize": 5, "linestyle": "none"}
+        axes.plot(*places(before, np.ones_like(is_learned)), label="before unlearning", **faint)
+        # Told apart by shape and by lightness as well as by colour.
+        kinds = (
+            ("to be kept", ~is_learned, {"color": "#0072b2", "marker": "o", "fillstyle": "none"}),
+            ("learned, to be forgotten", is_learned, {"color": "#d55e00", "marker": "^"}),
+        )
+        for words, is_drawn, look in kinds:
+            label = f"{words} ({is_drawn.sum()})"
+            points = places(after, is_drawn)
+            axes.plot(*points, label=label, linestyle="none", markersize=4.5, **look)
+        corners = ((0.02, 0.98, "left", "top"), (0.98, 0.02, "right", "bottom"))
+        for (x, y, across, up), words in zip(corners, ("too little", "too much"), strict=True):
+            place = {"transform": axes.transAxes, "ha": across, "va": up, "color": SOFT}
+            axes.text(x, y, f"{words} forgotten", fontsize=8, **place)
+        # Room for the words above the many points at 0.
+        axes.set_xlim(lowest, -0.06 * lowest)
+        axes.set_ylim(lowest, -0.06 * lowest)
+        axes.set_ylabel("log-probability to the model after unlearning", color=SOFT)
+        legend = {"loc": "lower center", "bbox_to_anchor": (0.45, 1.0), "ncols": 2, "fontsize": 8}
+        axes.legend(frameon=False, labelcolor=SOFT, **legend)
+
+    return svg(draw, size=(5.2, 5.0), x_label="log-probability to the oracle (0: certain)")
 
 
 def _number(value: object) -> float:

@@ -19,12 +19,13 @@ from jinja2 import Environment, StrictUndefined
 
 from pipelines.config.load import load_config
 from pipelines.config.schema import ConfigError, UnlearnConfig
+from pipelines.evaluation.metrics.distance import MARGIN
 from pipelines.evaluation.metrics.keys import ROUNDINGS, metric_of
 from pipelines.evaluation.metrics.membership import chance_gap
 from pipelines.evaluation.metrics.metric import Metric
 from pipelines.evaluation.metrics.table import METRICS
 from pipelines.evaluation.verdict import RULE, TOKEN_DISTANCE, Entry, verdict
-from pipelines.report.curves import loss_curves, relearn_curve
+from pipelines.report.curves import LOWEST, loss_curves, relearn_curve, token_scatter
 from pipelines.storage.run_folder import read_json, read_text
 
 # The files that the page is made from.
@@ -158,6 +159,9 @@ def _view(run: Run) -> dict[str, Any]:
         "rule": RULE,
         "curves": loss_curves(run.losses),
         "relearning": relearn_curve(models),
+        "lowest": LOWEST,
+        "margin_nats": MARGIN,
+        "tokens": token_scatter(run.scores.get("tokens", {})),
         "steps": len(run.losses),
         "torn_lines": run.torn_lines,
         "margin": margin,

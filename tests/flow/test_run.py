@@ -69,6 +69,8 @@ def test_scores_hold_every_metric_of_every_model(run_dir: Path) -> None:
     assert after["forget.token_distance"] > 1e-5
     assert after["forget.token_distance_paraphrased"] > 1e-5
     assert {f"{name}.kept_distance" for name in ("retain", "general")} <= set(after)
+    assert scores["tokens"].keys() == scores["models"].keys()
+    assert scores["tokens"]["before"] == pytest.approx(scores["tokens"]["oracle"], abs=0.002)
     cost = scores["cost"]
     assert cost["num_workers"] == 2
     assert (

@@ -26,12 +26,13 @@ class TokenDistances(NamedTuple):
 
     divergence: NDArray[np.float64]  # KL(reference || model) over the vocabulary, in nats
     surplus: NDArray[np.float64]  # log p(y_t) of the model minus that of the reference
+    reference: NDArray[np.float64]  # log p(y_t) of the reference
 
     def split(self, lengths: Sequence[int]) -> list["TokenDistances"]:
         """Cut the distances of a flattened batch into one per row, of these numbers of tokens."""
         ends = np.cumsum(lengths)[:-1]
-        rows = zip(np.split(self.divergence, ends), np.split(self.surplus, ends), strict=True)
-        return [TokenDistances(*arrays) for arrays in rows]
+        columns = [np.split(values, ends) for values in self]
+        return [TokenDistances(*arrays) for arrays in zip(*columns, strict=True)]
 
 
 @torch.no_grad()
@@ -51,16 +52,15 @@ def token_distances(reference_NV: Tensor, logits_NV: Tensor, labels_N: Tensor) -
         labels_N.split(ROWS_PER_CHUNK),
         strict=True,
     ):
-        log_r_NV, log_p_NV = reference.float().log_softmax(-1), logits.float().log_softmax(-1)
-        difference_NV = log_p_NV.clamp(min=LOWEST_LOG_PROBABILITY) - log_r_NV.clamp(
-            min=LOWEST_LOG_PROBABILITY
-        )
+        log_r_NV = reference.float().log_softmax(-1).clamp_(min=LOWEST_LOG_PROBABILITY)
+        log_p_NV = logits.float().log_softmax(-1).clamp_(min=LOWEST_LOG_PROBABILITY)
+        difference_NV = log_p_NV - log_r_NV
         divergence_N = -(log_r_NV.exp() * difference_NV).sum(-1)
         surplus_N = difference_NV.gather(-1, labels[:, None])[:, 0]
+        reference_N = log_r_NV.gather(-1, labels[:, None])[:, 0]
         # A KL is not negative; what falls below 0 is rounding.
-        chunks.append(torch.stack([divergence_N.clamp(min=0), surplus_N]))
-    divergence, surplus = torch.cat(chunks, dim=1).cpu().numpy().astype(np.float64)
-    return TokenDistances(divergence, surplus)
+        chunks.append(torch.stack([divergence_N.clamp(min=0), surplus_N, reference_N]))
+    return TokenDistances(*torch.cat(chunks, dim=1).cpu().numpy().astype(np.float64))
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ class Sample(dict[str, Any]):
         rouge, rouge_paraphrased: of the generated answers to the question and to its paraphrase.
         token_distance, token_distance_above, token_distance_below: to the oracle; with several, the
             mean over them. `_paraphrased` behind: given the paraphrased question.
+        log_probability, oracle_log_probability: arrays, T, of the answer's tokens under the model
+            and under the oracle that it is compared with.
         kept_distance: to the model before unlearning.
         grad_norm: of the answer's loss.
         fact_recall, fact_recall_paraphrased: 1.0 or 0.0, of the answer given either question.

@@ -4,9 +4,10 @@ import json
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pytest
 
-from pipelines.evaluation.entries import evaluation_of
+from pipelines.evaluation.entries import TOKENS, evaluation_of
 from pipelines.evaluation.metrics import Sample
 from pipelines.evaluation.metrics.keys import ROUNDINGS
 from pipelines.evaluation.metrics.relearning import STEPS
@@ -38,10 +39,18 @@ def samples_of(losses: dict[str, float]) -> Samples:
         for other in losses:
             if is_oracle(other) and other != name:
                 distance = abs(loss - losses[other])
-                samples[ScoredModel(name, Beside(other))] = {
-                    ("forget", row): Sample(set_name="forget", token_distance=distance + row)
-                    for row in range(2)
-                }
+                compared: dict[tuple[str, int], Sample] = {}
+                for row in range(2):
+                    # As many tokens as the row has; those of row 1 are less likely to all models.
+                    numbers = {
+                        "log_probability": np.full(1 + row, -loss - row, np.float32),
+                        "oracle_log_probability": np.full(
+                            1 + row, -losses[other] - row, np.float32
+                        ),
+                        "token_distance": distance + row,
+                    }
+                    compared["forget", row] = Sample(set_name="forget", **numbers)
+                samples[ScoredModel(name, Beside(other))] = compared
     return samples
 
 
@@ -101,7 +110,43 @@ def test_one_oracle_has_no_floor_and_no_spread() -> None:
     evaluation = evaluation_of(samples_of(losses), {name: [] for name in losses})
     assert "forget.token_distance" not in evaluation.models["oracle"]
     assert evaluation.models["oracle"]["privleak"] is None
-    assert set(evaluation.content()) == {"models", "versions"}
+    assert set(evaluation.content()) == {"models", "versions", "tokens"}
+
+
+def test_tokens_are_those_of_each_model_and_the_mean_of_the_oracles() -> None:
+    tokens = evaluation_of(samples_of(LOSSES), {name: [] for name in LOSSES}).tokens
+    # Three tokens: one of row 0 and two of row 1, in order of the oracles' mean of 8.5 / 3.
+    assert tokens == {
+        "oracle": [-3.833, -3.833, -2.833],
+        "before": [-1.1, -1.1, -0.1],
+        "after": [-2.0, -2.0, -1.0],
+    }
+
+
+def test_tokens_are_few_finite_and_not_in_the_order_of_the_text() -> None:
+    losses = {"after": 1.0, "oracle": 2.0}
+    samples = samples_of(losses)
+    compared = samples[ScoredModel("after", Beside("oracle"))]
+    number = 3 * TOKENS
+    of_model = -np.linspace(5, 6, number, dtype=np.float32)
+    of_oracle = np.tile(np.array([-3, -1, -2], np.float32), TOKENS)
+    compared["forget", 0] |= {"log_probability": of_model, "oracle_log_probability": of_oracle}
+    compared["forget", 1] |= {
+        "log_probability": np.array([np.nan, -1.0]), "oracle_log_probability": -np.ones(2)
+    }  # fmt: skip
+    tokens = evaluation_of(samples, {name: [] for name in losses}).tokens
+    assert [len(column) for column in tokens.values()] == [TOKENS, TOKENS]
+    # Evenly spread, from the first to one near the end.
+    assert (max(tokens["after"]), min(tokens["after"])) == pytest.approx((-5.0, -6.0), abs=2e-3)
+    assert np.diff(sorted(tokens["after"])).max() < 2e-3
+    pairs = list(zip(tokens["oracle"], tokens["after"], strict=True))
+    assert pairs == sorted(pairs)
+    json.dumps(tokens, allow_nan=False)
+
+
+def test_without_an_oracle_there_are_no_tokens() -> None:
+    losses = {"before": 0.1, "after": 1.0}
+    assert evaluation_of(samples_of(losses), {name: [] for name in losses}).tokens == {}
 
 
 def test_attacks_are_averaged_over_the_oracles_and_one_that_never_relearns_leaves_none() -> None:

@@ -55,7 +55,9 @@ def test_the_work_told_in_advance_is_the_work_done(cfg: UnlearnConfig, sets: Set
     evaluation = evaluate(cfg, models, sets, done.append)
     # Two models, five sets of three rows; each rounded on two sets; each relearned; one set compared.
     assert sum(done) == evaluation_work(cfg, models, sets) == 2 * 15 + 2 * 6 + 2 * STEPS[-1] + 3
-    assert set(evaluation.content()) == {"models", "versions"}, "one oracle has no spread"
+    assert set(evaluation.content()) == {"models", "versions", "tokens"}, "and no spread"
+    assert set(evaluation.tokens) == {"model", "oracle"}
+    assert evaluation.tokens["model"] == pytest.approx(evaluation.tokens["oracle"], abs=0.002)
     for entry in evaluation.models.values():
         assert entry["quantised_8bit.forget.probability"] == pytest.approx(
             entry["forget.probability"], rel=0.01
@@ -75,7 +77,7 @@ def test_two_oracles_are_compared_with_every_model_and_with_each_other(
     models = {
         "before": cfg.model, "after": noisy_model, "oracle 1": cfg.model, "oracle 2": noisy_model
     }  # fmt: skip
-    scores, spread, *_ = evaluate(cfg, models, sets, done.append)
+    scores, spread, tokens = evaluate(cfg, models, sets, done.append)
     # Four models on five sets; three rounded on two sets; two beside two oracles, and each oracle
     # beside the other, on one set; one beside the original on three.
     work = 4 * 15 + 3 * 6 + (2 * 2 + 2) * 3 + 3 * 3
@@ -89,9 +91,9 @@ def test_two_oracles_are_compared_with_every_model_and_with_each_other(
         distances: dict[str, float] = {}
         for name, other in (("clean", "noisy"), ("noisy", "clean")):
             compared = pair.score(ScoredModel(name, Beside(other)), rows).values()
-            tokens = [sample["tokens"] for sample in pair.score(ScoredModel(name), rows).values()]
+            lengths = [sample["tokens"] for sample in pair.score(ScoredModel(name), rows).values()]
             values = [sample[key] for sample in compared]
-            distances[name] = float(np.average(values, weights=tokens))
+            distances[name] = float(np.average(values, weights=lengths))
         assert distances["clean"] > 1e-3
         # Each model is one of the oracles, and has no distance to that one.
         assert scores["before"][f"forget.{key}"] == pytest.approx(distances["clean"] / 2, rel=1e-3)
@@ -100,6 +102,9 @@ def test_two_oracles_are_compared_with_every_model_and_with_each_other(
         assert scores["oracle"][f"forget.{key}"] == pytest.approx(floor, rel=1e-3)
         apart = abs(distances["clean"] - distances["noisy"])
         assert spread[f"forget.{key}"] == pytest.approx(apart, abs=1e-5)
+    assert len(tokens["oracle"]) == len(tokens["after"]) > 3
+    mean_of_both = (np.array(tokens["before"]) + tokens["after"]) / 2
+    assert tokens["oracle"] == pytest.approx(mean_of_both, abs=0.002)
     assert "quantised_8bit.forget.loss" in scores["oracle"]
     assert scores["after"]["retain.kept_distance"] > 1e-3
     assert "retain.kept_distance" not in scores["before"]

@@ -154,21 +154,25 @@ def test_distances_to_another_model_are_those_of_plain_forwards(
     scored = TextScorer(cfg, models).score(ScoredModel("after", Beside("oracle")), table)
     tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
 
-    def plain(prompt: str, answer: str) -> float:
+    def plain(prompt: str, answer: str) -> tuple[float, Any, Any]:
+        """Return the mean divergence and each token's log-probability to both models."""
         before = f"<|user|>{prompt}<|end|><|assistant|>"
         ids = tokenizer(f"{before}{answer}<|end|>", return_tensors="pt")["input_ids"]
         start = len(tokenizer(before)["input_ids"]) - 1
         with torch.no_grad():
             of_other = other(ids).logits[0, start:-1].log_softmax(-1)
             of_model = model(ids).logits[0, start:-1].log_softmax(-1)
-        return float((of_other.exp() * (of_other - of_model)).sum(-1).mean())
+        divergence = float((of_other.exp() * (of_other - of_model)).sum(-1).mean())
+        labels = ids[0, start + 1 :, None]
+        return divergence, of_model.gather(-1, labels)[:, 0], of_other.gather(-1, labels)[:, 0]
 
     for number in (0, 2):
         row, found = rows[number], scored["forget", number]
-        assert found["token_distance"] == pytest.approx(
-            plain(row["prompt"], row["answer"]), rel=1e-3
-        )
-        asked = plain(row["paraphrased_prompt"], row["answer"])
+        divergence, of_model, of_other = plain(row["prompt"], row["answer"])
+        assert found["token_distance"] == pytest.approx(divergence, rel=1e-3)
+        assert found["log_probability"] == pytest.approx(of_model.numpy(), rel=1e-3)
+        assert found["oracle_log_probability"] == pytest.approx(of_other.numpy(), rel=1e-3)
+        asked, *_ = plain(row["paraphrased_prompt"], row["answer"])
         assert found["token_distance_paraphrased"] == pytest.approx(asked, rel=1e-3)
         parts = found["token_distance_above"] + found["token_distance_below"]
         assert parts <= found["token_distance"] + 1e-9

@@ -1,3 +1,4 @@
+import base64
 import html
 import json
 import re
@@ -83,6 +84,31 @@ def test_the_page_stands_alone_and_is_the_same_when_rebuilt(tmp_path: Path) -> N
     assert not re.search(r"https?://|@import|url\(|<script", page)
     assert page.count("<img ") == 1  # The loss; kl is zero throughout.
     assert write_report(tmp_path).read_text(encoding="utf-8") == page
+
+
+def test_tokens_are_drawn_against_the_oracle_by_what_the_original_knew(tmp_path: Path) -> None:
+    scores = scores_of(before=forget_entry(0.9), after=forget_entry(0.5), oracle=forget_entry(0.5))
+    write_run(tmp_path, scores)
+    assert "<h2>Token by token" not in write_report(tmp_path).read_text(encoding="utf-8")
+    # Two were learned, one of them at places of its own; the third the oracle knows as well.
+    tokens = {
+        "oracle": [-60.0, -2.0, -0.01], "before": [-0.1, -0.1, 0.0], "after": [-0.2, -1.9, -3.0]
+    }  # fmt: skip
+    write_run(tmp_path, scores | {"tokens": tokens})
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "points above the line: too little forgotten; below: too much" in page
+    image = re.findall(r'base64,([^"]+)" alt="A scatter plot', page)
+    drawing = base64.b64decode(image[0]).decode()
+    # matplotlib leaves each text in a comment beside its outlines.
+    assert "<!-- learned, to be forgotten (2) -->" in drawing
+    assert "<!-- to be kept (1) -->" in drawing
+    assert "<!-- as a retrained model -->" in drawing
+    assert drawing.count("fill: #d55e00") == 3, "two marks and the legend's"
+    assert "<!-- \u221225 -->" in drawing and "<!-- \u221260 -->" not in drawing
+    assert write_report(tmp_path).read_text(encoding="utf-8") == page
+    del tokens["before"]
+    write_run(tmp_path, scores | {"tokens": tokens})
+    assert "<h2>Token by token" not in write_report(tmp_path).read_text(encoding="utf-8")
 
 
 def test_what_comes_from_files_is_escaped(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ def test_three_quarters_against_a_half_are_worked_out_by_hand() -> None:
     distances = token_distances(reference, model, torch.tensor([1]))
     assert distances.divergence == pytest.approx([0.75 * log(1.5) + 0.25 * log(0.5)], rel=1e-6)
     assert distances.surplus == pytest.approx([log(2)], rel=1e-6)
+    assert distances.reference == pytest.approx([log(0.25)], rel=1e-6)
 
 
 def test_a_distance_is_not_symmetric_the_oracle_comes_first() -> None:
@@ -47,8 +48,11 @@ def test_distances_are_torchs_own_in_any_chunks(seed: int, tokens: int) -> None:
         distances = token_distances(reference, model, labels)
     assert distances.divergence == pytest.approx(expected.numpy(), rel=1e-4, abs=1e-6)
     assert token_distances(model, model, labels).divergence.max() == 0
+    of_reference = reference.log_softmax(-1)[torch.arange(tokens), labels]
+    assert distances.reference == pytest.approx(of_reference.numpy(), rel=1e-4, abs=1e-6)
     rows = distances.split([1, tokens - 1])
-    assert np.concatenate([row.divergence for row in rows]).tolist() == [*distances.divergence]
+    for whole, *parts in zip(distances, *rows, strict=True):
+        assert np.concatenate(parts).tolist() == whole.tolist()
 
 
 def test_models_of_other_vocabularies_are_refused() -> None:
