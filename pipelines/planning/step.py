@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface
 
 from pipelines.config.schema import UnlearnConfig
@@ -50,35 +50,37 @@ def run_meta_step(cfg: UnlearnConfig, model: PeftModel, shape: StepShape) -> Ste
     alignment = ResidualAlignment(model, cfg.objective.settings())
     alignment.targets = _meta_targets(alignment, batch)
     tally = Tally(model)
-    counter = FlopCounterMode(display=False)
-    # Two runs, because torch's counter holds tensors alive and would spoil the tally.
-    for observer in (tally, counter):
-        with _activation_checkpointing(model, shape.checkpointing), observer:
-            if shape.backward:
-                alignment(batch).total.backward()
-            else:
-                alignment.feature_sums(batch, sample_tokens=0)
+    with _activation_checkpointing(model, shape.checkpointing), tally:
+        if shape.backward:
+            alignment(batch).total.backward()
+        else:
+            alignment.feature_sums(batch, sample_tokens=0)
     alignment.hooks.close()
     model.zero_grad(set_to_none=True)
-    return Step(tally.peak, float(counter.get_total_flops()))
+    return Step(tally.peak, float(tally.operations))
 
 
 class Tally(TorchDispatchMode):
-    """Count the bytes of tensors created inside the context while they are alive.
+    """Count the bytes of tensors created inside the context while they are alive, and arithmetic.
 
-    `peak` is the maximum. The model's own parameters and its adapters' gradients do not count,
-    because a plan lists them separately.
+    `peak` is the maximum of the bytes. The model's own parameters and its adapters' gradients do
+    not count, because a plan lists them separately. `operations` are floating-point operations by
+    torch's formulas; torch's own counter would hold tensors alive.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.operations = 0
         self._seen: Any = weakref.WeakSet()
         for tensor in (*model.parameters(), *model.buffers()):
             self._seen.add(tensor.untyped_storage())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.operations += formula(*args, **kwargs, out_val=result)
         for tensor in tree_leaves(result):
             if not isinstance(tensor, Tensor):
                 continue
