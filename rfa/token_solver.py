@@ -4,8 +4,8 @@ A token that the original model finds more likely than its aim (`rfa.aims`) by a
 from its row: it is *pushed*. All others, words that any model would say there, are *held*. A round
 takes the gradient g of
 
-    mean over the pushed tokens still above their aim of the label's log-odds
-    + HELD_WEIGHT * mean over the held tokens of KL(original || current)
+    (sum over the pushed tokens still above their aim of the label's log-odds
+     + HELD_WEIGHT * sum over the held tokens of KL(original || current)) / pushed tokens above
 
 at the output of every adapted module. It asks each module for the shift T = -g at the forget rows'
 tokens, which is about 0 at held ones, at the least cost to the retained sets' second moments R:
@@ -14,9 +14,9 @@ tokens, which is about 0 at held ones, at the least cost to the retained sets' s
 
 That is `rfa.closed_form` with another shift. One factor for all modules makes the pushed tokens
 fall by about `FALL` nats on average. The retained sets are read once, before. A round costs a
-forward and a backward over the forget rows and a few forwards that find the factor. The sum of the rounds'
-updates stays within the adapter's rank. This combination is the project's own. Its parts are common
-property: the normal equations are those of MEMIT (arXiv 2210.07229).
+forward and a backward over the forget rows, and mostly one forward that tries the factor. The sum
+of the rounds' updates stays within the adapter's rank. This combination is the project's own. Its
+parts are common property: the normal equations are those of MEMIT (arXiv 2210.07229).
 
 Shapes: B rows, T tokens, N answer tokens, D input features, O outputs, K rank, V vocabulary.
 """
@@ -40,10 +40,11 @@ from rfa.moments import ForgetRows
 from rfa.solver import OnePassSolver
 
 ROUNDS = 12
-TRIES = 4  # forwards at most that look for a round's factor
+TRIES = 6  # forwards at most that look for a round's factor
 FALL = 0.85  # nats that pushed tokens fall in a round, on average
 SLACK = 1.5  # a round may exceed the fall by this factor
-HELD_WEIGHT = 3.0  # of the held tokens' divergence, beside the pushed tokens' log-odds
+MOST_GROWTH = 2.0  # a factor is at most this many times one that held
+HELD_WEIGHT = 3.0  # of a held token's divergence, beside a pushed token's log-odds
 MOST_HELD = 0.03  # nats that held tokens may diverge from the original, on average
 
 ProgressCallback = Callable[[int, int, str], None]  # done, of, what
@@ -64,7 +65,6 @@ class Standing(NamedTuple):
     above: int  # pushed tokens above their aim
     log_p: float  # of the pushed tokens, mean
     divergence: float  # KL(original || current) of the held tokens, mean
-    held: int  # held tokens
 
 
 class TokenSolver:
@@ -74,6 +74,7 @@ class TokenSolver:
         self.one_pass, self.on_progress = one_pass, on_progress
         self.alignment = one_pass.alignment
         self._updates: dict[str, LowRankUpdate] = {}  # of the modules that this worker owns
+        self._largest_factor = float("inf")  # half of the least that was refused, or less
 
     def solve(
         self, forget: Sequence[UnlearnBatch], unseen: Sequence[UnlearnBatch]
@@ -155,13 +156,13 @@ class TokenSolver:
             torch.stack(exchange.gather_all(sums)).sum(0).tolist()
         )
         mean_divergence = divergence / max(num_held, 1)
-        return Standing(int(above), log_p / max(pushed, 1), mean_divergence, int(num_held))
+        return Standing(int(above), log_p / max(pushed, 1), mean_divergence)
 
     def _shifts(self, answers: Sequence[Answers], now: Standing) -> dict[str, ForgetRows]:
         """Return this worker's inputs and wanted shifts at every module: the loss's gradient."""
         rows = self.one_pass.empty_rows(self.one_pass.layers)
-        # The means are over all workers' tokens.
-        num_above, num_held = max(now.above, 1), max(now.held, 1)
+        # The count is of all workers' tokens.
+        num_above = max(now.above, 1)
         for batch, aim_N, pushed_N, held in answers:
             with torch.enable_grad():
                 with self._recording() as seen:
@@ -169,8 +170,8 @@ class TokenSolver:
                 log_p_N = _of_labels(log_p_NV, batch)
                 above_N = pushed_N & (log_p_N.detach() > aim_N)
                 odds_N = log_p_N - _log_complement(log_p_NV, batch)
-                loss = odds_N[above_N].sum() / num_above
-                loss = loss + HELD_WEIGHT * held.divergence(log_p_NV[~pushed_N]).sum() / num_held
+                divergence = held.divergence(log_p_NV[~pushed_N]).sum()
+                loss = (odds_N[above_N].sum() + HELD_WEIGHT * divergence) / num_above
                 gradients = torch.autograd.grad(loss, [output for _, output in seen.values()])
             tokens_BT = batch.forget_tokens_BT("all")
             for name, gradient in zip(seen, gradients, strict=True):
@@ -204,33 +205,24 @@ class TokenSolver:
     ) -> tuple[float, Standing | None]:
         """Add the step, times the factor at which pushed tokens fall as far as they may.
 
-        The search starts from the last round's `factor`. Returns the factor and where the tokens
-        then stand; None where no factor that was tried fits.
+        The search starts from `factor`. Returns the factor that the next round should start from,
+        and where the tokens then stand; None where no factor that was tried fits.
         """
-        low, high = 0.0, float("inf")
-        best: tuple[float, Standing, dict[str, LowRankUpdate]] | None = None
         for _ in range(TRIES):
             totals = self._totals(rows, step, factor)
             self.one_pass.write(self.one_pass.layers, totals)
             standing = self._standing(answers)
             fall = before.log_p - standing.log_p
-            if fall <= SLACK * FALL and standing.divergence <= MOST_HELD:
-                low, best = factor, (factor, standing, totals)
-                if fall >= FALL / SLACK:
-                    break
-            else:
-                high = factor
             # Pushed tokens fall about in proportion to the factor.
-            guess = factor * min(max(FALL / max(fall, 1e-3), 0.1), 10.0)
-            if not low < guess < high:
-                guess = (low + high) / 2
-            factor = guess
-        if best is None:
-            self.one_pass.write(self.one_pass.layers, self._updates)
-            return factor, None
-        factor, standing, self._updates = best
+            growth = min(max(FALL / max(fall, 1e-3), 1 / 4), MOST_GROWTH)
+            if fall <= SLACK * FALL and standing.divergence <= MOST_HELD:
+                self._updates = totals
+                return min(factor * growth, self._largest_factor), standing
+            factor *= min(growth, 1 / 2)
+            # Later rounds fall less, for fewer tokens are above: no reason for longer steps.
+            self._largest_factor = factor
         self.one_pass.write(self.one_pass.layers, self._updates)
-        return factor, standing
+        return factor, None
 
     def _totals(
         self, rows: dict[str, ForgetRows], step: dict[str, LowRankUpdate], factor: float
