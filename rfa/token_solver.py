@@ -64,6 +64,7 @@ class Standing(NamedTuple):
 
     above: int  # pushed tokens above their aim
     log_p: float  # of the pushed tokens, mean
+    aim: float  # of the pushed tokens, mean
     divergence: float  # KL(original || current) of the held tokens, mean
 
 
@@ -87,7 +88,8 @@ class TokenSolver:
         standings = [self._standing(answers)]
         factor = 1.0
         for index in range(ROUNDS):
-            if not standings[-1].above:
+            # Also on the mean: single tokens that hardly move would drag all others down.
+            if not standings[-1].above or standings[-1].log_p <= standings[-1].aim:
                 break
             self.on_progress(index, ROUNDS, f"{standings[-1].above} tokens above their aim")
             rows = self.one_pass.gathered(self._shifts(answers, standings[-1]))
@@ -138,7 +140,7 @@ class TokenSolver:
 
     @torch.no_grad()
     def _standing(self, answers: Sequence[Answers]) -> Standing:
-        sums = torch.zeros(5, dtype=torch.float64)
+        sums = torch.zeros(6, dtype=torch.float64)
         for batch, aim_N, pushed_N, held in answers:
             log_p_NV = self._log_p(batch)
             log_p_N = _of_labels(log_p_NV, batch)
@@ -146,17 +148,20 @@ class TokenSolver:
                 [
                     float((log_p_N > aim_N)[pushed_N].sum()),
                     float(log_p_N[pushed_N].sum()),
+                    float(aim_N[pushed_N].sum()),
                     float(pushed_N.sum()),
                     float(held.divergence(log_p_NV[~pushed_N]).sum()),
                     float((~pushed_N).sum()),
                 ],
                 dtype=torch.float64,
             )
-        above, log_p, pushed, divergence, num_held = (
+        above, log_p, aim, pushed, divergence, num_held = (
             torch.stack(exchange.gather_all(sums)).sum(0).tolist()
         )
-        mean_divergence = divergence / max(num_held, 1)
-        return Standing(int(above), log_p / max(pushed, 1), mean_divergence)
+        num_pushed = max(pushed, 1)
+        return Standing(
+            int(above), log_p / num_pushed, aim / num_pushed, divergence / max(num_held, 1)
+        )
 
     def _shifts(self, answers: Sequence[Answers], now: Standing) -> dict[str, ForgetRows]:
         """Return this worker's inputs and wanted shifts at every module: the loss's gradient."""
