@@ -41,7 +41,7 @@ from rfa.solver import OnePassSolver
 
 ROUNDS = 12
 TRIES = 6  # forwards at most that look for a round's factor
-FALL = 0.85  # nats that pushed tokens fall in a round, on average
+FALL = 0.85  # nats that pushed tokens fall in a round at most, on average
 SLACK = 1.5  # a round may exceed the fall by this factor
 MOST_GROWTH = 2.0  # a factor is at most this many times one that held
 HELD_WEIGHT = 3.0  # of a held token's divergence, beside a pushed token's log-odds
@@ -213,14 +213,15 @@ class TokenSolver:
         The search starts from `factor`. Returns the factor that the next round should start from,
         and where the tokens then stand; None where no factor that was tried fits.
         """
+        wanted = min(FALL, before.log_p - before.aim)
         for _ in range(TRIES):
             totals = self._totals(rows, step, factor)
             self.one_pass.write(self.one_pass.layers, totals)
             standing = self._standing(answers)
             fall = before.log_p - standing.log_p
             # Pushed tokens fall about in proportion to the factor.
-            growth = min(max(FALL / max(fall, 1e-3), 1 / 4), MOST_GROWTH)
-            if fall <= SLACK * FALL and standing.divergence <= MOST_HELD:
+            growth = min(max(wanted / max(fall, 1e-3), 1 / 4), MOST_GROWTH)
+            if fall <= SLACK * wanted and standing.divergence <= MOST_HELD:
                 self._updates = totals
                 return min(factor * growth, self._largest_factor), standing
             factor *= min(growth, 1 / 2)
