@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
@@ -18,6 +19,7 @@ from pipelines.planning.check import plan_run
 from pipelines.planning.devices import planned_device
 from pipelines.planning.memory import Planner
 from pipelines.planning.plan import Layout, Parts
+from pipelines.planning.step import Tally
 from pipelines.planning.table import plan_rows
 
 
@@ -111,6 +113,16 @@ def test_the_plan_is_within_15_percent_of_what_a_step_takes(
     parts = Planner(cfg, blank(cfg, model), 1).parts(Layout.of(cfg, 0))
     measured = measured_bytes(cfg, model)
     assert abs(parts.total / measured - 1) < 0.15, (parts, measured)
+
+
+def test_a_multiplication_and_an_addition_count_for_each_weight_and_row() -> None:
+    with torch.device("meta"):
+        layer, rows = torch.nn.Linear(5, 7, bias=False), torch.empty(3, 5)
+    tally = Tally(layer)
+    with tally:
+        layer(rows).sum().backward()
+    # The rows need no gradient, so backward is the weights' alone.
+    assert tally.operations == 2 * (2 * 3 * 5 * 7)
 
 
 def test_rounds_of_the_token_solver_need_the_memory_of_a_backward_pass() -> None:
