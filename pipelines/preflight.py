@@ -13,8 +13,10 @@ from pipelines.cluster.tasks import on_this_node, result_of
 from pipelines.config.data import SetName
 from pipelines.config.schema import ConfigError, ModelConfig, UnlearnConfig
 from pipelines.data.sets import Sets, load_sets
+from pipelines.encoding.encoder import check_lengths
 from pipelines.encoding.labelled import check_labels, check_target
 from pipelines.encoding.text import load_tokenizer
+from pipelines.encoding.windows import Lengths, treatment
 from pipelines.evaluation.scored_model import oracle_names
 from pipelines.storage.output import refuse_store
 from pipelines.storage.run_folder import RunFolder
@@ -29,10 +31,11 @@ Purpose = Literal["run", "tune", "finetune", "evaluate"]
 
 
 class Checked(NamedTuple):
-    """The sets, and the model's numbers of parameters."""
+    """The sets, the model's numbers of parameters, and how long each set's rows are."""
 
     sets: Sets
     size: "ModelSize"
+    lengths: dict[str, Lengths]
 
 
 def check_settings(cfg: UnlearnConfig, purpose: Purpose) -> None:
@@ -85,7 +88,7 @@ def preflight(
     # loads no weights.
     task = on_this_node(check).remote()
     sets = load_sets(cfg.data, cfg.task)
-    checked = Checked(sets, result_of(task))
+    size = result_of(task)
     check_labels(cfg, sets)
     if purpose in ("run", "tune"):
         check_target(cfg, sets)
@@ -93,8 +96,15 @@ def preflight(
         check_answered(cfg, sets)
     if run is not None:
         run.check_inputs(sets.inputs())
+    lengths = check_lengths(cfg, sets)
     terminal.say("Data: " + ", ".join(f"{name} {sets.counts[name]} rows" for name in sets.names()))
-    return checked
+    for name, of_set in lengths.items():
+        if of_set.long_rows:
+            longer = (
+                f"{of_set.long_rows} rows are longer than data.max_tokens={cfg.data.max_tokens}"
+            )
+            terminal.say(f"Data: {name}: {longer}, {treatment(name, of_set)}")
+    return Checked(sets, size, lengths)
 
 
 def check_holdout(cfg: UnlearnConfig) -> None:

@@ -54,7 +54,7 @@ def unlearn(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
             send_records(run, terminal)
         return run
     with run.output.working_copy(), session(cfg.train, run.path / "run.log", terminal, preload):
-        sets, _ = preflight(cfg, "run", terminal, run=run)
+        sets = preflight(cfg, "run", terminal, run=run).sets
         # From here on the folder is bound to these inputs: a restart with others is refused.
         run.begin(sets.inputs())
         sets = with_own_answers(cfg, sets, run.path, terminal)
@@ -80,7 +80,7 @@ def finetune(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
     if run.is_complete:
         return run
     with run.output.working_copy(), session(cfg.train, run.path / "run.log", terminal, preload):
-        sets, _ = preflight(cfg, "finetune", terminal, run=run)
+        sets = preflight(cfg, "finetune", terminal, run=run).sets
         rows = sets.union(cfg.finetune.sets)
         run.begin(sets.inputs())
         streams = {"retain": (rows, cfg.finetune.batch_size)}
@@ -116,7 +116,7 @@ def evaluate_model(cfg: UnlearnConfig, model: ModelConfig, terminal: Terminal) -
         TemporaryDirectory() as folder,
         session(cfg.train, Path(folder) / "run.log", terminal, preload),
     ):
-        sets, _ = preflight(cfg, "evaluate", terminal, model=model)
+        sets = preflight(cfg, "evaluate", terminal, model=model).sets
         return score(cfg, models, answered_only(sets), terminal)[0]
 
 

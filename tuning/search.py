@@ -115,7 +115,7 @@ def search(cfg: UnlearnConfig, options: SearchOptions, terminal: Terminal) -> Se
         trials = options.trials
         if options.method == "grid":
             trials = min(trials, 1 + len(space.points()))
-        sets, _ = preflight(cfg, "tune", terminal, run=run)
+        sets = preflight(cfg, "tune", terminal, run=run).sets
         run.begin(sets.inputs())
         (run.path / SPACE_FILE).write_text(
             yaml.safe_dump(space.tree(), sort_keys=False), encoding="utf-8"

@@ -130,7 +130,13 @@ class DataConfig(Section):
     share_seed: int = Field(
         default=0, ge=0, lt=2**32, description="Seed of the places that `share` goes by."
     )
-    max_tokens: int = Field(default=512, ge=8, le=131072, description="Tokens a row is cut to.")
+    max_tokens: int = Field(
+        default=512,
+        ge=8,
+        le=131072,
+        description="Tokens that the model reads at once. Longer rows of forget and holdout are "
+        "read in windows, those of other sets are cut.",
+    )
     system_prompt: str | None = Field(
         default=None,
         description="System message for the chat template; null takes the template's own, '' an "

@@ -5,9 +5,19 @@ runs on the workers of the training and returns `rfa.batch.Row`s. `blank` is the
 whose share of a small set is empty.
 """
 
-from pipelines.config.schema import UnlearnConfig
-from pipelines.encoding.labelled import ClassEncoder
+from functools import reduce
+from operator import add
+from typing import Any
+
+import ray
+
+from pipelines.cluster.tasks import result_of
+from pipelines.config.schema import ConfigError, UnlearnConfig
+from pipelines.data.rows import quoted
+from pipelines.data.sets import Sets
+from pipelines.encoding.labelled import ClassEncoder, load_class_config
 from pipelines.encoding.text import TextEncoder
+from pipelines.encoding.windows import Lengths, lengths_of
 
 Encoder = TextEncoder | ClassEncoder
 
@@ -18,3 +28,45 @@ def build_encoder(cfg: UnlearnConfig) -> Encoder:
         return TextEncoder(cfg.model, cfg.data.system_prompt, cfg.data.max_tokens)
     reads_images = cfg.task == "image_classification"
     return ClassEncoder(cfg.model, cfg.data.max_tokens, reads_images=reads_images)
+
+
+def check_lengths(cfg: UnlearnConfig, sets: Sets) -> dict[str, Lengths]:
+    """Return how long the rows of each set are, in tokens; nothing of images.
+
+    Raises:
+        ConfigError: a classifier would read a part of a forget row only.
+    """
+    if cfg.task == "image_classification":
+        return {}
+    encoder = build_encoder(cfg)
+    # "DEFAULT" leaves these tasks out of a Tune trial's placement group, as in `load_sets`.
+    measure = ray.remote(scheduling_strategy="DEFAULT")(_measure)
+    waiting: dict[str, list[Any]] = {}
+    for name, rows in sets.items():
+        waiting[name] = [measure.remote(encoder, block) for block in rows.to_arrow_refs()]
+    lengths: dict[str, Lengths] = {}
+    for name, tasks in waiting.items():
+        lengths[name] = reduce(add, [result_of(task) for task in tasks])
+    if cfg.task == "sequence_classification" and lengths["forget"].long_rows:
+        result_of(ray.remote(_refuse_cut).remote(cfg, lengths["forget"]))
+    return lengths
+
+
+def _measure(encoder: Encoder, block: Any) -> Lengths:
+    rows = block.select(["set", "id", "prompt", "answer"]).to_pylist()
+    lengths = [encoder.length(row) for row in rows]
+    return lengths_of([row["id"] for row in rows], lengths, encoder.max_tokens)
+
+
+def _refuse_cut(cfg: UnlearnConfig, forget: Lengths) -> None:
+    """Refuse forget rows that are cut though the classifier could read more of them.
+
+    What lies behind the last of the model's positions has never reached it.
+    """
+    positions = getattr(load_class_config(cfg.model), "max_position_embeddings", None)
+    if positions is None or cfg.data.max_tokens < positions:
+        raise ConfigError(
+            f"data.max_tokens: found {cfg.data.max_tokens}, which cuts {forget.long_rows} rows of "
+            f"forget ({quoted(forget.long_ids)}); allowed: as many tokens as the longest has, "
+            f"{positions or 'any number'} at most"
+        )

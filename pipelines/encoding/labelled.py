@@ -16,6 +16,7 @@ from pipelines.cluster.tasks import result_of
 from pipelines.config.schema import ConfigError, ModelConfig, UnlearnConfig
 from pipelines.data.sets import Sets
 from pipelines.encoding.text import load_tokenizer, loaded_once
+from pipelines.encoding.windows import RowLength
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +59,11 @@ class ClassEncoder:
         if self.reads_images:
             columns["image"] = batch["image"]
         return columns
+
+    def length(self, row: Mapping[str, Any]) -> RowLength:
+        """Return the tokens of a row's text, which a classifier reads at once or not at all."""
+        tokenizer = load_tokenizer(self.model, ends=False)
+        return RowLength(len(tokenizer(row["answer"])["input_ids"]), 1)
 
     def _tokens(self, text: str) -> list[int]:
         tokenizer = load_tokenizer(self.model, ends=False)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.config.schema import ConfigError, ModelConfig
+from pipelines.encoding.windows import COVERED_SETS, RowLength, Window, windows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+# The columns of numbers that training reads of a window.
+NUMBERS = {
+    "row": np.int64,
+    "label": np.int64,
+    "answer_start": np.int32,
+    "fact_start": np.int32,
+    "fact_end": np.int32,
+    "length": np.int32,
+}
 
 
 class TextEncoder:
@@ -35,7 +46,7 @@ class TextEncoder:
         return load_tokenizer(self.model)
 
     def pair(self, prompt: str, answer: str) -> tuple[list[int], int]:
-        """Return token ids and the index of the answer's first token.
+        """Return a row's token ids, however many, and the index of its answer's first token.
 
         The answer ends with the end token, which is all of the answer ''. A row without a prompt is
         plain text.
@@ -46,9 +57,21 @@ class TextEncoder:
         answer_ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
         if not answer_ids or answer_ids[-1] != tokenizer.eos_token_id:
             answer_ids.append(int(tokenizer.eos_token_id))  # pyright: ignore[reportArgumentType]
-        ids = (prompt_ids + answer_ids)[: self.max_tokens]
-        # Nothing predicts the first token, and a row that was cut has one token of the answer.
+        # Nothing predicts the first token, and a text of one token has an answer all the same.
+        ids = prompt_ids + answer_ids
         return ids, min(max(len(prompt_ids), 1), len(ids) - 1)
+
+    def windows(self, prompt: str, answer: str) -> list[Window]:
+        """Return the windows that cover the answer of a row."""
+        return windows_of(*self.pair(prompt, answer), self.max_tokens)
+
+    def length(self, row: Mapping[str, Any]) -> RowLength:
+        """Return how long a row is, and in how many windows the model reads it."""
+        ids, answer_start = self.pair(row["prompt"], row["answer"])
+        windows = 1
+        if row["set"] in COVERED_SETS:
+            windows = len(windows_of(ids, answer_start, self.max_tokens))
+        return RowLength(len(ids), windows)
 
     def prompt(self, prompt: str) -> list[int]:
         """Return the token ids up to where the model's answer begins."""
@@ -57,8 +80,8 @@ class TextEncoder:
     def fact_tokens(self, prompt: str, answer: str, fact: str) -> NDArray[np.bool_]:
         """Return which of the T answer tokens of `pair` carry the fact where it first stands.
 
-        None does where the fact is '', is cut off by `max_tokens`, or begins in a row's first
-        token, which nothing predicts: a part of a fact is not measured.
+        None does where the fact is '' or begins in a row's first token, which nothing predicts: a
+        part of a fact is not measured.
         """
         ids, answer_start = self.pair(prompt, answer)
         is_fact_T = np.zeros(len(ids) - answer_start, dtype=np.bool_)
@@ -67,7 +90,7 @@ class TextEncoder:
         before, after = self._parts(prompt, answer)
         carriers = np.asarray(self._carriers(after, answer, fact), dtype=np.int64)
         carriers += len(self._prompt_ids(before)) - answer_start
-        if len(carriers) and carriers[0] >= 0 and carriers[-1] < len(is_fact_T):
+        if len(carriers) and carriers[0] >= 0:
             is_fact_T[carriers] = True
         return is_fact_T
 
@@ -154,32 +177,45 @@ class TextEncoder:
         return None
 
     def encode_batch(self, batch: Any) -> dict[str, Any]:
-        """Return the columns that training needs of a batch of Ray Data."""
-        size = len(batch["row"])
-        ids = np.empty(size, dtype=object)
-        label = np.full(size, -1, dtype=np.int64)
-        answer_start, fact_start, fact_end, length = np.zeros((4, size), dtype=np.int32)
-        for index in range(size):
-            prompt, answer = str(batch["prompt"][index]), str(batch["answer"][index])
-            tokens, answer_start[index] = self.pair(prompt, answer)
-            ids[index] = np.asarray(tokens, dtype=np.int32)
-            length[index] = len(tokens)
-            # `hash` of a text differs between processes, and a CRC does not.
-            if batch["label"][index]:
-                label[index] = zlib.crc32(batch["label"][index].encode())
-            fact = batch["fact"][index]
-            if fact and batch["set"][index] == "forget":
-                fact_start[index], fact_end[index] = self.fact_span(prompt, answer, str(fact))
-        return {
-            "set": batch["set"],
-            "row": batch["row"],
-            "label": label,
-            "input_ids": ids,
-            "answer_start": answer_start,
-            "fact_start": fact_start,
-            "fact_end": fact_end,
-            "length": length,
-        }
+        """Return the columns that training needs of a batch of Ray Data, a record a window."""
+        records: list[dict[str, Any]] = []
+        for index in range(len(batch["row"])):
+            row = {name: values[index] for name, values in batch.items()}
+            records += self._records(row)
+        columns: dict[str, Any] = {"set": np.asarray([record["set"] for record in records])}
+        ids = np.empty(len(records), dtype=object)
+        ids[:] = [np.asarray(record["input_ids"], dtype=np.int32) for record in records]
+        columns["input_ids"] = ids
+        for name, kind in NUMBERS.items():
+            columns[name] = np.asarray([record[name] for record in records], dtype=kind)
+        return columns
+
+    def _records(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the windows of a row; where it is learned or kept, the first alone."""
+        prompt, answer, fact = str(row["prompt"]), str(row["answer"]), str(row["fact"] or "")
+        windows = self.windows(prompt, answer)
+        if row["set"] not in COVERED_SETS:
+            del windows[1:]
+        # `hash` of a text differs between processes, and a CRC does not.
+        label = zlib.crc32(row["label"].encode()) if row["label"] else -1
+        span = (0, 0)
+        if fact and row["set"] == "forget":
+            span = self.fact_span(prompt, answer, fact)
+        records: list[dict[str, Any]] = []
+        for window in windows:
+            fact_start, fact_end = window.part_of(*span)
+            record = {
+                "set": row["set"],
+                "row": row["row"],
+                "label": label,
+                "input_ids": window.input_ids,
+                "answer_start": window.answer_start,
+                "fact_start": fact_start,
+                "fact_end": fact_end,
+                "length": len(window.input_ids),
+            }
+            records.append(record)
+        return records
 
 
 def loaded_once(load: Callable[P, T]) -> Callable[P, T]:

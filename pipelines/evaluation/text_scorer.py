@@ -3,8 +3,8 @@
 Shapes: B rows, T tokens (of a batch, or of an answer with EOS), N answer tokens, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +38,7 @@ GENERATED = ("forget", "retain", "general")
 WITH_GRADIENTS = ("forget", "holdout")
 # The number that a text's fact gives, by the kind of text.
 FACT_RECALL = {"answer": "fact_recall", "loss_paraphrased": "fact_recall_paraphrased"}
+Tokens = TypeVar("Tokens", TokenStatistics, TokenDistances)
 VERBATIM_TOKENS = 128  # tokens generated for plain text (open-unlearning, commit d3d7cf9)
 
 
@@ -82,7 +83,9 @@ class TextScorer(Scorer):
         if not held_out:
             return {}
         self.load(ScoredModel(name, Relearned(0)))
-        encoded = [Row(*self._encoder.pair(row["prompt"], row["answer"])) for row in learned]
+        encoded: list[Row] = []
+        for row in learned:
+            encoded += self._windows(row["prompt"], row["answer"])
         texts = [_answer(index, row) for index, row in enumerate(held_out)]
         samples: dict[ScoredModel, Samples] = {}
         pad_token_id = self._encoder.pad_token_id
@@ -142,15 +145,22 @@ class TextScorer(Scorer):
         return samples_of(records, numbers)
 
     def _gradient_norm(self, row: Mapping[str, Any]) -> float:
-        """Return the norm of the gradient of a row's loss."""
+        """Return the norm of the gradient of a row's loss, mean over its windows."""
+        norms: list[float] = []
         # Tensors made in inference mode cannot be kept for a backward pass.
         with torch.inference_mode(False), torch.enable_grad():
-            encoded = Row(*self._encoder.pair(row["prompt"], row["answer"]))
-            batch = collate([encoded], [], self._encoder.pad_token_id).to(self.device)
-            logits_NV = _answer_logits(self.runner, batch)
-            labels_N = batch.expected(batch.answer_BT)
-            loss = torch.nn.functional.cross_entropy(logits_NV.float(), labels_N)
-            return gradient_norm(self.runner.model, loss)
+            for window in self._windows(row["prompt"], row["answer"]):
+                batch = collate([window], [], self._encoder.pad_token_id).to(self.device)
+                logits_NV = _answer_logits(self.runner, batch)
+                labels_N = batch.expected(batch.answer_BT)
+                loss = torch.nn.functional.cross_entropy(logits_NV.float(), labels_N)
+                norms.append(gradient_norm(self.runner.model, loss))
+        return float(np.mean(norms))
+
+    def _windows(self, prompt: str, answer: str) -> list[Row]:
+        """Return the windows that cover a row, as the model reads them."""
+        windows = self._encoder.windows(prompt, answer)
+        return [Row(window.input_ids, window.answer_start) for window in windows]
 
     def _likelihoods(self, num_rows: int, texts: list[Text]) -> list[dict[str, Any]]:
         """Return the teacher-forced numbers of each row, from its texts."""
@@ -171,37 +181,49 @@ class TextScorer(Scorer):
 
     def _statistics(self, texts: list[Text]) -> list[TokenStatistics]:
         """Return the token statistics of each text's answer."""
-        statistics: dict[int, TokenStatistics] = {}
-        for indices, batch in self._batches(texts):
+
+        def measure(batch: UnlearnBatch) -> TokenStatistics:
             logits_NV = _answer_logits(self.runner, batch)
-            of_batch = token_statistics(logits_NV, batch.expected(batch.answer_BT))
-            of_rows = of_batch.split(batch.answer_BT.sum(1).tolist())
-            statistics.update(zip(indices, of_rows, strict=True))
-        return [statistics[index] for index in range(len(texts))]
+            return token_statistics(logits_NV, batch.expected(batch.answer_BT))
+
+        return self._by_text(texts, measure)
 
     def _distances(self, texts: list[Text]) -> list[TokenDistances]:
         """Return the distances of each text's answer, token by token, to the reference model."""
-        distances: dict[int, TokenDistances] = {}
-        for indices, batch in self._batches(texts):
+
+        def measure(batch: UnlearnBatch) -> TokenDistances:
             reference_NV = _answer_logits(self.reference, batch)
             logits_NV = _answer_logits(self.runner, batch)
-            of_batch = token_distances(reference_NV, logits_NV, batch.expected(batch.answer_BT))
-            of_rows = of_batch.split(batch.answer_BT.sum(1).tolist())
-            distances.update(zip(indices, of_rows, strict=True))
-        return [distances[index] for index in range(len(texts))]
+            return token_distances(reference_NV, logits_NV, batch.expected(batch.answer_BT))
 
-    def _batches(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], UnlearnBatch]]:
-        """Yield the texts' indices in batches of similar length, with each batch's tokens."""
-        rows = [Row(*self._encoder.pair(text.prompt, text.answer)) for text in texts]
-        for indices in self._by_length(rows):
-            batch = collate([rows[index] for index in indices], [], self._encoder.pad_token_id)
-            yield indices, batch.to(self.device)
+        return self._by_text(texts, measure)
+
+    def _by_text(
+        self, texts: Sequence[Text], measure: Callable[[UnlearnBatch], Tokens]
+    ) -> list[Tokens]:
+        """Return what is measured of the answer tokens of each text, over all of its windows."""
+        windows: list[Row] = []
+        text_of: list[int] = []
+        for index, text in enumerate(texts):
+            rows = self._windows(text.prompt, text.answer)
+            windows += rows
+            text_of += [index] * len(rows)
+        measured: dict[int, Tokens] = {}
+        for indices in self._by_length(windows):
+            rows = [windows[index] for index in indices]
+            batch = collate(rows, [], self._encoder.pad_token_id).to(self.device)
+            parts: list[Any] = measure(batch).split(batch.answer_BT.sum(1).tolist())
+            measured.update(zip(indices, parts, strict=True))
+        parts_of: list[list[Tokens]] = [[] for _ in texts]
+        for index, text in enumerate(text_of):
+            parts_of[text].append(measured[index])
+        return [_joined(parts) for parts in parts_of]
 
     def _question(self, row: Mapping[str, Any], column: str) -> Question:
         """Return what the model is asked; of plain text, to continue its first half."""
         if row["prompt"]:
             return Question(self._encoder.prompt(row[column]), row["answer"])
-        ids, _ = self._encoder.pair("", row["answer"])
+        ids = self._encoder.windows("", row["answer"])[0].input_ids
         half = max(1, len(ids) // 2)
         return Question(ids[:half], self._decode(ids[half:]), is_text=True)
 
@@ -254,6 +276,15 @@ class TextScorer(Scorer):
         size = self.cfg.evaluation.batch_size
         for start in range(0, len(order), size):
             yield order[start : start + size]
+
+
+def _joined(parts: Sequence[Tokens]) -> Tokens:
+    """Return what was measured in the windows of a row as one."""
+    first, *others = parts
+    if not others:
+        return first
+    columns = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+    return type(first)(*columns)
 
 
 def _answer_logits(runner: BlockRunner, batch: UnlearnBatch) -> Tensor:

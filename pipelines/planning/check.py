@@ -45,12 +45,13 @@ def check(
         return plan_rows(plan_configured(cfg, device, limits, price))
     run = RunFolder(cfg, "run")
     with TemporaryDirectory() as folder, session(cfg.train, Path(folder) / "run.log", terminal):
-        sets, size = preflight(cfg, "run", terminal, run=run)
+        sets, size, lengths = preflight(cfg, "run", terminal, run=run)
         rows: RowCounts = {name: sets.counts[name] for name in sets.names()}
+        rows |= {name: of_set.windows for name, of_set in lengths.items()}
         device = present_device(cfg.train)
         # A task, because the plan needs transformers, which the driver does not import.
         plan = result_of(on_this_node(plan_configured).remote(cfg, device, rows, price))
-        return run_rows(run, sets, size, ray.cluster_resources()) + plan_rows(plan)
+        return run_rows(run, sets, size, lengths, ray.cluster_resources()) + plan_rows(plan)
 
 
 def plan_configured(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pipelines.data.sets import Sets
+from pipelines.encoding.windows import Lengths, treatment
 from pipelines.planning.devices import GIB
 from pipelines.planning.plan import ASSUMED_ROWS, ASSUMED_UTILISATION, Parts, Plan
 from pipelines.storage.run_folder import RunFolder, weight_bytes
@@ -14,7 +15,13 @@ if TYPE_CHECKING:
 Rows = list[tuple[str, str]]
 
 
-def run_rows(run: RunFolder, sets: Sets, size: "ModelSize", cluster: Mapping[str, float]) -> Rows:
+def run_rows(
+    run: RunFolder,
+    sets: Sets,
+    size: "ModelSize",
+    lengths: Mapping[str, Lengths],
+    cluster: Mapping[str, float],
+) -> Rows:
     """Describe the run: its folder, model, data, settings and the resources of its cluster."""
     cfg = run.cfg
     train = cfg.train
@@ -31,7 +38,12 @@ def run_rows(run: RunFolder, sets: Sets, size: "ModelSize", cluster: Mapping[str
         ("adapter", f"{size.adapter / 1e6:,.2f} M parameters"),
     ]
     for name in sets.names():
-        rows.append((f"data.{name}", f"{sets.counts[name]} rows"))
+        found = f"{sets.counts[name]} rows"
+        if name in lengths:
+            found += f", {lengths[name].tokens:,} tokens"
+        if name in lengths and lengths[name].long_rows:
+            found += f", {treatment(name, lengths[name])}"
+        rows.append((f"data.{name}", found))
     prune = cfg.prune.method
     if prune != "none":
         prune += f", {cfg.prune.sparsity:.0%}"

@@ -90,7 +90,7 @@ def make(cfg: UnlearnConfig, command: str) -> dict[str, Any]:
         return finetune(cfg, terminal).manifest()["cost"]
     if "cost" not in run.manifest():
         with session(cfg.train, run.path / "run.log", terminal):
-            sets, _ = preflight(cfg, "run", terminal, run=run)
+            sets = preflight(cfg, "run", terminal, run=run).sets
             run.begin(sets.inputs())
             train(run, sets, None, terminal)
     return run.manifest()["cost"]
@@ -119,7 +119,7 @@ def cell(key: str, seed: int, asked: list[str]) -> dict[str, dict[str, Any]]:
             TemporaryDirectory() as scratch,
             session(cfg.train, Path(scratch) / "run.log", terminal),
         ):
-            sets, _ = preflight(cfg, "evaluate", terminal)
+            sets = preflight(cfg, "evaluate", terminal).sets
             scores = score(cfg, settled, sets, terminal)[0].models
         scores["retrain"] = scores.pop("oracle")
         record.write_text(json.dumps(scores, indent=1))

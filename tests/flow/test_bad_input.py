@@ -229,6 +229,21 @@ CASES = [
         ALL,
     ),
     Case(
+        "a text that a classifier would not read whole",
+        [
+            "task=sequence_classification",
+            "data.forget.path={folder}/long.jsonl",
+            "data.retain.path={folder}/short.jsonl",
+            "data.columns.label=label",
+            "data.max_tokens=64",
+            *(f"data.{name}=null" for name in ("utility", "holdout", "general")),
+            "solve.strength=1",
+        ],
+        "data.max_tokens: found 64, which cuts 1 rows of forget ('long'); allowed: as many tokens",
+        "check_lengths",
+        (*BOTH, "finetune", "evaluate"),
+    ),
+    Case(
         "target without labels",
         ["objective.target=class_mean", "data.columns.label=none"],
         "objective.target: found class_mean, and 0 labels in the column 'none' of retain (data.columns.label)",
@@ -280,6 +295,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     )
     (tmp_path / "request.jsonl").write_text('"author-9999-birthplace"\n')
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Why?"}\n{"prompt": "How?"}\n')
+    (tmp_path / "long.jsonl").write_text(
+        json.dumps({"id": "long", "label": 0, "text": "word " * 99}) + "\n"
+        '{"id": "short", "label": 1, "text": "word"}\n'
+    )
+    (tmp_path / "short.jsonl").write_text('{"label": 1, "text": "another word"}\n')
     (tmp_path / "dumb").mkdir()
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "dumb" / name).symlink_to(problem / "model" / name)

@@ -240,10 +240,34 @@ def test_plain_text_is_all_answer_but_its_first_token(cfg: UnlearnConfig) -> Non
     assert encoder.tokenizer.decode(ids) == "Just text.<|end|>"
 
 
-def test_long_rows_are_cut_and_keep_an_answer(cfg: UnlearnConfig) -> None:
-    ids, start = TextEncoder(cfg.model, None, 16).pair("word " * 100, "answer")
-    assert len(ids) == 16
-    assert start == 15
+def test_a_long_prompt_is_cut_at_its_left_and_the_answer_stays_whole(cfg: UnlearnConfig) -> None:
+    encoder = TextEncoder(cfg.model, None, 16)
+    (window,) = encoder.windows("word " * 100, "What author")
+    assert len(window.input_ids) == 16
+    answer = encoder.tokenizer.decode(window.input_ids[window.answer_start :])
+    assert answer == "What author<|end|>"
+
+
+def test_scores_of_a_long_row_are_those_of_all_its_tokens(cfg: UnlearnConfig) -> None:
+    scorer = TextScorer(cfg, {"model": cfg.model})
+    scorer.load(ScoredModel("model"))
+    text = Text(0, "answer", "", "What author wrote this and that " * 9)
+    ids, start = TextEncoder(cfg.model, None, 16).pair("", text.answer)
+    short = cfg.model_copy(update={"data": cfg.data.model_copy(update={"max_tokens": 16})})
+    in_windows = TextScorer(short, {"model": cfg.model})
+    in_windows.load(ScoredModel("model"))
+    others = [Text(0, "answer", "", "This"), text, Text(0, "answer", "Who?", "Nobody")]
+    found = in_windows._statistics(others)[1]
+    assert len(found.log_probability) == len(ids) - start > 3 * 16
+    # Each token's number is that of the model behind the context of its window, run alone.
+    for window in in_windows._encoder.windows("", text.answer):
+        part = torch.tensor([window.input_ids])
+        with torch.no_grad():
+            log_p_TV = scorer.runner.model(part).logits[0].log_softmax(-1)
+        for position in range(window.answer_start, len(window.input_ids)):
+            expected = float(log_p_TV[position - 1, window.input_ids[position]])
+            index = window.first + position - start
+            assert found.log_probability[index] == pytest.approx(expected, abs=1e-4)
 
 
 def fact_text(encoder: TextEncoder, prompt: str, answer: str, fact: str) -> tuple[str, int]:
@@ -314,15 +338,10 @@ def test_a_fact_counts_where_it_first_stands(cfg: UnlearnConfig) -> None:
     ]
 
 
-def test_a_fact_that_is_cut_off_or_not_there_has_no_tokens(cfg: UnlearnConfig) -> None:
-    whole = TextEncoder(cfg.model, None, 128)
-    length = len(whole.pair("Who?", "What author")[0])
-    assert whole.fact_tokens("Who?", "What author", "What author").tolist() == [True, True, False]
-    without_end, in_half = (TextEncoder(cfg.model, None, length - cut) for cut in (1, 2))
-    assert without_end.fact_tokens("Who?", "What author", "What author").tolist() == [True, True]
-    assert in_half.fact_tokens("Who?", "What author", "What author").tolist() == [False]
-    assert in_half.fact_tokens("Who?", "What author", "What").tolist() == [True]
-    assert whole.fact_tokens("Who?", "What author", "").tolist() == [False, False, False]
+def test_a_fact_that_is_not_there_has_no_tokens(cfg: UnlearnConfig) -> None:
+    encoder = TextEncoder(cfg.model, None, 128)
+    assert encoder.fact_tokens("Who?", "What author", "Nobody").tolist() == [False, False, False]
+    assert encoder.fact_tokens("Who?", "What author", "").tolist() == [False, False, False]
 
 
 def test_a_fact_begun_by_the_first_token_of_a_text_cannot_be_measured(cfg: UnlearnConfig) -> None:
