@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.evaluation.metrics import Sample, relearn_scores, summarise
+from pipelines.evaluation.metrics.formulas import probability_of
 from pipelines.evaluation.metrics.keys import Rounding, versions
 from pipelines.evaluation.metrics.relearning import STEPS
 from pipelines.evaluation.metrics.summary import Scores, mean_scores, spread
@@ -86,22 +87,39 @@ def evaluation_of(samples: "SamplesByModel", attacks: Mapping[str, Sequence[Chan
 def _compared_scores(name: str, oracles: Sequence[str], samples: "SamplesByModel") -> Scores:
     """Return a model's scores, in comparison with these oracles where there are any."""
     if not oracles:
-        return summarise(_rows_beside(name, ["before"], samples))
+        rows = _rows_beside(name, ["before"], samples)
+        return summarise(_with_targets(rows, samples, None))
     compared: list[Scores] = []
     for oracle in oracles:
-        rows = _rows_beside(name, ["before", oracle], samples)
+        rows = _with_targets(_rows_beside(name, ["before", oracle], samples), samples, oracle)
         compared.append(summarise(rows, _in_order(samples[ScoredModel(oracle)])))
     return mean_scores(compared)
 
 
-def _rows_beside(name: str, references: Sequence[str], samples: "SamplesByModel") -> list[Sample]:
+def _with_targets(rows: "Samples", samples: "SamplesByModel", oracle: str | None) -> list[Sample]:
+    """Return the samples with what the forget rows are compared with, one by one.
+
+    Where a model has nothing to be compared with, they are as they were.
+    """
+    before = samples.get(ScoredModel("before"), {})
+    of_oracle = samples[ScoredModel(oracle)] if oracle else {}
+    unseen = [row for row in before.values() if row["set_name"] == "holdout"]
+    stand_in = probability_of("loss")(unseen)
+    for key, row in rows.items():
+        target = probability_of("loss")([of_oracle[key]]) if key in of_oracle else stand_in
+        if row["set_name"] == "forget" and target is not None and "loss" in before.get(key, {}):
+            row |= {"before_loss": before[key]["loss"], "target_probability": target}
+    return _in_order(rows)
+
+
+def _rows_beside(name: str, references: Sequence[str], samples: "SamplesByModel") -> "Samples":
     """Return a model's samples with its distances to the references that it was compared with."""
     rows: Samples = {}
     for key, sample in samples[ScoredModel(name)].items():
         rows[key] = Sample(**sample)
         for reference in references:
             rows[key] |= samples.get(ScoredModel(name, Beside(reference)), {}).get(key, {})
-    return _in_order(rows)
+    return rows
 
 
 def _scores_of_change(model: ScoredModel, samples: "SamplesByModel") -> Scores:

@@ -3,6 +3,7 @@
 Rows come in, numbers go out: a `Sample` holds no text.
 """
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -104,4 +105,11 @@ def samples_of(
     for record, fields in zip(records, numbers, strict=True):
         key = str(record["set"]), int(record["row"])
         samples[key] = Sample(set_name=key[0], **fields)
+        if record.get("label", "") != "":
+            samples[key]["group"] = group_of(record["label"])
     return samples
+
+
+def group_of(label: str | int) -> int:
+    """Return a number for a label: its checksum, so that no text leaves a worker, or its class."""
+    return zlib.crc32(label.encode()) if isinstance(label, str) else int(label)

@@ -44,6 +44,10 @@ class Rule(NamedTuple):
     floor: float = 1.1
     # An attack's AUC that lies further from the target than this is a leak by itself.
     attack_gap: float = 0.2
+    # Row by row: at most this share may be nearer to the original than to the target, of all rows
+    # and of any group of rows.
+    remembered_rows: float = 1 / 3
+    remembered_in_group: float = 2 / 3
     # Relearned sooner than the oracle by so many of the numbers of steps that are tried.
     sooner: int = 2
     # Without a target: scores above this share of the original's mean that nothing happened.
@@ -99,6 +103,9 @@ def verdict(scores: Mapping[str, Any]) -> Verdict:
     kept = _kept_shares(before, after)
     level, head, evidence = _judge(before, after, oracle)
     lost = [share.words for share in kept if share.value < RULE.kept]
+    if level == "forgotten" and (remembered := _remembered(after)):
+        level, head = "partly", "Partly forgotten"
+        evidence += f", but not row by row: {remembered}"
     brought_back = _brought_back(before, after, oracle)
     if level == "forgotten" and brought_back:
         level, head = "partly", "Partly forgotten"
@@ -222,6 +229,17 @@ def _judge_by_tokens(
     if level == "forgotten" and after - least > RULE.token_distance * (before - least):
         return "partly", "Partly forgotten", evidence
     return level, head, evidence
+
+
+def _remembered(after: Entry) -> str:
+    """Say which share of rows is nearer to the original, '' where it is small everywhere."""
+    share = after.get(BY_NAME["remembered_rows"].key("forget")) or 0.0
+    if share > RULE.remembered_rows:
+        return f"{_percent(share)} of the rows are nearer to the original"
+    share = after.get(BY_NAME["remembered_rows_worst_group"].key("forget")) or 0.0
+    if share > RULE.remembered_in_group:
+        return f"of one group {_percent(share)} of the rows are nearer to the original"
+    return ""
 
 
 def _brought_back(before: Entry, after: Entry, oracle: Entry | None) -> list[str]:

@@ -18,46 +18,40 @@ NEEDS_HOLDOUT = "needs a holdout set"
 
 # Every attack is an AUC, and the verdict counts it.
 attack = partial(Metric, unit="AUC", absent=NEEDS_HOLDOUT, judged=True)
+between_classifiers = partial(
+    Metric, unit="distance", remembered="neither", applies=formulas.has_classifier_oracle
+)
+distance = partial(Metric, unit="nats", absent=NEEDS_ORACLE, remembered="neither")
 
 # Hardest to fool first; tables and plots keep this order.
 METRICS = (
-    Metric(
+    distance(
         name="token_distance",
         label="token distance",
         help="KL divergence of the model's next-token distribution from the oracle's at each token "
         "of an answer, mean over tokens; aim 0, or the distance between two oracles",
-        remembered="neither",
-        unit="nats",
-        absent=NEEDS_ORACLE,
         of_set=token_mean_of("token_distance"),
         terminal=("forget",),
     ),
-    Metric(
+    distance(
         name="token_distance_above",
         label="token distance, too little forgotten",
         help="the part of it from tokens that are likelier than to the oracle by more than "
         "0.7 nats",
-        unit="nats",
-        absent=NEEDS_ORACLE,
+        remembered="higher",
         of_set=token_mean_of("token_distance_above"),
     ),
-    Metric(
+    distance(
         name="token_distance_below",
         label="token distance, too much forgotten",
         help="the part of it from tokens that are less likely than to the oracle by more than "
         "0.7 nats",
-        remembered="neither",
-        unit="nats",
-        absent=NEEDS_ORACLE,
         of_set=token_mean_of("token_distance_below"),
     ),
-    Metric(
+    distance(
         name="token_distance_paraphrased",
         label="token distance, paraphrased",
         help="token distance when the question is put in other words",
-        remembered="neither",
-        unit="nats",
-        absent=NEEDS_ORACLE,
         of_set=token_mean_of("token_distance_paraphrased"),
         terminal=("forget",),
     ),
@@ -180,6 +174,21 @@ METRICS = (
         search="classes",
     ),
     Metric(
+        name="remembered_rows",
+        label="remembered rows",
+        help="share of rows whose answer's probability is nearer to the original model's than to "
+        "the oracle's (without one: to that of holdout rows)",
+        of_set=formulas.remembered_rows,
+        terminal=("forget",),
+    ),
+    Metric(
+        name="remembered_rows_worst_group",
+        label="remembered rows, worst group",
+        help="the largest share of remembered rows of any group (`data.columns.label`)",
+        of_set=formulas.remembered_in_worst_group,
+        terminal=("forget",),
+    ),
+    Metric(
         name="loss",
         label="loss",
         help="mean negative log-likelihood of an answer's tokens, in nats",
@@ -294,24 +303,18 @@ METRICS = (
         judged=True,
         search="classes",
     ),
-    Metric(
+    between_classifiers(
         name="activation_distance",
         label="activation distance",
         help="between this model's and the oracle's class probabilities on the forget set; aim 0",
-        remembered="neither",
-        unit="distance",
         of_model=formulas.activation_distance,
-        applies=formulas.has_classifier_oracle,
     ),
-    Metric(
+    between_classifiers(
         name="feature_distance",
         label="feature distance",
         help="between the last block's features and the oracle's on the forget set, relative; "
         "aim 0, weak evidence",
-        remembered="neither",
-        unit="distance",
         of_model=formulas.feature_distance,
-        applies=formulas.has_classifier_oracle,
     ),
     Metric(
         name="model_utility",

@@ -169,3 +169,48 @@ def test_attacks_are_averaged_over_the_oracles_and_one_that_never_relearns_leave
         row = Sample(set_name="forget", loss=3.0)
         samples[ScoredModel("oracle 2", Relearned(step))] = {("forget", 1): row}
     assert evaluation_of(samples, attacks).models["oracle"]["relearn.steps"] is None
+
+
+def row(loss: float, group: int | None = None, name: str = "forget") -> Sample:
+    return Sample(set_name=name, loss=loss, group=group)
+
+
+def of_rows(losses: dict[str, list[float]], groups: list[int | None]) -> Samples:
+    """Forget rows with these losses, by model, and one holdout row as likely as exp(-2)."""
+    samples: Samples = {}
+    for name, values in losses.items():
+        own = {("holdout", 0): row(2.0, name="holdout")}
+        for index, (loss, group) in enumerate(zip(values, groups, strict=True)):
+            own["forget", index] = row(loss, group)
+        samples[ScoredModel(name)] = own
+    return samples
+
+
+@pytest.mark.parametrize("target", ["oracle", "holdout rows"])
+def test_rows_nearer_to_the_original_are_counted_one_by_one_and_by_group(target: str) -> None:
+    # Four rows were learned and the fifth never was. Of the learned, two of group 2 were left alone.
+    losses = {"before": [0.1, 0.1, 0.1, 0.1, 2.0], "after": [2.0, 2.0, 0.2, 0.1, 2.0]}
+    if target == "oracle":
+        losses["oracle"] = [2.0] * 5
+    samples = of_rows(losses, [1, 1, 2, 2, 3])
+    models = evaluation_of(samples, {name: [] for name in losses}).models
+    assert models["before"]["forget.remembered_rows"] == pytest.approx(4 / 5)
+    assert models["after"]["forget.remembered_rows"] == pytest.approx(2 / 5)
+    assert models["after"]["forget.remembered_rows_worst_group"] == 1
+    assert "holdout.remembered_rows" not in models["after"]
+
+
+def test_a_row_as_likely_as_halfway_back_is_remembered_no_more() -> None:
+    # Probabilities .9 before and .5 of the oracle: .7 lies in the middle.
+    for after, expected in ((0.71, 1.0), (0.69, 0.0)):
+        losses = {"before": [0.9], "after": [after], "oracle": [0.5]}
+        samples = of_rows({name: [-np.log(p[0])] for name, p in losses.items()}, [None])
+        entry = evaluation_of(samples, {name: [] for name in losses}).models["after"]
+        assert entry["forget.remembered_rows"] == expected
+        assert "forget.remembered_rows_worst_group" not in entry
+
+
+def test_without_anything_to_compare_with_no_row_is_called_remembered() -> None:
+    samples = of_rows({"model": [0.1, 0.2]}, [1, 2])
+    entry = evaluation_of(samples, {"model": []}).models["model"]
+    assert not [key for key in entry if "remembered_rows" in key]

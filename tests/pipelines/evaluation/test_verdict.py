@@ -345,3 +345,17 @@ def test_without_a_decisive_score_the_verdict_is_open() -> None:
     level, sentence = verdict(scores_of(**models))
     assert level == "undecided"
     assert "none of the decisive ones was measured" in sentence
+
+
+@pytest.mark.parametrize(
+    "rows, in_group, level",
+    [(0.3, 0.6, "forgotten"), (0.4, 0.4, "partly"), (0.1, 0.7, "partly"), (0.1, None, "forgotten")],
+)
+def test_rows_left_alone_are_not_hidden_by_a_mean(
+    rows: float, in_group: float | None, level: str
+) -> None:
+    scores = {"forget__remembered_rows": rows, "forget__remembered_rows_worst_group": in_group}
+    after = forget_entry(0.5, **scores)
+    found = verdict(scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5)))
+    assert found.level == level
+    assert ("row by row" in found.sentence) == (level == "partly")
