@@ -15,12 +15,9 @@ NEEDS_ORACLE = "compares with the retrained oracle"
 NEEDS_FACTS = "the data does not say which words are the facts"
 NEEDS_PARAPHRASES = "the data has no paraphrases"
 NEEDS_HOLDOUT = "needs a holdout set"
-
 # Every attack is an AUC, and the verdict counts it.
 attack = partial(Metric, unit="AUC", absent=NEEDS_HOLDOUT, judged=True)
-between_classifiers = partial(
-    Metric, unit="distance", remembered="neither", applies=formulas.has_classifier_oracle
-)
+between_classifiers = partial(Metric, unit="distance", applies=formulas.has_classifier_oracle)
 distance = partial(Metric, unit="nats", absent=NEEDS_ORACLE, remembered="neither")
 
 # Hardest to fool first; tables and plots keep this order.
@@ -305,12 +302,14 @@ METRICS = (
     ),
     between_classifiers(
         name="activation_distance",
+        remembered="neither",
         label="activation distance",
         help="between this model's and the oracle's class probabilities on the forget set; aim 0",
         of_model=formulas.activation_distance,
     ),
     between_classifiers(
         name="feature_distance",
+        remembered="neither",
         label="feature distance",
         help="between the last block's features and the oracle's on the forget set, relative; "
         "aim 0, weak evidence",
