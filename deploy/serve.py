@@ -119,7 +119,8 @@ class Generator:
 
     def __init__(self, settings: Settings) -> None:
         from pipelines.encoding.text import load_tokenizer
-        from pipelines.model.load import load_base, load_model_config
+        from pipelines.model.folder import load_model_config
+        from pipelines.model.load import load_base
 
         self.context = getattr(
             load_model_config(settings.model, "RUN_DIR"), "max_position_embeddings", None

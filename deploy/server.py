@@ -62,6 +62,6 @@ def serve_run(settings: Settings, host: str, port: int, terminal: Terminal) -> N
 def _check_model(model: ModelConfig) -> None:
     """Raise ConfigError unless the model can be loaded. It runs in a task, off the driver."""
     # It imports transformers, which the driver must not.
-    from pipelines.model.load import load_model_config
+    from pipelines.model.folder import load_model_config
 
     load_model_config(model, "RUN_DIR")

@@ -79,7 +79,8 @@ def preflight(
     def check() -> "ModelSize":
         from pipelines.model.load import check_models
 
-        size = check_models(cfg, others)
+        new_head = purpose == "finetune" and cfg.task != "causal_lm"
+        size = check_models(cfg, others, new_head=new_head)
         if cfg.task != "image_classification":
             load_tokenizer(cfg.model, ends=cfg.task == "causal_lm")
         return size

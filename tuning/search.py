@@ -147,7 +147,7 @@ def _space(cfg: UnlearnConfig, options: SearchOptions, run: RunFolder) -> Space:
     """Return the space of the user's file, of the resumed search, or the default one."""
 
     def count_blocks(model: Any) -> int:
-        from pipelines.model.load import load_model_config
+        from pipelines.model.folder import load_model_config
 
         return int(load_model_config(model).get_text_config().num_hidden_layers)
 

@@ -1,110 +1,44 @@
 """Models: checked on the meta device without their weights, and loaded on workers."""
 
-import json
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from peft import PeftModel
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pipelines.config.schema import ConfigError, ModelConfig, UnlearnConfig
 from pipelines.model.engine import whole
+from pipelines.model.folder import AUTO_CLASSES, check_weights, load_model_config
 from pipelines.model.pruning import Masks
 from rfa.adapters import attach, check_gradients
 from rfa.objective import ResidualAlignment
 from rfa.pruning import hold_rows_, prune_targets
 
-AUTO_CLASSES = {
-    "causal_lm": AutoModelForCausalLM,
-    "sequence_classification": AutoModelForSequenceClassification,
-    "image_classification": AutoModelForImageClassification,
-}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load_model_config(
-    model: ModelConfig, key: str = "model.path", *, wants_weights: bool = True
-) -> PretrainedConfig:
-    """Load a model's config.json, and check a local folder for its weights if `wants_weights`.
-
-    Raises:
-        ConfigError: a local folder is no model, or a hub name cannot be reached.
-    """
-    folder = Path(model.path)
-    if folder.exists() or folder.is_absolute() or model.path.startswith((".", "~")):
-        if not folder.exists():
-            raise ConfigError(
-                f"{key}: found no folder {model.path}, allowed: a model folder or a hub name"
-            )
-        if not (folder / "config.json").is_file():
-            raise ConfigError(
-                f"{key}: {model.path} is not a model folder: found no config.json in it"
-            )
-        if wants_weights and not list(folder.glob("*.safetensors")):
-            raise ConfigError(
-                f"{key}: {model.path} holds no .safetensors weights; pickled weights are refused"
-            )
-        check_weight_index(folder, key)
-    try:
-        return AutoConfig.from_pretrained(
-            model.path,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            local_files_only=folder.exists(),  # else a folder's path is looked up on the hub
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"{key}: {model.path} cannot be loaded ({reason}); "
-            "allowed: a model folder or a hub name"
-        ) from None
-
-
-def check_weight_index(folder: Path, key: str) -> None:
-    """Require that an index of weights in several files names .safetensors files in its folder.
-
-    Otherwise an index could name pickled weights, which run code when they are loaded.
-
-    Raises:
-        ConfigError: the index cannot be read, or names another file.
-    """
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise ConfigError(
-            f"{key}: {index} is no index of weights, allowed: what save_pretrained writes"
-        ) from None
-    for name in sorted(map(str, names)):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ConfigError(
-                f"{key}: {index} names '{name}', allowed: .safetensors files of that folder"
-            )
-
-
-def check_models(cfg: UnlearnConfig, others: Iterable[tuple[str, ModelConfig]] = ()) -> "ModelSize":
+def check_models(
+    cfg: UnlearnConfig,
+    others: Iterable[tuple[str, ModelConfig]] = (),
+    *,
+    new_head: bool = False,
+) -> "ModelSize":
     """Check the model to train, and that the others can be loaded.
 
-    Each of `others` comes with the configuration key that names it.
+    Each of `others` comes with the configuration key that names it. With `new_head` the model to
+    train may lack a classifier's head.
 
     Raises:
-        ConfigError: as `load_model_config` and `check_model`.
+        ConfigError: as `load_model_config`, `check_model` and `check_weights`.
     """
     for key, model in others:
         load_model_config(model, key)
-    return check_model(cfg)
+        check_weights(model, cfg.task, key)
+    size = check_model(cfg)
+    check_weights(cfg.model, cfg.task, "model.path", new_head=new_head)
+    return size
 
 
 class ModelSize(NamedTuple):

@@ -62,7 +62,8 @@ def plan_configured(
     Raises:
         ConfigError: the model or its adapter cannot be built.
     """
-    from pipelines.model.load import blank_model, load_model_config
+    from pipelines.model.folder import load_model_config
+    from pipelines.model.load import blank_model
 
     model_config = load_model_config(cfg.model, wants_weights=False)
     return plan_run(cfg, blank_model(cfg, model_config), device, rows, price)

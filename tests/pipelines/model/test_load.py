@@ -2,17 +2,23 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import BertConfig, PretrainedConfig, ResNetConfig, ViTConfig, dynamic_module_utils
 
 from pipelines.config.load import load_config
 from pipelines.config.schema import ConfigError, ModelConfig
 from pipelines.encoding.text import load_tokenizer
-from pipelines.model.load import blank_model, load_base, load_model_config
+from pipelines.model.folder import check_weights, load_model_config
+from pipelines.model.load import blank_model, load_base
 from rfa.adapters import lora_layers
+from tests.tiny_classifiers import write_text_model
 
 
 @pytest.fixture
@@ -69,6 +75,94 @@ def test_a_broken_index_is_one_line(folder: Path) -> None:
     with pytest.raises(
         ConfigError, match="is no index of weights, allowed: what save_pretrained writes"
     ):
+        load_model_config(ModelConfig(path=str(folder)))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> ModelConfig:
+    """The model of the folder with other weights."""
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+    return ModelConfig(path=str(folder))
+
+
+def without(part: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda weights: {name: w for name, w in weights.items() if part not in name}
+
+
+def test_weights_that_are_those_of_the_model_pass(folder: Path) -> None:
+    check_weights(ModelConfig(path=str(folder)), "causal_lm", "model.path")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (without("lm_head"), "lack 1 of the tensors of its config.json (lm_head.weight)"),
+        (without(".layers.2."), "lack 9 of the tensors of its config.json (model.layers.2.input_"),
+        (
+            lambda weights: {f"base_model.model.{name}": w for name, w in weights.items()},
+            "and hold 39 that it does not have (base_model.model.lm_head.weight, ",
+        ),
+        (
+            lambda weights: weights | {"model.layers.9.extra": torch.ones(1)},
+            "hold 1 that it does not have (model.layers.9.extra)",
+        ),
+        (
+            lambda weights: weights | {"lm_head.weight": weights["lm_head.weight"][1:]},
+            "do not load (",
+        ),
+    ],
+    ids=["no head", "no block", "a wrapper's prefix", "one too many", "another shape"],
+)
+def test_weights_of_another_model_are_refused_by_name(
+    folder: Path, change: Callable[..., dict[str, Tensor]], message: str
+) -> None:
+    model = rewrite(folder, change)
+    with pytest.raises(ConfigError) as caught:
+        check_weights(model, "causal_lm", "evaluation.oracle")
+    assert str(caught.value).startswith(f"evaluation.oracle: the weights of {folder} ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", b""]
+)
+def test_a_file_that_holds_no_weights_is_refused(folder: Path, content: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"model\.path: the weights of .* do not load \("):
+        check_weights(ModelConfig(path=str(folder)), "causal_lm", "model.path")
+
+
+def test_an_index_of_a_file_that_is_not_there_is_refused(folder: Path) -> None:
+    index = {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=r"names model-00002-of-00002\.safetensors, which is"):
+        load_model_config(ModelConfig(path=str(folder)))
+
+
+def test_only_fine_tuning_takes_a_classifier_without_its_head(
+    problem: Path, tmp_path: Path
+) -> None:
+    write_text_model(tmp_path / "text", problem / "model")
+    model = rewrite(tmp_path / "text", without("classifier."))
+    check_weights(model, "sequence_classification", "model.path", new_head=True)
+    with pytest.raises(ConfigError, match=r"lack 2 .*\(classifier\.bias, classifier\.weight\)"):
+        check_weights(model, "sequence_classification", "model.path")
+    model = rewrite(tmp_path / "text", without("embeddings"))
+    with pytest.raises(ConfigError, match="lack 5 "):
+        check_weights(model, "sequence_classification", "model.path", new_head=True)
+
+
+def test_an_adapter_beside_the_weights_is_refused(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"holds an adapter \(adapter_config\.json\)"):
+        load_model_config(ModelConfig(path=str(folder)))
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "bitsandbytes"])
+def test_quantised_weights_are_refused_with_what_to_give_instead(folder: Path, method: str) -> None:
+    change(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
+    with pytest.raises(ConfigError, match=rf"are quantised \({method}\).* in 16 or 32 bits"):
         load_model_config(ModelConfig(path=str(folder)))
 
 

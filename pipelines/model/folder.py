@@ -1,0 +1,175 @@
+"""What a model folder must be, before anything is loaded from it: readable, whole and unquantised."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+)
+from transformers.utils import logging as transformers_logging
+
+from pipelines.config.schema import ConfigError, ModelConfig
+
+AUTO_CLASSES: dict[str, Any] = {
+    "causal_lm": AutoModelForCausalLM,
+    "sequence_classification": AutoModelForSequenceClassification,
+    "image_classification": AutoModelForImageClassification,
+}
+NAMES_IN_A_MESSAGE = 3
+
+
+def load_model_config(
+    model: ModelConfig, key: str = "model.path", *, wants_weights: bool = True
+) -> PretrainedConfig:
+    """Load a model's config.json, and check a local folder for its weights if `wants_weights`.
+
+    Raises:
+        ConfigError: a local folder is no model, its weights are quantised, or a hub name cannot be
+            reached.
+    """
+    folder = Path(model.path)
+    if is_local(model):
+        check_folder(folder, key, wants_weights=wants_weights)
+    try:
+        config = AutoConfig.from_pretrained(
+            model.path,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            local_files_only=folder.exists(),  # else a folder's path is looked up on the hub
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{key}: {model.path} cannot be loaded ({reason}); "
+            "allowed: a model folder or a hub name"
+        ) from None
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        method = dict(quantised).get("quant_method", "an unnamed method")
+        raise ConfigError(
+            f"{key}: the weights of {model.path} are quantised ({method}), and an adapter could "
+            "not be merged into them; give the model in 16 or 32 bits, dequantised if need be"
+        )
+    return config
+
+
+def is_local(model: ModelConfig) -> bool:
+    """Return whether a model is a folder, or was meant to be one, and not a hub name."""
+    folder = Path(model.path)
+    return folder.exists() or folder.is_absolute() or model.path.startswith((".", "~"))
+
+
+def check_folder(folder: Path, key: str, *, wants_weights: bool) -> None:
+    """Require a folder with a configuration, with safetensors weights, and without an adapter.
+
+    Raises:
+        ConfigError: one line that names what is missing or in the way.
+    """
+    if not folder.exists():
+        raise ConfigError(f"{key}: found no folder {folder}, allowed: a model folder or a hub name")
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{key}: {folder} holds an adapter (adapter_config.json), which would be loaded into "
+            "the model unsaid; merge it and give the merged model, or take its files out"
+        )
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{key}: {folder} is not a model folder: found no config.json in it")
+    if wants_weights and not list(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"{key}: {folder} holds no .safetensors weights; pickled weights are refused"
+        )
+    check_weight_index(folder, key)
+
+
+def check_weight_index(folder: Path, key: str) -> None:
+    """Require that an index of weights in several files names .safetensors files in its folder.
+
+    Otherwise an index could name pickled weights, which run code when they are loaded.
+
+    Raises:
+        ConfigError: the index cannot be read, or names another file or one that is not there.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ConfigError(
+            f"{key}: {index} is no index of weights, allowed: what save_pretrained writes"
+        ) from None
+    for name in sorted(map(str, names)):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ConfigError(
+                f"{key}: {index} names '{name}', allowed: .safetensors files of that folder"
+            )
+        if not (folder / name).is_file():
+            raise ConfigError(f"{key}: {index} names {name}, which is not in {folder}")
+
+
+def check_weights(model: ModelConfig, task: str, key: str, *, new_head: bool = False) -> None:
+    """Require that a folder's weights are those of its architecture, each of them and no others.
+
+    What is missing would be drawn at random, anew at every load. Names and shapes are read, and no
+    values. A hub name is passed: its weights are not here yet. With `new_head` what a classifier
+    has beside its body may be missing, because it is yet to be learned.
+
+    Raises:
+        ConfigError: one line with the first names of what is missing or too much.
+    """
+    if not is_local(model):
+        return
+    try:
+        with _without_load_report():
+            network, found = AUTO_CLASSES[task].from_pretrained(
+                model.path,
+                trust_remote_code=model.trust_remote_code,
+                use_safetensors=True,
+                device_map="meta",
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"{key}: the weights of {model.path} do not load ({reason}); "
+            "allowed: what save_pretrained writes for the model of its config.json"
+        ) from None
+    missing, surplus = set(found["missing_keys"]), set(found["unexpected_keys"])
+    if new_head:
+        body = f"{network.base_model_prefix}."
+        missing = {name for name in missing if name.startswith(body)}
+    faults: list[str] = []
+    if missing:
+        faults.append(f"lack {len(missing)} of the tensors of its config.json{_named(missing)}")
+    if surplus:
+        faults.append(f"hold {len(surplus)} that it does not have{_named(surplus)}")
+    if faults:
+        raise ConfigError(
+            f"{key}: the weights of {model.path} {' and '.join(faults)}; "
+            "allowed: what save_pretrained writes for that model, without a wrapper's prefix"
+        )
+
+
+def _named(names: set[str]) -> str:
+    shown = ", ".join(sorted(names)[:NAMES_IN_A_MESSAGE])
+    return f" ({shown}, ...)" if len(names) > NAMES_IN_A_MESSAGE else f" ({shown})"
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Keep transformers from printing a table of the keys that do not match."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
