@@ -120,7 +120,7 @@ class Generator:
     def __init__(self, settings: Settings) -> None:
         from pipelines.encoding.text import load_tokenizer
         from pipelines.model.folder import load_model_config
-        from pipelines.model.load import load_base
+        from pipelines.model.load import load_base, stop_tokens
 
         self.context = getattr(
             load_model_config(settings.model, "RUN_DIR"), "max_position_embeddings", None
@@ -129,6 +129,8 @@ class Generator:
         self.device = "cuda" if settings.gpus else "cpu"
         base: Any = load_base(settings.model, "bf16" if settings.gpus else "fp32")
         self.model = base.to(self.device).eval()
+        end: Any = self.tokenizer.eos_token_id
+        self.ends = stop_tokens(self.model, [end])
 
     def complete(self, request: Completion) -> dict[str, Any]:
         """Return the text, why it ended and token counts, or only `refused` with the reason."""
@@ -144,14 +146,14 @@ class Generator:
             sampling |= {"temperature": request.temperature, "top_p": request.top_p, "top_k": 0}
         if request.seed is not None:
             torch.manual_seed(request.seed)
-        end = self.tokenizer.eos_token_id
+        end: Any = self.tokenizer.eos_token_id
         with torch.inference_mode():
             output = self.model.generate(
                 input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"],
-                max_new_tokens=request.max_tokens, eos_token_id=end, pad_token_id=end, **sampling,
+                max_new_tokens=request.max_tokens, eos_token_id=self.ends, pad_token_id=end, **sampling,
             )  # fmt: skip
         answer = output[0, prompt_tokens:].tolist()
-        ended = bool(answer) and answer[-1] == end
+        ended = bool(answer) and answer[-1] in self.ends
         return {
             "text": self.tokenizer.decode(answer, skip_special_tokens=True),
             "finish_reason": "stop" if ended else "length",

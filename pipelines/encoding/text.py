@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -55,11 +55,26 @@ class TextEncoder:
         before, after = self._parts(prompt, answer)
         prompt_ids = self._prompt_ids(before)
         answer_ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
-        if not answer_ids or answer_ids[-1] != tokenizer.eos_token_id:
-            answer_ids.append(int(tokenizer.eos_token_id))  # pyright: ignore[reportArgumentType]
+        if not answer_ids or answer_ids[-1] not in self.end_ids:
+            answer_ids.append(self.end_ids[0])
         # Nothing predicts the first token, and a text of one token has an answer all the same.
         ids = prompt_ids + answer_ids
         return ids, min(max(len(prompt_ids), 1), len(ids) - 1)
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """Return the tokens that end an answer: the tokenizer's, and the template's end of a turn.
+
+        Some models end their turns with another token than the tokenizer's (Gemma, Phi-3).
+        """
+        tokenizer = self.tokenizer
+        ends = [int(tokenizer.eos_token_id)]  # pyright: ignore[reportArgumentType]
+        _, turn = self._parts("a", "b")
+        last = tokenizer(turn, add_special_tokens=False)["input_ids"][-1]
+        added = tokenizer.added_tokens_decoder
+        if last in added and added[last].special and last not in ends:
+            ends.append(last)
+        return ends
 
     def windows(self, prompt: str, answer: str) -> list[Window]:
         """Return the windows that cover the answer of a row."""

@@ -25,6 +25,7 @@ from pipelines.evaluation.metrics.memorization import fact_recall
 from pipelines.evaluation.metrics.text import rouge_f1, rouge_recall
 from pipelines.evaluation.scored_model import Relearned, ScoredModel
 from pipelines.evaluation.scorer import Samples, Scorer, samples_of
+from pipelines.model.load import stop_tokens
 from rfa.batch import Row, UnlearnBatch, collate
 from rfa.blocks import BlockRunner
 
@@ -262,7 +263,7 @@ class TextScorer(Scorer):
             attention_mask=attention_BT.to(self.device),
             max_new_tokens=longest,
             do_sample=False,
-            eos_token_id=self._encoder.tokenizer.eos_token_id,
+            eos_token_id=stop_tokens(network, self._encoder.end_ids),
             pad_token_id=pad_token_id,
         )
         return [self._decode(ids) for ids in out_BT[:, width:].tolist()]

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -123,6 +123,17 @@ def load_base(
         use_safetensors=True,  # pickled weights can run code
         device_map="auto" if spread else None,
     )
+
+
+def stop_tokens(network: PreTrainedModel, ends: Iterable[int]) -> list[int]:
+    """Return the tokens that generation stops at: these, and those that the model itself names."""
+    own: Any = network.generation_config
+    named = own.eos_token_id
+    if named is None:
+        named = []
+    elif isinstance(named, int):
+        named = [named]
+    return sorted({*ends, *named})
 
 
 def attach_adapter(base: PreTrainedModel, cfg: UnlearnConfig) -> PeftModel:

@@ -1,6 +1,7 @@
 """A worker's measurements against plain transformers."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,36 @@ def test_an_answer_ends_with_the_end_token_and_the_prompt_does_not_count(
     assert tokenizer.decode(ids[:start]) == "<|user|>Who?<|end|><|assistant|>"
     assert tokenizer.decode(ids[start:]) == "Nobody.<|end|>"
     assert ids[:start] == encoder.prompt("Who?")
+
+
+def test_a_turn_that_the_template_ends_gets_no_second_end(
+    cfg: UnlearnConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As Gemma and Phi-3: turns end with <|end|>, texts with another token.
+    shutil.copytree(cfg.model.path, tmp_path / "model")
+    settings = tmp_path / "model" / "tokenizer_config.json"
+    changed = {**json.loads(settings.read_text()), "eos_token": "<|system|>"}
+    settings.write_text(json.dumps(changed))
+    model = ModelConfig(path=str(tmp_path / "model"))
+    encoder = TextEncoder(model, None, 128)
+    ids, start = encoder.pair("Who?", "Nobody.")
+    assert encoder.tokenizer.decode(ids[start:]) == "Nobody.<|end|>"
+    ids, start = encoder.pair("", "Just text.")
+    assert encoder.tokenizer.decode(ids) == "Just text.<|system|>"
+    stops: list[list[int]] = []
+
+    def generate(input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        stops.append(options["eos_token_id"])
+        return input_ids
+
+    scorer = TextScorer(cfg.model_copy(update={"model": model}), {"m": model})
+    scorer.load(ScoredModel("m"))
+    network: Any = scorer.runner.model
+    network.generation_config.eos_token_id = [7, 9]
+    monkeypatch.setattr(network, "generate", generate)
+    assert scorer.answers("m", ["Who?"]) == [""]
+    names = encoder.tokenizer.convert_tokens_to_ids(["<|system|>", "<|end|>"])
+    assert stops == [sorted({*names, 7, 9})]
 
 
 @pytest.mark.parametrize("template", [True, False])
