@@ -159,6 +159,20 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer.scaling[ADAPTER] = scale
 
 
+@contextmanager
+def dropout_off(model: nn.Module) -> Iterator[None]:
+    """Switch the adapters' dropout off within the scope: a solver sees what the model computes."""
+    dropouts = [module.lora_dropout for _, module in lora_layers(model)]
+    modes = [dropout.training for dropout in dropouts]
+    for dropout in dropouts:
+        dropout.eval()
+    try:
+        yield
+    finally:
+        for dropout, mode in zip(dropouts, modes, strict=True):
+            dropout.train(mode)
+
+
 def input_width(layer: Any) -> int:
     """Return D of an adapted layer."""
     return math.prod(full_shape(layer.lora_A[ADAPTER].weight)[1:])

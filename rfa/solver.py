@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from rfa import exchange
-from rfa.adapters import ADAPTER, full_shape, input_width, lora_layers, output_width
+from rfa.adapters import ADAPTER, dropout_off, full_shape, input_width, lora_layers, output_width
 from rfa.batch import UnlearnBatch
 from rfa.blocks import block_range, hook_scope
 from rfa.closed_form import InverseMoments, LowRankUpdate, solve
@@ -178,7 +178,8 @@ class OnePassSolver:
         return stages
 
     def _run(self, batch: UnlearnBatch, hidden_BTD: Tensor | None, start: int, stop: int) -> Tensor:
-        return self.alignment.run(batch, hidden_BTD, start, stop).hidden_BTD
+        with dropout_off(self.alignment.model):
+            return self.alignment.run(batch, hidden_BTD, start, stop).hidden_BTD
 
     def _advance(
         self, batches: Sequence[UnlearnBatch], hidden: list[Tensor | None], start: int, stop: int
@@ -302,6 +303,7 @@ class OnePassSolver:
             observe(name, input_positions(module, inputs[0]), as_positions(output))
 
         with ExitStack() as stack:
+            stack.enter_context(dropout_off(self.alignment.model))
             for name in names:
                 hook = self.layers[name].base_layer.register_forward_hook(partial(call, name))
                 stack.enter_context(hook_scope(hook))

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from rfa import exchange
-from rfa.adapters import ADAPTER, adapters_off
+from rfa.adapters import ADAPTER, adapters_off, dropout_off
 from rfa.aims import MARGIN, Prediction, neighbour_aims
 from rfa.batch import UnlearnBatch
 from rfa.blocks import hook_scope
@@ -84,7 +84,10 @@ class TokenSolver:
 
         Returns where the tokens stood before and after each round.
         """
-        answers = self.aims(forget, unseen)
+        with dropout_off(self.alignment.model):
+            return self._solve(self.aims(forget, unseen))
+
+    def _solve(self, answers: list[Answers]) -> list[Standing]:
         standings = [self._standing(answers)]
         factor = 1.0
         for index in range(ROUNDS):

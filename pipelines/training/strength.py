@@ -26,6 +26,7 @@ from pipelines.evaluation.metrics.forward import token_statistics
 from pipelines.evaluation.metrics.likelihood import loss
 from pipelines.evaluation.metrics.membership import chance_gap, min_k
 from rfa import exchange
+from rfa.adapters import dropout_off
 from rfa.batch import UnlearnBatch
 from rfa.objective import ResidualAlignment
 from rfa.solver import OnePassSolver
@@ -209,7 +210,8 @@ class WorkerSolver:
             if known:
                 logits_NV: Tensor | None = known[index]
             else:
-                logits_NV = self.alignment.runner(batch, logits_at_BT=batch.answer_BT).logits_NV
+                with dropout_off(self.alignment.model):
+                    logits_NV = self.alignment.runner(batch, logits_at_BT=batch.answer_BT).logits_NV
             assert logits_NV is not None
             label_N = batch.expected(batch.answer_BT)
             lengths = [length for length in batch.answer_BT.sum(1).tolist() if length]

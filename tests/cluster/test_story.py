@@ -86,6 +86,7 @@ def job_options(head: Head, keys: Path, tracking: str, overrides: list[str]) -> 
         f"tracking.uri={tracking}",
         "train.wait_s=60",
         "train.num_workers=[1,2]",
+        "evaluation.quick=true",
         "train.cpus_per_worker=1.5",
     ]
     submit = ["submit", "--address", head.address, "--no-install", "--env-file", str(keys)]

@@ -85,12 +85,14 @@ def build() -> Callable[..., ResidualAlignment]:
         layers: tuple[int, int] | None = (1, 2),
         targets: tuple[str, ...] | None = None,
         warm: bool = False,
+        dropout: float = 0.0,
     ) -> ResidualAlignment:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = attach(
-                tiny_model(kind), rank=2, alpha=4, targets=targets or FAMILIES[kind], layers=layers
-            )
+                tiny_model(kind), rank=2, alpha=4, targets=targets or FAMILIES[kind], layers=layers,
+                dropout=dropout,
+            )  # fmt: skip
         alignment = ResidualAlignment(model, objective or Objective(clusters=3))
         alignment.fit(alignment.feature_sums(collate(tiny_rows(4, seed=1), [], 0)))
         if warm:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rfa.adapters import ADAPTER
+from rfa.adapters import ADAPTER, lora_layers
 from rfa.batch import UnlearnBatch, collate
 from rfa.closed_form import InverseMoments, solve
 from rfa.moments import ForgetRows, InputMoments
@@ -135,6 +135,18 @@ def test_solving_again_begins_from_the_base_model(build: Build, mode: str) -> No
     for name, again in maps(one_pass).items():
         torch.testing.assert_close(again, first[name])
         assert not torch.allclose(stronger[name], first[name], rtol=1e-2)
+
+
+@pytest.mark.parametrize("rows_a_batch", [50, 3])
+@pytest.mark.parametrize("mode", ["one_pass", "blockwise"])
+def test_dropout_is_for_gradient_steps_alone(build: Build, mode: str, rows_a_batch: int) -> None:
+    expected = maps(solved(build(), mode=mode, rows_a_batch=rows_a_batch))
+    alignment = build(dropout=0.5)
+    found = maps(solved(alignment, mode=mode, rows_a_batch=rows_a_batch))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+    dropouts = [layer.lora_dropout for _, layer in lora_layers(alignment.model)]
+    assert all(dropout.training for dropout in dropouts), "steps after it have theirs"
 
 
 def test_a_solve_in_passing_tells_what_the_solved_model_predicts(build: Build) -> None:

@@ -1,6 +1,7 @@
 """The token solver on a tiny model that has learned its rows: aims met, all else held."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
+from rfa import token_solver
 from rfa.adapters import attach
 from rfa.aims import MARGIN
 from rfa.batch import Row, UnlearnBatch, collate
@@ -47,11 +49,14 @@ def learned() -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def build_solver(weights: dict[str, Tensor], retain: list[Row] = RETAIN) -> TokenSolver:
+def build_solver(
+    weights: dict[str, Tensor], retain: list[Row] = RETAIN, dropout: float = 0.0
+) -> TokenSolver:
     """Return a solver of the model with these weights that has collected the retained rows."""
     model = tiny_model()
     model.load_state_dict(weights)
-    adapted = attach(model, rank=8, alpha=8, targets=("o_proj", "down_proj"), layers=None)
+    targets = ("o_proj", "down_proj")
+    adapted = attach(model, rank=8, alpha=8, targets=targets, layers=None, dropout=dropout)
     one_pass = OnePassSolver(
         ResidualAlignment(adapted, Objective()), SolveSettings(mode="per_token")
     )
@@ -104,6 +109,42 @@ def test_the_split_into_batches_changes_nothing(learned: dict[str, Tensor]) -> N
     assert len(runs[0]) == len(runs[1])
     for one, other in zip(*runs, strict=True):
         assert one.log_p == pytest.approx(other.log_p, abs=1e-2)
+
+
+def test_a_factor_that_was_refused_is_never_tried_again(
+    learned: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = build_solver(learned)
+    rounds: list[list[float]] = []
+    take_step, totals = tokens._take_step, tokens._totals
+
+    def new_round(*arguments: Any) -> Any:
+        rounds.append([])
+        return take_step(*arguments)
+
+    def new_try(rows: Any, step: Any, factor: float) -> Any:
+        rounds[-1].append(factor)
+        return totals(rows, step, factor)
+
+    monkeypatch.setattr(tokens, "_take_step", new_round)
+    monkeypatch.setattr(tokens, "_totals", new_try)
+    monkeypatch.setattr(token_solver, "MOST_HELD", 0.0005)  # so little that factors are refused
+    tokens.solve(*batches(50))
+    refused = float("inf")
+    for tried in rounds:
+        for factor in tried:
+            assert factor < refused
+            if factor != tried[-1]:
+                refused = factor
+    assert refused < float("inf") and len(rounds) > 1
+
+
+def test_dropout_is_for_gradient_steps_alone(learned: dict[str, Tensor]) -> None:
+    expected, found = build_solver(learned), build_solver(learned, dropout=0.5)
+    assert found.solve(*batches(50)) == expected.solve(*batches(50))
+    of_found = products(found)
+    for name, product_OD in products(expected).items():
+        torch.testing.assert_close(of_found[name], product_OD)
 
 
 def solve_part(rank: int, weights: dict[str, Tensor], folder: str) -> None:
