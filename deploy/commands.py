@@ -43,18 +43,20 @@ def gate(
 ) -> None:
     """Refuse a run whose verdict or scores miss what is required: exit code 3, one reason a line.
 
-    Without options only the verdict counts: it must be the page's "forgotten". Digests are the
-    command verify's.
+    Without options only the verdict counts: it must be the page's "forgotten". What `verify`
+    refuses, or finds changed, does not pass.
     """
     with reporting(debug) as terminal:
         from deploy.gate import parse_requirement, reasons_to_refuse
         from pipelines.report.page import RUN_FILES
         from pipelines.storage.output import open_output
+        from pipelines.storage.verify import differences
 
-        # Digests are compared by `verify` alone, so only the files that are read are fetched.
         requirements = [parse_requirement(text) for text in require or ()]
-        with open_output(run_dir, "RUN_DIR").local_copy(*RUN_FILES) as folder:
+        output = open_output(run_dir, "RUN_DIR")
+        with output.local_copy(*RUN_FILES) as folder:
             reasons = reasons_to_refuse(folder, requirements, verdict or ["forgotten"])
+        reasons += differences(output)
         for reason in reasons:
             terminal.say(reason)
         if reasons:

@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 from pipelines.config.schema import ConfigError
+from pipelines.config.text import escaped
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="The output_dir of a finished run.")]
@@ -65,8 +66,8 @@ class Terminal:
                 self._console, self._progress = terminal, None
 
     def say(self, text: str) -> None:
-        """Print one line."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """Print one line, with control characters escaped."""
+        self._console.print(escaped(text), markup=False, highlight=False, soft_wrap=True)
 
     def bar(self, description: str, total: int | None) -> "Bar":
         """Start a progress bar with the time left. `total` is None while it is unknown."""
@@ -81,7 +82,7 @@ class Terminal:
         """Print names and their values."""
         table = Table("", "", title=title, title_justify="left", show_header=False)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(escaped, row))
         self._console.print(table)
 
     def scores(self, scores: Mapping[str, Any], labels: Mapping[str, str]) -> None:

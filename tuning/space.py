@@ -21,6 +21,7 @@ import yaml
 
 from pipelines.config.load import describe, with_values
 from pipelines.config.schema import ConfigError, UnlearnConfig
+from pipelines.config.text import parse_yaml
 
 
 class Range(NamedTuple):
@@ -141,7 +142,7 @@ def load_space(path: Path, cfg: UnlearnConfig) -> Space:
         ConfigError: the file is no such space, or a value is not allowed in the configuration.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path}: cannot be read ({type(error).__name__}); allowed: a YAML file"
@@ -183,7 +184,7 @@ def _dimension(key: str, entry: Any, before: list[str], source: str) -> Dimensio
     kinds = [kind for kind in KINDS if isinstance(entry, dict) and kind in entry]
     if len(kinds) != 1 or set(entry) - {kinds[0], "when"} or not isinstance(entry[kinds[0]], list):
         raise ConfigError(
-            f"{source}: {key}: found {json.dumps(entry)[:80]}, "
+            f"{source}: {key}: found {json.dumps(entry, default=str)[:80]}, "
             f"allowed: one of {', '.join(KINDS)} with a list, and when"
         )
     kind, values = kinds[0], entry[kinds[0]]
@@ -191,7 +192,7 @@ def _dimension(key: str, entry: Any, before: list[str], source: str) -> Dimensio
     when = entry.get("when", {})
     if not isinstance(when, dict) or set(when) - set(before):
         raise ConfigError(
-            f"{source}: {key}.when: found {json.dumps(when)[:80]}, "
+            f"{source}: {key}.when: found {json.dumps(when, default=str)[:80]}, "
             f"allowed: keys named before it: {', '.join(before)}"
         )
     return Dimension(key, kind, tuple(values), tuple(when.items()))

@@ -1,22 +1,85 @@
 """The data's configuration: sources, selectors and columns. Also the base of all sections."""
 
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from pipelines.config.text import CONTROL, PASSWORD, one_line
 
 Task = Literal["causal_lm", "sequence_classification", "image_classification"]
 SetName = Literal["forget", "retain", "utility", "holdout", "general"]
 SET_NAMES: tuple[SetName, ...] = get_args(SetName)
 
 
+# No key needs a larger number, and with one a product of a few of them could overflow.
+LARGEST = 1e9
+# Marks a key that takes any text, an empty one and several lines among them.
+ANY_TEXT = "any text"
+
+
 class ConfigError(ValueError):
     """A mistake of the user in configuration or data. One line of text, exit code 2."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
 
 class Section(BaseModel):
-    """The base of all sections: unknown keys are refused, and values cannot be changed."""
+    """The base of all sections: unknown keys are refused, and values cannot be changed.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Numbers are finite and not too large, and none is given as true. Texts have no control
+    characters and are not empty.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_plain(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[str(info.field_name)]
+        kinds = _kinds(field.annotation)
+        for single in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(single, bool) and {int, float} & kinds and not {bool, str} & kinds:
+                raise ValueError("allowed: a number")
+            if isinstance(single, int | float):
+                _check_size(single, field)
+            if isinstance(single, str) and str in kinds and ANY_TEXT not in field.metadata:
+                _check_text(single)
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """Return the types that a key takes, those of its elements and of its literals included."""
+    if not get_args(annotation):
+        return {annotation if isinstance(annotation, type) else type(annotation)}
+    return set().union(*map(_kinds, get_args(annotation)))
+
+
+def _check_size(number: float, field: FieldInfo) -> None:
+    limits = [getattr(limit, "le", getattr(limit, "lt", None)) for limit in field.metadata]
+    if not any(limit is not None for limit in limits) and abs(number) > LARGEST:
+        raise ValueError(f"allowed: numbers up to {LARGEST:g}")
+
+
+def _check_text(text: str) -> None:
+    if not text.strip():
+        raise ValueError("allowed: a text that is not empty")
+    if CONTROL.search(text):
+        raise ValueError("allowed: a text without control characters")
+    if PASSWORD.search(text):
+        raise ValueError(
+            "holds a password, which the run's files would keep; allowed: passwords in the "
+            "environment or in submit's --env-file (MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, PGPASSWORD)"
+        )
 
 
 class SourceConfig(Section):
@@ -137,7 +200,7 @@ class DataConfig(Section):
         description="Tokens that the model reads at once. Longer rows of forget and holdout are "
         "read in windows, those of other sets are cut.",
     )
-    system_prompt: str | None = Field(
+    system_prompt: Annotated[str | None, ANY_TEXT] = Field(
         default=None,
         description="System message for the chat template; null takes the template's own, '' an "
         "empty one.",

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipelines.config.data import SetName, SourceConfig
 from pipelines.config.schema import ConfigError, Section, UnlearnConfig
+from pipelines.config.text import parse_yaml
 
 
 def describe(
@@ -105,13 +106,16 @@ def read_config(source: str, overrides: list[str] | None = None) -> UnlearnConfi
                 "allowed: key=value, for example train.steps=50"
             )
     try:
-        tree = OmegaConf.create(yaml.safe_load(_config_text(source)))
+        tree = OmegaConf.create(parse_yaml(_config_text(source)))
         if not OmegaConf.is_dict(tree):
             raise ConfigError(
                 f"{source}: found {type(tree).__name__}, allowed: a YAML mapping of keys"
             )
-        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides))
-        values: Any = OmegaConf.to_container(merged, resolve=True)
+        for override in overrides:
+            tree = _with_override(tree, override)
+        values: Any = OmegaConf.to_container(tree, resolve=True)
+    except RecursionError:
+        raise ConfigError(f"{source}: found too many levels of nesting") from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(
             f"{source}: not a configuration: {' '.join(str(error).split())}"
@@ -120,6 +124,17 @@ def read_config(source: str, overrides: list[str] | None = None) -> UnlearnConfi
         return UnlearnConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from error
+
+
+def _with_override(tree: Any, override: str) -> Any:
+    """Return the tree with one `key=value` merged into it."""
+    try:
+        return OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+    except TypeError:
+        key = override.partition("=")[0]
+        raise ConfigError(
+            f"{key}: found a mapping, allowed: a list or a single value, as the configuration has"
+        ) from None
 
 
 def with_values(cfg: UnlearnConfig, values: dict[str, Any]) -> UnlearnConfig:

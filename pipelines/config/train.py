@@ -6,6 +6,8 @@ from pydantic import Field, field_validator
 
 from pipelines.config.data import Section, SetName
 
+MOST_ROWS = 1_000_000  # of a step
+
 
 class DeepSpeedConfig(Section):
     """How DeepSpeed partitions the model over the workers."""
@@ -37,15 +39,22 @@ class TrainConfig(Section):
     )
     warmup_steps: int = Field(default=5, ge=0, description="Steps of linear warm-up.")
     forget_batch_size: int = Field(
-        default=8, ge=1, description="Forget rows in one optimizer step, over all workers."
+        default=8,
+        ge=1,
+        le=MOST_ROWS,
+        description="Forget rows in one optimizer step, over all workers.",
     )
     retain_batch_size: int = Field(
         default=16,
         ge=1,
+        le=MOST_ROWS,
         description="Retain and utility rows in one optimizer step, over all workers.",
     )
     accumulation: int = Field(
-        default=1, ge=1, description="Micro-batches a worker splits its rows of one step into."
+        default=1,
+        ge=1,
+        le=65536,
+        description="Micro-batches a worker splits its rows of one step into.",
     )
     clip_norm: float = Field(
         default=1.0, ge=0, description="Gradient norm is clipped to this; 0 turns clipping off."
@@ -70,6 +79,7 @@ class TrainConfig(Section):
     wait_s: float = Field(
         default=0,
         ge=0,
+        le=7 * 24 * 3600,
         description="Seconds that an autoscaling cluster gets to start the nodes the workers need.",
     )
     checkpoint_every: int = Field(default=50, ge=1, description="Steps between resume points.")
@@ -122,7 +132,7 @@ class FinetuneConfig(Section):
     )
     epochs: int = Field(default=8, ge=1, description="Passes over the sets.")
     batch_size: int = Field(
-        default=8, ge=1, description="Rows in one optimizer step, over all workers."
+        default=8, ge=1, le=MOST_ROWS, description="Rows in one optimizer step, over all workers."
     )
     learning_rate: float = Field(
         default=2e-4,

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from pyarrow import fs, parquet
 
-from pipelines.storage.filesystem import one_line
+from pipelines.config.text import one_line
 
 SUFFIXES = {
     ".jsonl": "jsonl",

@@ -17,6 +17,7 @@ from pyarrow import fs
 
 from pipelines.config.data import SourceConfig
 from pipelines.config.schema import ConfigError
+from pipelines.config.text import one_line
 from pipelines.data.cells import id_text
 from pipelines.data.readers import (
     ALLOWED,
@@ -26,7 +27,7 @@ from pipelines.data.readers import (
     SourceError,
     json_values,
 )
-from pipelines.storage.filesystem import one_line, open_filesystem
+from pipelines.storage.filesystem import open_filesystem
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 SAVED_DATASET_FILES = {"dataset_dict.json", "state.json"}

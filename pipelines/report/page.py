@@ -26,7 +26,7 @@ from pipelines.evaluation.metrics.metric import Metric
 from pipelines.evaluation.metrics.table import METRICS
 from pipelines.evaluation.verdict import RULE, TOKEN_DISTANCE, Entry, verdict
 from pipelines.report.curves import LOWEST, loss_curves, relearn_curve, token_scatter
-from pipelines.storage.run_folder import read_json, read_text
+from pipelines.storage.records import Scores, read_json, read_text
 
 # The files that the page is made from.
 RUN_FILES = ("config.yaml", "scores.json", "losses.jsonl", "manifest.json")
@@ -80,9 +80,9 @@ def read_run(run_dir: Path) -> Run:
     """Read a run folder. Only a run of no steps (`train.steps=0`) may lack losses.jsonl."""
     config_text = read_text(run_dir / "config.yaml")
     config = load_config(str(run_dir / "config.yaml"))
-    scores, manifest = read_json(run_dir / "scores.json"), read_json(run_dir / "manifest.json")
-    models = scores.get("models")
-    if not isinstance(models, dict) or not {"before", "after"} <= models.keys():
+    scores = read_json(run_dir / "scores.json", Scores)
+    manifest = read_json(run_dir / "manifest.json")
+    if not {"before", "after"} <= scores["models"].keys():
         raise ConfigError(
             f"{run_dir / 'scores.json'}: models: found no 'before' and 'after', "
             "allowed: both, and oracle"
@@ -105,8 +105,10 @@ def read_losses(lines: Iterable[str]) -> tuple[list[dict[str, Any]], int]:
         try:
             # A loss that was not a number becomes None.
             entry = json.loads(line, parse_constant=lambda _: None)
+            if not all(isinstance(value, int | float | None) for value in entry.values()):
+                raise ValueError("a loss is a number")
             steps[int(entry["step"])] = entry
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             torn_lines += bool(line.strip())
     return [steps[step] for step in sorted(steps)], torn_lines
 

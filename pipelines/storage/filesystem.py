@@ -1,7 +1,6 @@
 """The file system behind a path (local, `s3://`, `gs://`)."""
 
 import os
-import re
 from datetime import timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -9,8 +8,8 @@ from urllib.parse import urlsplit
 from pyarrow import fs
 
 from pipelines.config.schema import ConfigError
+from pipelines.config.text import one_line
 
-MESSAGE_CHARS = 600
 CHUNK_BYTES = 16 * 2**20
 # S3's client tries three times. Its default limits, 1 s for a connection and 3 s of silence, are
 # too short for a busy store.
@@ -95,8 +94,3 @@ def send_file(source: Path, filesystem: fs.FileSystem, path: str) -> None:
             if not piece:
                 return
             target.write(piece)
-
-
-def one_line(message: object) -> str:
-    """Return a message in one line, without the passwords of URIs in it."""
-    return re.sub(r"//[^/@\s]*@", "//", " ".join(str(message).split()))[:MESSAGE_CHARS]

@@ -21,7 +21,8 @@ from pyarrow import fs
 
 from pipelines.config.load import short_hash
 from pipelines.config.schema import ConfigError
-from pipelines.storage.filesystem import one_line, open_filesystem, send_file
+from pipelines.config.text import one_line
+from pipelines.storage.filesystem import open_filesystem, send_file
 
 MANIFEST = "manifest.json"
 # Ray Train reads and writes resume points on the store itself.

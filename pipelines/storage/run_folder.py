@@ -16,8 +16,8 @@ import yaml
 
 from pipelines.config.load import changed_keys, short_hash, to_yaml
 from pipelines.config.schema import ConfigError, UnlearnConfig
+from pipelines.config.text import one_line
 from pipelines.storage.atomic import write_text
-from pipelines.storage.filesystem import one_line
 from pipelines.storage.output import file_digest, file_digests, open_output
 
 PACKAGES = (
@@ -175,41 +175,6 @@ class RunFolder:
     def seal(self) -> None:
         """Write every result's digest into the manifest and mark the run complete."""
         self.update(status="complete", files=file_digests(self.path))
-
-
-def read_text(path: Path) -> str:
-    """Read a text file of a run folder.
-
-    Raises:
-        ConfigError: it is missing or cannot be read.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        found = f"cannot be read ({type(error).__name__})"
-        if isinstance(error, FileNotFoundError):
-            found = "not found"
-        raise ConfigError(
-            f"{path}: {found}; allowed: a folder written by ray-unlearn run"
-        ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON mapping of schema 1. NaN and Infinity, which no run writes, become null.
-
-    Raises:
-        ConfigError: the file is missing or is not what `ray-unlearn run` writes.
-    """
-    try:
-        content = json.loads(read_text(path), parse_constant=lambda _: None)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{path}: not JSON ({error}); allowed: a folder written by ray-unlearn run"
-        ) from error
-    schema = content.get("schema") if isinstance(content, dict) else None
-    if schema != 1:
-        raise ConfigError(f"{path}: schema: found {schema!r}, allowed: 1")
-    return content
 
 
 def _version(package: str) -> str | None:

@@ -2,7 +2,7 @@
 
 from pipelines.config.schema import ConfigError
 from pipelines.storage.output import OutputDir
-from pipelines.storage.run_folder import read_json
+from pipelines.storage.records import read_json
 
 
 def differences(output: OutputDir) -> list[str]:
@@ -15,7 +15,7 @@ def differences(output: OutputDir) -> list[str]:
         path = folder / "manifest.json"
         manifest = read_json(path)
         sealed, status = manifest.get("files"), manifest.get("status")
-        if status != "complete" or not isinstance(sealed, dict):
+        if status != "complete" or not sealed:
             raise ConfigError(f"{path}: status: found {status!r}, allowed: 'complete', with files")
     present = output.digests()
     lines: list[str] = []

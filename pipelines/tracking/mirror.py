@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.config.schema import ConfigError, TrackingConfig
-from pipelines.storage.filesystem import one_line
+from pipelines.config.text import one_line
 from pipelines.storage.run_folder import RunFolder
 from pipelines.terminal import Terminal
 from pipelines.tracking.contents import LOSSES, TRIALS, read_contents, read_lines, read_trial

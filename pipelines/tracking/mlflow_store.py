@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config.schema import ConfigError, TrackingConfig
-from pipelines.storage.filesystem import one_line
+from pipelines.config.text import one_line
 from pipelines.tracking.contents import Trial
 
 REQUEST_TIMEOUT_S = 5

@@ -235,7 +235,9 @@ def test_a_server_unreachable_at_the_start_costs_one_warning_and_gets_all_from_t
 ) -> None:
     warnings: list[str] = []
     uri = f"http://user:secret@127.0.0.1:{free_port()}"
-    mirror = open_mirror(TrackingConfig(uri=uri), run.path, "first", "key-1", warnings.append)
+    # A configuration refuses a password; whoever made one without must not find it in a warning.
+    cfg = TrackingConfig().model_copy(update={"uri": uri})
+    mirror = open_mirror(cfg, run.path, "first", "key-1", warnings.append)
     for step in range(4):
         run.step(step)
         mirror.send_lines()
@@ -515,7 +517,6 @@ def test_a_search_is_a_run_with_one_inside_a_trial_and_its_adapter_is_the_champi
         "http://host:port",
         "http://a b",
         "sqlite://x.db",
-        "",
     ],
 )
 def test_a_uri_that_mlflow_cannot_take_is_one_line_with_the_choices(
