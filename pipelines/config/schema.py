@@ -173,6 +173,14 @@ class ObjectiveConfig(Section):
                 raise ValueError(f"found {name}={value:g}, allowed: {low:g} to {high:g}")
         return values
 
+    def read_by_steps_alone(self) -> str:
+        """Return the first key that is not at its default and that no solver reads, or ''."""
+        default = ObjectiveConfig()
+        for name in ("weights", "distance", "output", "output_parameters"):
+            if getattr(self, name) != getattr(default, name):
+                return name
+        return ""
+
     def settings(self) -> Objective:
         """Return the settings of the method."""
         values = self.model_dump(exclude={"target_rows", "weights"})
@@ -309,6 +317,13 @@ class UnlearnConfig(Section):
             raise ValueError(
                 "train.steps: found 0 with solve.mode=off, allowed: steps above 0, or a solve.mode"
             )
+        if self.solve.mode != "off" and self.train.steps == 0:
+            unread = self.objective.read_by_steps_alone()
+            if unread:
+                raise ValueError(
+                    f"objective.{unread}: found another value than the default, which the solver "
+                    "does not read; allowed: train.steps above 0, solve.mode=off, or without it"
+                )
         # The closed form solves for what each module adds. Drift is not linear in that.
         if self.solve.mode != "off" and self.objective.residual != "local":
             raise ValueError(

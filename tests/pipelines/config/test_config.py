@@ -116,6 +116,14 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
             "objective.residual: found drift, allowed with solve.mode=blockwise: local",
         ),
         (
+            ["train.steps=0", "objective.weights.kl=1"],
+            "objective.weights: found another value than the default, which the solver does not",
+        ),
+        (
+            ["train.steps=0", "objective.distance=cosine"],
+            "objective.distance: found another value than the default",
+        ),
+        (
             ["solve.strength=0"],
             "solve.strength: found 0, input should be greater than 0 or input should be 'auto'",
         ),
