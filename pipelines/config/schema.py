@@ -317,6 +317,16 @@ class UnlearnConfig(Section):
             raise ValueError(
                 "train.steps: found 0 with solve.mode=off, allowed: steps above 0, or a solve.mode"
             )
+        # The closed form solves for what each module adds. Drift is not linear in that.
+        if self.solve.mode != "off" and self.objective.residual != "local":
+            raise ValueError(
+                f"objective.residual: found {self.objective.residual}, "
+                f"allowed with solve.mode={self.solve.mode}: local"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_are_read(self) -> "UnlearnConfig":
         if self.solve.mode != "off" and self.train.steps == 0:
             unread = self.objective.read_by_steps_alone()
             if unread:
@@ -324,10 +334,4 @@ class UnlearnConfig(Section):
                     f"objective.{unread}: found another value than the default, which the solver "
                     "does not read; allowed: train.steps above 0, solve.mode=off, or without it"
                 )
-        # The closed form solves for what each module adds. Drift is not linear in that.
-        if self.solve.mode != "off" and self.objective.residual != "local":
-            raise ValueError(
-                f"objective.residual: found {self.objective.residual}, "
-                f"allowed with solve.mode={self.solve.mode}: local"
-            )
         return self
