@@ -1,8 +1,11 @@
 """The output on the terminal: progress, tables, one-line errors. The log has the rest."""
 
 import os
+import re
 import sys
-from collections.abc import Iterator, Mapping
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -23,6 +26,10 @@ from rich.table import Table
 from pipelines.config.schema import ConfigError
 from pipelines.config.text import escaped
 
+LINE_S = 10.0  # between two lines about progress, where there is no bar
+FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+# Files of this project, among the frames of a traceback.
+OWN = re.compile(r"^(?!.*/(tests|site-packages)/).*/(pipelines|rfa|tuning|deploy)/.*\.py$")
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="The output_dir of a finished run.")]
 
@@ -73,10 +80,12 @@ class Terminal:
         """Start a progress bar with the time left. `total` is None while it is unknown."""
         assert self._progress is not None
         self._progress.start()
-        # A file shows no bar until its end.
-        if not self._console.is_terminal:
-            self.say(f"{description} ...")
-        return Bar(self._progress, self._progress.add_task(description, total=total, note=""))
+        task = self._progress.add_task(description, total=total, note="")
+        if self._console.is_terminal:
+            return Bar(self._progress, task)
+        # A file or a pipe shows no bar until its end: it gets lines.
+        self.say(f"{description} ...")
+        return Bar(self._progress, task, self.say)
 
     def table(self, title: str, rows: list[tuple[str, str]]) -> None:
         """Print names and their values."""
@@ -108,23 +117,41 @@ class Terminal:
 
 
 class Bar:
-    """One progress bar."""
+    """One progress bar; with `say` also a line every LINE_S seconds."""
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._task = progress, task
+    def __init__(
+        self, progress: Progress, task: TaskID, say: Callable[[str], None] | None = None
+    ) -> None:
+        self._progress, self._task, self._say = progress, task, say
+        self._began_s = self._said_s = time.monotonic()
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Count steps as done."""
         self._progress.update(self._task, advance=steps, note=note)
+        self._tell()
 
     def at(self, done: int, *, total: int, note: str = "") -> None:
         """Set the number of steps done, and of all steps."""
         self._progress.update(self._task, completed=done, total=total, note=note)
+        self._tell()
 
     def finish(self) -> None:
         """Fill the bar."""
         total = self._progress.tasks[self._task].total or 1
         self._progress.update(self._task, total=total, completed=total, note="")
+
+    def _tell(self) -> None:
+        """Say how far it has come and how long the rest will take, if there was no line lately."""
+        task, now_s = self._progress.tasks[self._task], time.monotonic()
+        if self._say is None or now_s - self._said_s < LINE_S or not task.total:
+            return
+        self._said_s = now_s
+        line = f"{task.description}: {task.completed:g} of {task.total:g}"
+        if task.completed:
+            left_s = (now_s - self._began_s) * (task.total / task.completed - 1)
+            line += f", about {left_s:.0f} s left"
+        note = task.fields["note"]
+        self._say(f"{line} ({note})" if note else line)
 
 
 @contextmanager
@@ -154,11 +181,26 @@ def reporting(debug: bool, going_on: str = "The same command goes on") -> Iterat
             case KeyboardInterrupt():
                 code, line = 130, f"Stopped. {going_on} from the last resume point{log}."
             case _:
-                # Only the first line, as a worker's error has a traceback as its text.
-                reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-                code, line = 1, f"Failed: {reason}{log}."
+                code, line = 1, f"Failed: {_reason(error)}{log}."
         terminal.say(line)
         raise typer.Exit(code) from None
+
+
+def _reason(error: BaseException) -> str:
+    """Say what failed: the innermost exception's type, its first line, and where it was raised."""
+    # A task's and a worker's errors have a traceback as their text, and the exception inside.
+    frames = FRAME.findall(str(error))
+    inner = getattr(error, "cause", None)
+    if isinstance(inner, BaseException):
+        error = inner
+    else:
+        frames += FRAME.findall("".join(traceback.format_tb(error.__traceback__)))
+    reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+    own = [frame for frame in frames if OWN.search(frame[0]) and frame[0] != __file__]
+    if own:
+        path, line = own[-1]
+        reason += f" ({'/'.join(Path(path).parts[-2:])}, line {line}; --debug shows the rest)"
+    return reason
 
 
 @contextmanager

@@ -4,8 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+import ray
 import typer
 
+from pipelines import terminal as terminal_module
+from pipelines.config.load import short_hash
 from pipelines.config.schema import ConfigError
 from pipelines.terminal import reporting
 
@@ -74,3 +77,35 @@ def test_a_failure_names_the_log_that_the_chatter_went_to(
     assert log.read_text() == "from a library\nand its warning\n"
     failure = f"Failed: OSError: disk full; the log is {log}."
     assert capfd.readouterr().err == f"for the user\n{failure}\n"
+
+
+def test_a_file_gets_a_line_of_progress_with_the_time_left(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(terminal_module.time, "monotonic", lambda: now[0])
+    with reporting(debug=True) as terminal, terminal.chatter_to(tmp_path / "run.log"):
+        bar = terminal.bar("Fine-tuning", 8)
+        for seconds in (4, 8, 1, 2):
+            now[0] += seconds
+            bar.advance(note="loss 0.500")
+        bar.finish()
+    told = capfd.readouterr().err
+    # Lines at 12 s alone: one step was too early, two came too soon after it.
+    assert "Fine-tuning ...\nFine-tuning: 2 of 8, about 36 s left (loss 0.500)\n" in told
+    assert told.count("left (") == 1
+
+
+def test_a_failed_task_is_told_by_its_innermost_exception_and_place(
+    capsys: pytest.CaptureFixture[str], ray_session: None
+) -> None:
+    @ray.remote
+    def fails() -> None:
+        short_hash(None)  # pyright: ignore[reportArgumentType]
+
+    with pytest.raises(typer.Exit), reporting(debug=False):
+        ray.get(fails.remote())
+    told = capsys.readouterr().err
+    assert told.startswith("Failed: AttributeError: 'NoneType' object has no attribute 'encode' (")
+    assert "(config/load.py, line " in told
+    assert told.count("\n") == 1
