@@ -12,7 +12,7 @@ at the output of every adapted module. The square is linear beyond MOST_GAP. It 
 the shift T = -g at the forget rows' tokens, which is about 0 at held ones, at the least cost to the
 retained sets' second moments R:
 
-    M = T^T (K + lambda)^-1 X R^-1,    K = X R^-1 X^T,    lambda = number of tokens
+    M = T^T (K + lambda)^-1 X R^-1,    K = X R^-1 X^T,    lambda = CAUTION * number of tokens
 
 That is `rfa.closed_form` with another shift. One factor for all modules makes the pushed labels
 fall by about `FALL` nats on average, and the loss fall. The retained sets are read once, before. A
@@ -48,6 +48,7 @@ FALL = 1.0  # nats that pushed labels should fall in a round, on average
 SLACK = 1.5  # a round may exceed the fall by this factor
 MOST_GROWTH = 1.4  # a round's factor is at most this many times the last one's
 MOST_GAP = 4.0  # nats from its aim beyond which a token pushes no harder
+CAUTION = 10.0  # of the solve: the larger, the less a round asks where the kept sets are dear
 HELD_WEIGHT = 3.0  # of a held token's divergence, beside a pushed token's
 MOST_HELD = 0.03  # nats that held tokens may diverge from the original, on average
 
@@ -104,7 +105,9 @@ class TokenSolver:
                 break
             self.on_progress(index, ROUNDS, f"{standings[-1].away} tokens away from their aim")
             rows = self.one_pass.gathered(self._shifts(answers))
-            step = {name: self.one_pass.solve_module(name, rows[name], 1.0) for name in rows}
+            step = {
+                name: self.one_pass.solve_module(name, rows[name], 1 / CAUTION) for name in rows
+            }
             factor, standing = self._take_step(rows, step, answers, factor, standings[-1])
             if standing is None:
                 break
