@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,13 @@ class Workbench:
         batches = self._rows(self.shared.kept_rows)
         with self.adapted(cfg) as alignment:
             one_pass = OnePassSolver(alignment, cfg.solve.settings())
+            seen = _retain_rows_before(batches)
             features = {first_kind: one_pass.features}
             for kind in other_kinds:
                 features[kind] = {module: FeatureSums() for module in one_pass.layers}
             for index in range(rank, len(batches), world_size):
                 batch = self._batch(batches[index], [])
-                sample_tokens = sampled_tokens(cfg, index, len(batches))
+                sample_tokens = sampled_tokens(cfg, seen[index], len(batches))
                 one_pass.collect(batch, sample_tokens)
                 if sample_tokens:
                     for kind in other_kinds:
@@ -250,8 +252,8 @@ class Workbench:
         """Sum the features of the aligned blocks over the retain and utility sets."""
         total = {block: FeatureSums() for block in alignment.hooks.names}
         batches = self._rows(self.shared.kept_rows)
-        for index, rows in enumerate(batches):
-            sample_tokens = sampled_tokens(cfg, index, len(batches))
+        for rows, seen in zip(batches, _retain_rows_before(batches), strict=True):
+            sample_tokens = sampled_tokens(cfg, seen, len(batches))
             if sample_tokens:
                 _add(total, alignment.feature_sums(self._batch(rows, []), sample_tokens))
         return total
@@ -280,6 +282,12 @@ class Workbench:
 
     def _batch(self, retained: list[Any], forget: list[Any]) -> UnlearnBatch:
         return collate(retained, forget, self._encoder.pad_token_id).to(self.device)
+
+
+def _retain_rows_before(batches: list[list[Any]]) -> list[int]:
+    """Return how many rows of the retain set stand before each batch of retain and utility rows."""
+    counts = [sum(not row.utility for row in rows) for rows in batches]
+    return [0, *accumulate(counts)][: len(batches)]
 
 
 def _add(total: ModuleSums, sums: ModuleSums) -> None:

@@ -54,14 +54,15 @@ def run_worker(job: Job) -> None:
     del keep_alive
 
 
-def sampled_tokens(cfg: UnlearnConfig, index: int, batches: int) -> int:
-    """Return the features a row to sample for the targets' clusters from retain batch `index`.
+def sampled_tokens(cfg: UnlearnConfig, seen: int, batches: int) -> int:
+    """Return the features a row to sample for the targets' clusters from the next batch.
 
-    The result is 0 once `objective.target_rows` rows have been sampled.
+    `seen` are the retain set's rows in the batches before it, of all `batches`: where the utility
+    set is the larger one, few of them hold any. The result is 0 once `objective.target_rows` of
+    them have been sampled.
     """
-    rows_a_batch = cfg.train.retain_batch_size
-    limit = min(cfg.objective.target_rows, batches * rows_a_batch)
-    if index * rows_a_batch >= limit:
+    limit = min(cfg.objective.target_rows, batches * cfg.train.retain_batch_size)
+    if seen >= limit:
         return 0
     return max(1, SAMPLE_TOKENS // limit)
 
@@ -154,9 +155,13 @@ class TrainingLoop:
     def _sampled_batches(self) -> Iterator[tuple[UnlearnBatch, int]]:
         """Yield retain and utility batches, with the features a row to sample for clusters."""
         number = self.job.batches["retain"]
-        for index, batch in enumerate(self.rows.retain_batches()):
-            sample_tokens = sampled_tokens(self.job.cfg, index, number)
+        seen = 0
+        for batch in self.rows.retain_batches():
+            sample_tokens = sampled_tokens(self.job.cfg, seen, number)
             yield batch.to(self.engine.device), sample_tokens
+            if sample_tokens:
+                is_retain_B = batch.attention_BT.any(1) & ~batch.utility_B
+                seen += int(self._all_reduce({"rows": float(is_retain_B.sum())})["rows"])
 
     def _fit_targets(self, module: ResidualAlignment) -> None:
         """Fit the targets to the base features of the first retain rows of all workers."""
