@@ -7,7 +7,7 @@ model's business.
 Shapes: B rows, T tokens, D features, N selected positions, V vocabulary or classes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -169,3 +169,17 @@ def hook_scope(handle: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def call_order(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> list[str]:
+    """Return the names of the modules in the order in which `run` first calls them.
+
+    A model may declare its modules in another order than its forward pass has.
+    """
+    called: dict[str, None] = {}
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            hook = module.register_forward_pre_hook(lambda *_, name=name: called.setdefault(name))
+            stack.enter_context(hook_scope(hook))
+        run()
+    return list(called)

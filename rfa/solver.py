@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from rfa import exchange
 from rfa.adapters import ADAPTER, dropout_off, full_shape, input_width, lora_layers, output_width
 from rfa.batch import UnlearnBatch
-from rfa.blocks import block_range, hook_scope
+from rfa.blocks import block_range, call_order, hook_scope
 from rfa.closed_form import InverseMoments, LowRankUpdate, solve
 from rfa.features import as_positions, input_positions
 from rfa.moments import ForgetRows, InputMoments
@@ -128,7 +128,7 @@ class OnePassSolver:
         Returns, with `with_logits`, what the solved model then predicts of each batch's answers,
         [N, V], where the same forward computes it, else None.
         """
-        # A solution starts from the base model: the last one's residuals would change the features.
+        # A solution starts from the base model, without the last one's residuals.
         for name in self.layers:
             self._write_solution(name, None)
         if self.settings.mode == "blockwise" and len(batches) == 1:
@@ -139,7 +139,7 @@ class OnePassSolver:
         if first_block > 0:
             self._advance(batches, hidden, 0, first_block)
         start = first_block
-        for stage in self._stages():
+        for stage in self._stages(batches[0]):
             rows = self._forget_rows(stage.names, batches, hidden, start, stage.stop)
             self._solve_together(rows, strength)
             if stage.advances:
@@ -163,13 +163,14 @@ class OnePassSolver:
             self._run(batch, None, 0, self.alignment.hooks.last_block + 1)
             return None
 
-    def _stages(self) -> list["_Stage"]:
-        """Return which modules are solved at once, in order."""
+    def _stages(self, batch: UnlearnBatch) -> list["_Stage"]:
+        """Return which modules are solved at once, in the order in which a batch reaches them."""
         last_block = self.alignment.hooks.last_block
-        # All at once: no module waits for what the modules below it will have changed.
         if self.settings.mode == "one_pass":
             return [_Stage(list(self.layers), last_block + 1, advances=False)]
-        block_of = {name: block_range(self.alignment.model, name)[0] for name in self.layers}
+        modules = {name: layer.base_layer for name, layer in self.layers.items()}
+        order = call_order(modules, lambda: self._run(batch, None, 0, last_block + 1))
+        block_of = {name: block_range(self.alignment.model, name)[0] for name in order}
         last_of_block = {block: name for name, block in block_of.items()}
         stages: list[_Stage] = []
         for name, block in block_of.items():

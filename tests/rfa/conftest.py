@@ -12,6 +12,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -28,6 +30,7 @@ FAMILIES = {
     "gpt2": ("attn.c_proj", "mlp.c_proj"),
     "gemma": ("o_proj", "down_proj"),
     "qwen2": ("o_proj", "down_proj"),
+    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
 }
 
 
@@ -54,6 +57,8 @@ def tiny_model(kind: str = "llama") -> PreTrainedModel:
         return Gemma3ForCausalLM(
             Gemma3TextConfig(head_dim=8, sliding_window=4, sliding_window_pattern=2, **shape)
         )
+    if kind == "phi3":  # declares o_proj before qkv_proj, which it calls first
+        return Phi3ForCausalLM(Phi3Config(**shape))
     if kind == "qwen2":  # its queries, keys and values have biases
         return Qwen2ForCausalLM(Qwen2Config(**shape))
     return LlamaForCausalLM(LlamaConfig(**shape))

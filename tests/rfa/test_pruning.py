@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -137,6 +137,8 @@ def test_the_rows_of_smallest_norm_are_pruned_and_biases_stay(
 @settings(max_examples=25, deadline=None)
 def test_masks_equal_torchs(kind: str, share: float, seed: int) -> None:
     theirs = single(kind, seed)[0]
+    # Of weights of one size, which float32 draws now and then, torch leaves any.
+    assume(len(theirs.weight.abs().unique()) == theirs.weight.numel())
     torch_prune.ln_structured(theirs, "weight", amount=share, n=2, dim=0)
     masks = prune_(single(kind, seed), ["0"], "rows", share)
     assert torch.equal(masks["0.weight"], theirs.weight_mask.bool())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rfa.adapters import ADAPTER, lora_layers
 from rfa.batch import UnlearnBatch, collate
+from rfa.blocks import call_order
 from rfa.closed_form import InverseMoments, solve
 from rfa.moments import ForgetRows, InputMoments
 from rfa.objective import ResidualAlignment
@@ -82,7 +83,7 @@ def test_every_module_is_solved_from_what_it_sees(
         name: collate(rows, [], 0) for name, rows in (("retain", RETAIN), ("utility", UTILITY))
     }
     forget = collate([], FORGET, 0)
-    # Brute force: all adapters off, then on one by one in the model's order (blockwise) or never (one pass).
+    # Brute force: all adapters off, then on one by one as a forward calls them (blockwise) or never (one pass).
     for layer in one_pass.layers.values():
         layer.scaling[ADAPTER], layer.wanted = 0.0, layer.scaling[ADAPTER]
     sums = {}
@@ -101,7 +102,9 @@ def test_every_module_is_solved_from_what_it_sees(
     ]
     weight_N = torch.where(torch.tensor(carries_N), FACT_WEIGHT, 1.0)
     assert 3 <= sum(carries_N) < len(carries_N)
-    for name, layer in one_pass.layers.items():
+    modules = {name: layer.base_layer for name, layer in one_pass.layers.items()}
+    for name in call_order(modules, lambda: alignment.runner(forget)):
+        layer = one_pass.layers[name]
         input_BTD, output_BTO = recorded(alignment, layer, forget)
         feature_NO = output_BTO[tokens_BT]
         target_NO = alignment.targets(name, feature_NO, forget.row_B[row_N], forget.label_B[row_N])
@@ -116,9 +119,12 @@ def test_every_module_is_solved_from_what_it_sees(
     assert max(float(value.abs().max()) for value in ours.values()) > 1e-2
 
 
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
 @pytest.mark.parametrize("mode", ["one_pass", "blockwise"])
-def test_the_split_into_batches_changes_nothing(build: Build, mode: str) -> None:
-    whole, parts = (maps(solved(build(), mode=mode, rows_a_batch=rows)) for rows in (50, 3))
+def test_the_split_into_batches_changes_nothing(build: Build, mode: str, kind: str) -> None:
+    whole, parts = (
+        maps(solved(build(kind=kind), mode=mode, rows_a_batch=rows)) for rows in (50, 3)
+    )
     for name, expected in whole.items():
         torch.testing.assert_close(
             parts[name], expected, rtol=1e-3, atol=1e-4
