@@ -39,7 +39,7 @@ def write_images(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def write_image_model(kind: str, folder: Path) -> Path:
+def write_image_model(kind: str, folder: Path, classes: int = CLASSES) -> Path:
     """A fresh ViT or ResNet for them, with its image processor."""
     torch.manual_seed(0)
     if kind == "vit":
@@ -49,7 +49,7 @@ def write_image_model(kind: str, folder: Path) -> Path:
             "num_attention_heads": 2,
             "intermediate_size": 48,
         }
-        config = ViTConfig(image_size=8, patch_size=4, num_channels=1, num_labels=CLASSES, **shape)
+        config = ViTConfig(image_size=8, patch_size=4, num_channels=1, num_labels=classes, **shape)
         model = ViTForImageClassification(config)
     else:
         sizes = {
@@ -59,7 +59,7 @@ def write_image_model(kind: str, folder: Path) -> Path:
             "layer_type": "basic",
         }
         model = ResNetForImageClassification(
-            ResNetConfig(num_channels=1, num_labels=CLASSES, **sizes)
+            ResNetConfig(num_channels=1, num_labels=classes, **sizes)
         )
     model.save_pretrained(folder)
     still = {"do_resize": False, "size": {"height": 8, "width": 8}}

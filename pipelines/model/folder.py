@@ -120,8 +120,8 @@ def check_weights(model: ModelConfig, task: str, key: str, *, new_head: bool = F
     """Require that a folder's weights are those of its architecture, each of them and no others.
 
     What is missing would be drawn at random, anew at every load. Names and shapes are read, and no
-    values. A hub name is passed: its weights are not here yet. With `new_head` what a classifier
-    has beside its body may be missing, because it is yet to be learned.
+    values. A hub name is passed: its weights are not here yet. With `new_head` all that a model has
+    beside its body may be missing or another's, because a classifier's head is yet to be learned.
 
     Raises:
         ConfigError: one line with the first names of what is missing or too much.
@@ -147,6 +147,7 @@ def check_weights(model: ModelConfig, task: str, key: str, *, new_head: bool = F
     if new_head:
         body = f"{network.base_model_prefix}."
         missing = {name for name in missing if name.startswith(body)}
+        surplus = {name for name in surplus if name.startswith(body)}
     faults: list[str] = []
     if missing:
         faults.append(f"lack {len(missing)} of the tensors of its config.json{_named(missing)}")

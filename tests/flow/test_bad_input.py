@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from pipelines import preflight
 from pipelines.__main__ import app
 from pipelines.storage import run_folder as artifact
+from tests.tiny_classifiers import write_text_model
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -69,6 +70,12 @@ CONFIGURATION = [
         ["adapter.layers=[2,1]"],
         "allowed: [first, last] with 0 <= first <= last",
     ),
+]
+CLASSIFIER = [
+    "task=sequence_classification",
+    "model.path={folder}/classifier",
+    "adapter.targets=[attention.output.dense]",
+    "adapter.layers=null",
 ]
 CASES = [
     *(Case(*case, "load_config", (*ALL, "submit")) for case in CONFIGURATION),
@@ -217,21 +224,32 @@ CASES = [
         "load_sets",
     ),
     Case(
-        "unknown class",
+        "a language model as a classifier",
         [
             "task=sequence_classification",
             "data.columns.text=prompt",
             "data.utility=null",
             "data.general=null",
         ],
-        "allowed: the model's classes, 0, 1, LABEL_0, LABEL_1",
+        "lack 1 of the tensors of its config.json (score.weight) and hold 1 that it does not have",
+        "check_models",
+    ),
+    Case(
+        "unknown class",
+        [
+            *CLASSIFIER,
+            "data.columns.text=prompt",
+            "data.utility=null",
+            "data.general=null",
+        ],
+        "allowed: the model's classes, 0, 1, 2, 3, LABEL_0, LABEL_1, LABEL_2, LABEL_3",
         "check_labels",
-        ALL,
+        TRAINING,
     ),
     Case(
         "a text that a classifier would not read whole",
         [
-            "task=sequence_classification",
+            *CLASSIFIER,
             "data.forget.path={folder}/long.jsonl",
             "data.retain.path={folder}/short.jsonl",
             "data.columns.label=label",
@@ -241,7 +259,7 @@ CASES = [
         ],
         "data.max_tokens: found 64, which cuts 1 rows of forget ('long'); allowed: as many tokens",
         "check_lengths",
-        (*BOTH, "finetune", "evaluate"),
+        (*BOTH, "finetune"),
     ),
     Case(
         "target without labels",
@@ -300,6 +318,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
         '{"id": "short", "label": 1, "text": "word"}\n'
     )
     (tmp_path / "short.jsonl").write_text('{"label": 1, "text": "another word"}\n')
+    if set(CLASSIFIER) <= set(case.changes):
+        write_text_model(tmp_path / "classifier", problem / "model")
     (tmp_path / "dumb").mkdir()
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "dumb" / name).symlink_to(problem / "model" / name)

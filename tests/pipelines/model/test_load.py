@@ -146,6 +146,8 @@ def test_only_fine_tuning_takes_a_classifier_without_its_head(
     write_text_model(tmp_path / "text", problem / "model")
     model = rewrite(tmp_path / "text", without("classifier."))
     check_weights(model, "sequence_classification", "model.path", new_head=True)
+    language_model = ModelConfig(path=f"{problem}/model")
+    check_weights(language_model, "sequence_classification", "model.path", new_head=True)
     with pytest.raises(ConfigError, match=r"lack 2 .*\(classifier\.bias, classifier\.weight\)"):
         check_weights(model, "sequence_classification", "model.path")
     model = rewrite(tmp_path / "text", without("embeddings"))
