@@ -12,6 +12,7 @@ from pipelines.cluster.resources import check_resources, stage_of
 from pipelines.cluster.tasks import on_this_node, result_of
 from pipelines.config.data import SetName
 from pipelines.config.schema import ConfigError, ModelConfig, UnlearnConfig
+from pipelines.config.text import PASSWORD
 from pipelines.data.sets import Sets, load_sets
 from pipelines.encoding.encoder import check_lengths
 from pipelines.encoding.labelled import check_labels, check_target
@@ -44,8 +45,11 @@ def check_settings(cfg: UnlearnConfig, purpose: Purpose) -> None:
     Raises:
         ConfigError: one line that names the key.
     """
+    check_passwords(cfg)
     if purpose == "finetune":
         check_learned_sets(cfg)
+    if purpose == "run":
+        check_read(cfg)
     if purpose == "tune":
         refuse_store(cfg.output_dir)
     if purpose in ("run", "tune"):
@@ -106,6 +110,28 @@ def preflight(
             )
             terminal.say(f"Data: {name}: {longer}, {treatment(name, of_set)}")
     return Checked(sets, size, lengths)
+
+
+def check_passwords(cfg: UnlearnConfig) -> None:
+    """Refuse a password in a URI: the run's files and MLflow's parameters would keep it."""
+    uri = cfg.tracking.uri
+    if uri is not None and PASSWORD.search(uri):
+        raise ConfigError(
+            "tracking.uri: holds a password, which the run's files would keep; allowed: passwords "
+            "in the environment or in submit's --env-file (MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, PGPASSWORD)"
+        )
+
+
+def check_read(cfg: UnlearnConfig) -> None:
+    """Refuse settings of gradient steps where the solver does all the work."""
+    if cfg.solve.mode != "off" and cfg.train.steps == 0:
+        unread = cfg.objective.read_by_steps_alone()
+        if unread:
+            raise ConfigError(
+                f"objective.{unread}: found another value than the default, which the solver "
+                "does not read; allowed: train.steps above 0, solve.mode=off, or without it"
+            )
 
 
 def check_holdout(cfg: UnlearnConfig) -> None:

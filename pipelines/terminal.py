@@ -123,7 +123,9 @@ class Bar:
         self, progress: Progress, task: TaskID, say: Callable[[str], None] | None = None
     ) -> None:
         self._progress, self._task, self._say = progress, task, say
-        self._began_s = self._said_s = time.monotonic()
+        self._said_s = time.monotonic()
+        # Where the rate is counted from: time, steps done, and steps in all.
+        self._since = (self._said_s, 0.0, None)
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Count steps as done."""
@@ -143,12 +145,18 @@ class Bar:
     def _tell(self) -> None:
         """Say how far it has come and how long the rest will take, if there was no line lately."""
         task, now_s = self._progress.tasks[self._task], time.monotonic()
+        since_s, done, total = self._since
+        # Another phase, or a run that goes on where it was: what came before says nothing of it.
+        if total != task.total or task.completed < done:
+            began_here = total is None and task.completed <= 1
+            since_s, done = (since_s, 0.0) if began_here else (now_s, task.completed)
+            self._since = (since_s, done, task.total)
         if self._say is None or now_s - self._said_s < LINE_S or not task.total:
             return
         self._said_s = now_s
         line = f"{task.description}: {task.completed:g} of {task.total:g}"
-        if task.completed:
-            left_s = (now_s - self._began_s) * (task.total / task.completed - 1)
+        if task.completed > done and now_s > since_s:
+            left_s = (now_s - since_s) * (task.total - task.completed) / (task.completed - done)
             line += f", about {left_s:.0f} s left"
         note = task.fields["note"]
         self._say(f"{line} ({note})" if note else line)
@@ -188,13 +196,14 @@ def reporting(debug: bool, going_on: str = "The same command goes on") -> Iterat
 
 def _reason(error: BaseException) -> str:
     """Say what failed: the innermost exception's type, its first line, and where it was raised."""
-    # A task's and a worker's errors have a traceback as their text, and the exception inside.
-    frames = FRAME.findall(str(error))
+    frames = FRAME.findall("".join(traceback.format_tb(error.__traceback__)))
     inner = getattr(error, "cause", None)
+    # A task's error has a traceback as its text and the exception inside; a group of workers' has
+    # the error of each.
+    for text in (error, *getattr(error.__cause__, "worker_failures", {}).values()):
+        frames += FRAME.findall(str(text))
     if isinstance(inner, BaseException):
         error = inner
-    else:
-        frames += FRAME.findall("".join(traceback.format_tb(error.__traceback__)))
     reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
     own = [frame for frame in frames if OWN.search(frame[0]) and frame[0] != __file__]
     if own:

@@ -12,7 +12,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from pipelines.config.text import CONTROL, PASSWORD, one_line
+from pipelines.config.text import CONTROL, one_line
 
 Task = Literal["causal_lm", "sequence_classification", "image_classification"]
 SetName = Literal["forget", "retain", "utility", "holdout", "general"]
@@ -21,7 +21,7 @@ SET_NAMES: tuple[SetName, ...] = get_args(SetName)
 
 # No key needs a larger number, and with one a product of a few of them could overflow.
 LARGEST = 1e9
-# Marks a key that takes any text, an empty one and several lines among them.
+# Marks a key that takes what the data or the model have, whatever it is.
 ANY_TEXT = "any text"
 
 
@@ -45,13 +45,15 @@ class Section(BaseModel):
     @classmethod
     def _is_plain(cls, value: Any, info: ValidationInfo) -> Any:
         field = cls.model_fields[str(info.field_name)]
+        if ANY_TEXT in field.metadata:
+            return value
         kinds = _kinds(field.annotation)
         for single in value if isinstance(value, list | tuple) else [value]:
             if isinstance(single, bool) and {int, float} & kinds and not {bool, str} & kinds:
                 raise ValueError("allowed: a number")
             if isinstance(single, int | float):
                 _check_size(single, field)
-            if isinstance(single, str) and str in kinds and ANY_TEXT not in field.metadata:
+            if isinstance(single, str) and str in kinds:
                 _check_text(single)
         return value
 
@@ -74,12 +76,6 @@ def _check_text(text: str) -> None:
         raise ValueError("allowed: a text that is not empty")
     if CONTROL.search(text):
         raise ValueError("allowed: a text without control characters")
-    if PASSWORD.search(text):
-        raise ValueError(
-            "holds a password, which the run's files would keep; allowed: passwords in the "
-            "environment or in submit's --env-file (MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD, PGPASSWORD)"
-        )
 
 
 class SourceConfig(Section):
@@ -104,7 +100,7 @@ class SourceConfig(Section):
     column: str | None = Field(
         default=None, description="Take only rows whose value in this column is one of `values`."
     )
-    values: tuple[str | int, ...] = Field(
+    values: Annotated[tuple[str | int, ...], ANY_TEXT] = Field(
         default=(), description="The values of `column` that are taken."
     )
     max_rows: int | None = Field(

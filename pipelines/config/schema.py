@@ -324,14 +324,3 @@ class UnlearnConfig(Section):
                 f"allowed with solve.mode={self.solve.mode}: local"
             )
         return self
-
-    @model_validator(mode="after")
-    def _settings_are_read(self) -> "UnlearnConfig":
-        if self.solve.mode != "off" and self.train.steps == 0:
-            unread = self.objective.read_by_steps_alone()
-            if unread:
-                raise ValueError(
-                    f"objective.{unread}: found another value than the default, which the solver "
-                    "does not read; allowed: train.steps above 0, solve.mode=off, or without it"
-                )
-        return self

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 MESSAGE_CHARS = 500
-PASSWORD = re.compile(r"//[^/@\s]*:[^/@\s]*@")
+PASSWORD = re.compile(r"\w://[^/?#@\s]*:[^/?#@\s]+@")
 # Control characters, among them the line ends of Unicode, and what hides or reorders text.
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 

@@ -16,7 +16,7 @@ from pipelines.config.schema import ConfigError, UnlearnConfig
 from pipelines.data.rows import quoted
 from pipelines.data.sets import Sets
 from pipelines.encoding.labelled import ClassEncoder, load_class_config
-from pipelines.encoding.text import TextEncoder
+from pipelines.encoding.text import TextEncoder, load_tokenizer
 from pipelines.encoding.windows import Lengths, lengths_of
 
 Encoder = TextEncoder | ClassEncoder
@@ -64,6 +64,9 @@ def _refuse_cut(cfg: UnlearnConfig, forget: Lengths) -> None:
     What lies behind the last of the model's positions has never reached it.
     """
     positions = getattr(load_class_config(cfg.model), "max_position_embeddings", None)
+    if positions is not None:
+        # RoBERTa counts its positions from 2: its tokenizer knows how many tokens that leaves.
+        positions = min(positions, load_tokenizer(cfg.model, ends=False).model_max_length)
     if positions is None or cfg.data.max_tokens < positions:
         raise ConfigError(
             f"data.max_tokens: found {cfg.data.max_tokens}, which cuts {forget.long_rows} rows of "

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.evaluation.metrics import Sample, relearn_scores, summarise
-from pipelines.evaluation.metrics.formulas import probability_of
 from pipelines.evaluation.metrics.keys import Rounding, versions
 from pipelines.evaluation.metrics.relearning import STEPS
 from pipelines.evaluation.metrics.summary import Scores, mean_scores, spread
@@ -87,8 +86,7 @@ def evaluation_of(samples: "SamplesByModel", attacks: Mapping[str, Sequence[Chan
 def _compared_scores(name: str, oracles: Sequence[str], samples: "SamplesByModel") -> Scores:
     """Return a model's scores, in comparison with these oracles where there are any."""
     if not oracles:
-        rows = _rows_beside(name, ["before"], samples)
-        return summarise(_with_targets(rows, samples, None))
+        return summarise(_in_order(_rows_beside(name, ["before"], samples)))
     compared: list[Scores] = []
     for oracle in oracles:
         rows = _with_targets(_rows_beside(name, ["before", oracle], samples), samples, oracle)
@@ -96,19 +94,17 @@ def _compared_scores(name: str, oracles: Sequence[str], samples: "SamplesByModel
     return mean_scores(compared)
 
 
-def _with_targets(rows: "Samples", samples: "SamplesByModel", oracle: str | None) -> list[Sample]:
+def _with_targets(rows: "Samples", samples: "SamplesByModel", oracle: str) -> list[Sample]:
     """Return the samples with what the forget rows are compared with, one by one.
 
-    Where a model has nothing to be compared with, they are as they were.
+    Without an oracle nothing says how likely a single row would be: unseen rows are unlike.
     """
     before = samples.get(ScoredModel("before"), {})
-    of_oracle = samples[ScoredModel(oracle)] if oracle else {}
-    unseen = [row for row in before.values() if row["set_name"] == "holdout"]
-    stand_in = probability_of("loss")(unseen)
+    of_oracle = samples[ScoredModel(oracle)]
     for key, row in rows.items():
-        target = probability_of("loss")([of_oracle[key]]) if key in of_oracle else stand_in
-        if row["set_name"] == "forget" and target is not None and "loss" in before.get(key, {}):
-            row |= {"before_loss": before[key]["loss"], "target_probability": target}
+        has_losses = "loss" in before.get(key, {}) and "loss" in of_oracle.get(key, {})
+        if row["set_name"] == "forget" and has_losses:
+            row |= {"before_loss": before[key]["loss"], "target_loss": of_oracle[key]["loss"]}
     return _in_order(rows)
 
 

@@ -53,7 +53,8 @@ def load_model_config(
             "allowed: a model folder or a hub name"
         ) from None
     quantised = getattr(config, "quantization_config", None)
-    if quantised:
+    # To be scored a model may be quantised.
+    if quantised and key == "model.path":
         method = dict(quantised).get("quant_method", "an unnamed method")
         raise ConfigError(
             f"{key}: the weights of {model.path} are quantised ({method}), and an adapter could "
@@ -146,8 +147,12 @@ def check_weights(model: ModelConfig, task: str, key: str, *, new_head: bool = F
     missing, surplus = set(found["missing_keys"]), set(found["unexpected_keys"])
     if new_head:
         body = f"{network.base_model_prefix}."
+        pooler = f"{body}pooler."  # some heads have one, others pool by themselves
         missing = {name for name in missing if name.startswith(body)}
         surplus = {name for name in surplus if name.startswith(body)}
+        missing, surplus = (
+            {name for name in names if not name.startswith(pooler)} for names in (missing, surplus)
+        )
     faults: list[str] = []
     if missing:
         faults.append(f"lack {len(missing)} of the tensors of its config.json{_named(missing)}")

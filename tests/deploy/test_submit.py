@@ -115,7 +115,7 @@ def test_secrets_travel_in_a_file_and_not_in_what_the_job_server_shows(
         ),
         (
             ["run", "{config}", "tracking.uri=http://me:hunter2@host"],
-            "tracking.uri: found 'http://host', holds a password, which the run's files would keep; allowed: passw",
+            "tracking.uri: holds a password, which the run's files would keep; allowed: passw",
         ),
     ],
 )

@@ -87,6 +87,20 @@ CASES = [
         ALL,
     ),
     Case(
+        "weights that no solver reads",
+        ["train.steps=0", "objective.weights.kl=1"],
+        "objective.weights: found another value than the default, which the solver does not read",
+        "check_read",
+        (*BOTH, "submit"),
+    ),
+    Case(
+        "a password",
+        ["tracking.uri=http://me:word@host"],
+        "tracking.uri: holds a password, which the run's files would keep; allowed: passwords in",
+        "check_passwords",
+        (*ALL, "submit"),
+    ),
+    Case(
         "strength without holdout",
         ["data.holdout=null"],
         "data.holdout: missing, required by",

@@ -89,11 +89,16 @@ def test_a_file_gets_a_line_of_progress_with_the_time_left(
         for seconds in (4, 8, 1, 2):
             now[0] += seconds
             bar.advance(note="loss 0.500")
+        # It goes on from a resume point, where a step takes 10 s: what came before says nothing.
+        for step in (900, 901, 902):
+            now[0] += 10
+            bar.at(step, total=1000)
         bar.finish()
     told = capfd.readouterr().err
-    # Lines at 12 s alone: one step was too early, two came too soon after it.
+    # One step was too early for a line, and two came too soon after one.
     assert "Fine-tuning ...\nFine-tuning: 2 of 8, about 36 s left (loss 0.500)\n" in told
-    assert told.count("left (") == 1
+    assert "Fine-tuning: 901 of 1000, about 990 s left\n" in told
+    assert "Fine-tuning: 902 of 1000, about 980 s left\n" in told
 
 
 def test_a_failed_task_is_told_by_its_innermost_exception_and_place(

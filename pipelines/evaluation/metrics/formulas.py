@@ -23,6 +23,10 @@ from pipelines.evaluation.metrics.sample import Sample
 Rows = Sequence[Sample]
 # A row that the original has likelier than the target by no more than this was not learned from it.
 MIN_LEARNED = 0.1
+# Of fewer rows a single one would make a group's share.
+MIN_GROUP = 3
+# Of fewer rows a single one would make a group's share.
+MIN_GROUP = 3
 RowsBySet = Mapping[str, Rows]  # of every set; none of a set that was not scored
 OfSet = Callable[[Rows], float | None]
 OfModel = Callable[[RowsBySet, RowsBySet | None], float | None]
@@ -63,7 +67,7 @@ def remembered_rows(rows: Rows) -> float | None:
     """Return the share of rows that are nearer to the original model than to a retrained one.
 
     A row counts by its answer's probability, and only where the original has it clearly likelier
-    than the target: `before_loss` and `target_probability` of the sample.
+    than the oracle: `before_loss` and `target_loss` of the sample.
     """
     compared = [row for row in rows if "before_loss" in row and row.get("loss") is not None]
     if not compared:
@@ -72,19 +76,22 @@ def remembered_rows(rows: Rows) -> float | None:
 
 
 def remembered_in_worst_group(rows: Rows) -> float | None:
-    """Return the largest share of `remembered_rows` of any group, None of rows without groups."""
+    """Return the largest share of `remembered_rows` of any group of MIN_GROUP rows or more.
+
+    None of rows without such groups.
+    """
     groups: dict[int, list[Sample]] = {}
     for row in rows:
         if row.get("group") is not None:
             groups.setdefault(row["group"], []).append(row)
-    shares = [remembered_rows(group) for group in groups.values()]
+    shares = [remembered_rows(group) for group in groups.values() if len(group) >= MIN_GROUP]
     return max((share for share in shares if share is not None), default=None)
 
 
 def _is_remembered(row: Sample) -> bool:
     before = likelihood.probability([row["before_loss"]])
     after = likelihood.probability([row["loss"]])
-    target = row["target_probability"]
+    target = likelihood.probability([row["target_loss"]])
     was_learned = before - target > MIN_LEARNED
     return was_learned and after - target > before - after
 

@@ -21,8 +21,8 @@ class Sample(dict[str, Any]):
         kept_distance: to the model before unlearning.
         grad_norm: of the answer's loss.
         group: a number for the row's group, the same in all rows of it.
-        before_loss, target_probability: of a forget row, under the original, and under the oracle
-            or, without one, of holdout rows under the original.
+        before_loss, target_loss: of a forget row, under the original and under the oracle that it is
+            compared with.
         fact_recall, fact_recall_paraphrased: 1.0 or 0.0, of the answer given either question.
         accuracy: 1.0 or 0.0, of a row with a class; its `loss` is that of its class.
         probabilities, feature: of all classes; the last block's output, mean over positions.

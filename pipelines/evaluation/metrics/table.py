@@ -173,15 +173,15 @@ METRICS = (
     Metric(
         name="remembered_rows",
         label="remembered rows",
-        help="share of rows whose answer's probability is nearer to the original model's than to "
-        "the oracle's (without one: to that of holdout rows)",
+        help="share of rows whose probability is nearer to the original's than to the oracle's",
+        absent=NEEDS_ORACLE,
         of_set=formulas.remembered_rows,
         terminal=("forget",),
     ),
     Metric(
         name="remembered_rows_worst_group",
         label="remembered rows, worst group",
-        help="the largest share of remembered rows of any group (`data.columns.label`)",
+        help="the largest share of remembered rows of any group (`data.columns.label`) of 3 or more",
         of_set=formulas.remembered_in_worst_group,
         terminal=("forget",),
     ),

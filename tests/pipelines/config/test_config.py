@@ -15,7 +15,7 @@ from pipelines.config.load import (
     with_values,
 )
 from pipelines.config.schema import ConfigError, ObjectiveConfig, SolveConfig, UnlearnConfig
-from pipelines.preflight import check_holdout, oracles_of
+from pipelines.preflight import check_holdout, check_passwords, oracles_of
 from rfa.settings import Objective, SolveSettings
 
 
@@ -116,14 +116,6 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
             "objective.residual: found drift, allowed with solve.mode=blockwise: local",
         ),
         (
-            ["train.steps=0", "objective.weights.kl=1"],
-            "objective.weights: found another value than the default, which the solver does not",
-        ),
-        (
-            ["train.steps=0", "objective.distance=cosine"],
-            "objective.distance: found another value than the default",
-        ),
-        (
             ["solve.strength=0"],
             "solve.strength: found 0, input should be greater than 0 or input should be 'auto'",
         ),
@@ -206,3 +198,29 @@ def test_the_methods_defaults_are_the_configurations() -> None:
     """The demo's presets set some of these keys; a section of its own has the defaults alone."""
     assert ObjectiveConfig().settings() == Objective()
     assert SolveConfig().settings() == SolveSettings()
+
+
+@pytest.mark.parametrize("value", [1700000000000, "\u200fname", "", "a\tb"])
+def test_what_the_data_holds_may_be_selected(value: object) -> None:
+    values = {"data.forget.column": "name", "data.forget.values": [value]}
+    assert with_values(load_config("quick"), values).data.forget.values == (value,)
+
+
+@pytest.mark.parametrize(
+    "uri, holds",
+    [
+        ("http://me:word@host:5000", True),
+        ("postgresql://u:p@h/db", True),
+        ("postgresql://u:@h/db", False),
+        ("http://user@host", False),
+        ("http://h:5000?u=a@b", False),
+        ("https://h/x?e=a:b@c", False),
+        ("/data//a:b@c", False),
+    ],
+)
+def test_a_password_in_a_uri_is_refused_and_nothing_else(uri: str, holds: bool) -> None:
+    cfg = load_config("quick", [f"tracking.uri={uri}"])
+    if not holds:
+        return check_passwords(cfg)
+    with pytest.raises(ConfigError, match=r"^tracking\.uri: holds a password"):
+        check_passwords(cfg)

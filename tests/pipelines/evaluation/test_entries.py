@@ -186,18 +186,22 @@ def of_rows(losses: dict[str, list[float]], groups: list[int | None]) -> Samples
     return samples
 
 
-@pytest.mark.parametrize("target", ["oracle", "holdout rows"])
-def test_rows_nearer_to_the_original_are_counted_one_by_one_and_by_group(target: str) -> None:
-    # Four rows were learned and the fifth never was. Of the learned, two of group 2 were left alone.
-    losses = {"before": [0.1, 0.1, 0.1, 0.1, 2.0], "after": [2.0, 2.0, 0.2, 0.1, 2.0]}
-    if target == "oracle":
-        losses["oracle"] = [2.0] * 5
-    samples = of_rows(losses, [1, 1, 2, 2, 3])
+def test_rows_nearer_to_the_original_are_counted_one_by_one_and_by_group() -> None:
+    # Of eight rows seven were learned, and of group 2 three were left alone; group 3 has too few rows.
+    losses = {
+        "before": [0.1] * 7 + [2.0],
+        "after": [2.0, 2.0, 2.0, 0.2, 0.1, 0.1, 0.1, 2.0],
+        "oracle": [2.0] * 8,
+    }
+    samples = of_rows(losses, [1, 1, 1, 2, 2, 2, 3, 3])
     models = evaluation_of(samples, {name: [] for name in losses}).models
-    assert models["before"]["forget.remembered_rows"] == pytest.approx(4 / 5)
-    assert models["after"]["forget.remembered_rows"] == pytest.approx(2 / 5)
+    assert models["before"]["forget.remembered_rows"] == pytest.approx(7 / 8)
+    assert models["after"]["forget.remembered_rows"] == pytest.approx(4 / 8)
     assert models["after"]["forget.remembered_rows_worst_group"] == 1
     assert "holdout.remembered_rows" not in models["after"]
+    pairs = of_rows(losses, [1, 1, 2, 2, 3, 3, 4, 4])
+    after = evaluation_of(pairs, {name: [] for name in losses}).models["after"]
+    assert "forget.remembered_rows_worst_group" not in after
 
 
 def test_a_row_as_likely_as_halfway_back_is_remembered_no_more() -> None:
@@ -211,6 +215,7 @@ def test_a_row_as_likely_as_halfway_back_is_remembered_no_more() -> None:
 
 
 def test_without_anything_to_compare_with_no_row_is_called_remembered() -> None:
-    samples = of_rows({"model": [0.1, 0.2]}, [1, 2])
-    entry = evaluation_of(samples, {"model": []}).models["model"]
+    # Without an oracle: unseen rows are unlike, and one that is easy would count as remembered.
+    samples = of_rows({"before": [0.1, 0.2], "after": [0.1, 0.2]}, [1, 2])
+    entry = evaluation_of(samples, {"before": [], "after": []}).models["after"]
     assert not [key for key in entry if "remembered_rows" in key]

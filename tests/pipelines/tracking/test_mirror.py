@@ -235,8 +235,8 @@ def test_a_server_unreachable_at_the_start_costs_one_warning_and_gets_all_from_t
 ) -> None:
     warnings: list[str] = []
     uri = f"http://user:secret@127.0.0.1:{free_port()}"
-    # A configuration refuses a password; whoever made one without must not find it in a warning.
-    cfg = TrackingConfig().model_copy(update={"uri": uri})
+    # The preflight refuses a password; whoever came here without it must not find it in a warning.
+    cfg = TrackingConfig(uri=uri)
     mirror = open_mirror(cfg, run.path, "first", "key-1", warnings.append)
     for step in range(4):
         run.step(step)

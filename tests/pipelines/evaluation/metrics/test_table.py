@@ -23,9 +23,9 @@ def entry() -> dict[str, float | None]:
         Sample(set_name=name, loss=1.0, accuracy=1.0, probabilities=(1.0,), feature=(1.0,))
         for name in SET_NAMES
     ]
-    samples = full_samples()
+    samples = full_samples() * 3  # a group has three rows at least
     for sample in samples:
-        sample |= {"before_loss": 1.0, "target_probability": 0.1, "group": 1}
+        sample |= {"before_loss": 1.0, "target_loss": 2.0, "group": 1}
     scores = summarise(samples, samples) | summarise(classified, classified)
     rounded = {
         f"{rounding.name}.{key}": value for rounding in ROUNDINGS for key, value in scores.items()
