@@ -201,6 +201,9 @@ def test_report_and_gate_read_a_run_on_the_store(bucket: Bucket, tmp_path: Path)
     scores = scores_of(before=forget_entry(0.9), after=forget_entry(0.5), oracle=forget_entry(0.5))
     (tmp_path / "run").mkdir()
     write_run(tmp_path / "run", scores)
+    files = file_digests(tmp_path / "run")
+    sealed = {"schema": 1, "status": "complete", "files": files}
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(sealed))
     for name in RUN_FILES:
         bucket.write(f"runs/one/{name}", (tmp_path / "run" / name).read_bytes())
     assert invoke("gate", URL) == (0, f"Passed: {URL}\n")
