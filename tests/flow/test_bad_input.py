@@ -98,7 +98,7 @@ CASES = [
         ["tracking.uri=http://me:word@host"],
         "tracking.uri: holds a password, which the run's files would keep; allowed: passwords in",
         "check_passwords",
-        (*ALL, "submit"),
+        (*TRAINING, "submit"),
     ),
     Case(
         "strength without holdout",
