@@ -197,11 +197,9 @@ def reporting(debug: bool, going_on: str = "The same command goes on") -> Iterat
 def _reason(error: BaseException) -> str:
     """Say what failed: the innermost exception's type, its first line, and where it was raised."""
     frames = FRAME.findall("".join(traceback.format_tb(error.__traceback__)))
+    # A task's error has a traceback as its text, and the exception inside.
+    frames += FRAME.findall(str(error))
     inner = getattr(error, "cause", None)
-    # A task's error has a traceback as its text and the exception inside; a group of workers' has
-    # the error of each.
-    for text in (error, *getattr(error.__cause__, "worker_failures", {}).values()):
-        frames += FRAME.findall(str(text))
     if isinstance(inner, BaseException):
         error = inner
     reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

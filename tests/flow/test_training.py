@@ -224,4 +224,4 @@ def test_what_a_worker_failed_of_is_told(
     changes = [f"model.path={broken}", "train.max_failures=0", f"output_dir={tmp_path}/out"]
     code, told = command_here("run", "quick", *overrides, *changes)
     assert code == 1
-    assert "solve: the features are not finite (rfa/closed_form.py, line " in told
+    assert "Failed: RuntimeError: solve: the features are not finite (" in told
