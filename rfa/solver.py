@@ -7,8 +7,7 @@ what is retained. Two modes:
     one_pass   all modules are solved from the base model's features
     blockwise  module by module from the lowest block up, each from what it sees with the residuals
                below in place. A forget set of one batch is solved in passing, in a single forward.
-               A larger one is carried from block to block, each of which continues from the hidden
-               states of the block before
+               A larger one is carried from block to block by its hidden states
 
 Where torch.distributed runs, every worker brings its own rows, and each module has one worker that
 adds up and solves.

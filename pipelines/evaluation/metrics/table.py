@@ -1,7 +1,5 @@
-"""The table of metrics: what each is, how it is computed, and who reads it.
-
-Readers: scores.json (its `versions`), the terminal, the page, docs/scores.md, the verdict and the
-search's score.
+"""The table of metrics. Its readers: scores.json (its `versions`), the terminal, the page,
+docs/scores.md, the verdict and the search's score.
 """
 
 from functools import partial
