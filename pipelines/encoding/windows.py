@@ -98,4 +98,4 @@ def treatment(name: str, lengths: Lengths) -> str:
     """Say what becomes of a set's rows that are longer than the model reads at once."""
     if name in COVERED_SETS:
         return f"read in {lengths.windows:,} windows"
-    return f"{lengths.long_rows:,} rows cut in training"
+    return "scored in windows" if name == "general" else "cut in training"

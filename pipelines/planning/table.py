@@ -42,7 +42,7 @@ def run_rows(
         if name in lengths:
             found += f", {lengths[name].tokens:,} tokens"
         if name in lengths and lengths[name].long_rows:
-            found += f", {treatment(name, lengths[name])}"
+            found += f", {lengths[name].long_rows:,} too long: {treatment(name, lengths[name])}"
         rows.append((f"data.{name}", found))
     prune = cfg.prune.method
     if prune != "none":

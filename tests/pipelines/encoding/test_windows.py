@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipelines.config.schema import ModelConfig
 from pipelines.encoding.text import TextEncoder
-from pipelines.encoding.windows import Lengths, RowLength, lengths_of, windows_of
+from pipelines.encoding.windows import Lengths, RowLength, lengths_of, treatment, windows_of
 from rfa.batch import collate
 
 ROW = st.integers(2, 400).flatmap(
@@ -112,3 +112,12 @@ def test_documents_are_covered_to_their_last_token(problem: Path, name: str) -> 
     for window in encoded(encoder, [row]):
         tokens += window.input_ids[window.answer_start :]
     assert tokens == ids[1:]
+
+
+def test_only_sets_that_are_trained_on_are_said_to_be_cut() -> None:
+    lengths = Lengths(tokens=99, windows=12, long_rows=3, long_ids=[])
+    names = ("forget", "holdout", "retain", "utility", "general")
+    told = {name: treatment(name, lengths) for name in names}
+    assert told["forget"] == told["holdout"] == "read in 12 windows"
+    assert told["retain"] == told["utility"] == "cut in training"
+    assert told["general"] == "scored in windows"
