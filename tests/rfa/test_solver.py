@@ -151,6 +151,13 @@ def test_dropout_is_for_gradient_steps_alone(build: Build, mode: str, rows_a_bat
     found = maps(solved(alignment, mode=mode, rows_a_batch=rows_a_batch))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+    # A solve that also tells what the model then predicts runs the whole model.
+    in_passing = [solved(build(dropout=rate), mode=mode) for rate in (0.0, 0.5)]
+    for one_pass in in_passing:
+        one_pass.solve([collate([], FORGET, 0)], 2.0, with_logits=True)
+    without, with_dropout = map(maps, in_passing)
+    for name, value in without.items():
+        torch.testing.assert_close(with_dropout[name], value, rtol=1e-3, atol=1e-4)
     dropouts = [layer.lora_dropout for _, layer in lora_layers(alignment.model)]
     assert all(dropout.training for dropout in dropouts), "steps after it have theirs"
 
