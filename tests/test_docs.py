@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from rfa.forget_losses import FORGET_LOSSES
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,6 +28,16 @@ def test_the_notebook_example_forgets_one_fact_and_keeps_the_others(
     assert forgotten_after < 0.1 * forgotten_before
     printed = "It prints {:.2f} and {:.2f} before, {:.2f} and {:.2f} after."
     assert printed.format(*numbers) in README
+
+
+def test_every_forget_loss_has_a_line_with_its_parameters_and_their_defaults() -> None:
+    page = (ROOT / "docs" / "objective.md").read_text(encoding="utf-8")
+    for name, loss in FORGET_LOSSES.items():
+        (line,) = re.findall(rf"^\| `{name}` \| .*$", page, re.MULTILINE)
+        for parameter, (default, _, _) in loss.parameters.items():
+            assert re.search(
+                rf"`(objective\.output_parameters\.)?{parameter}`, {default:g}\b", line
+            )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

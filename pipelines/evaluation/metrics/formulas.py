@@ -25,8 +25,6 @@ Rows = Sequence[Sample]
 MIN_LEARNED = 0.1
 # Of fewer rows a single one would make a group's share.
 MIN_GROUP = 3
-# Of fewer rows a single one would make a group's share.
-MIN_GROUP = 3
 RowsBySet = Mapping[str, Rows]  # of every set; none of a set that was not scored
 OfSet = Callable[[Rows], float | None]
 OfModel = Callable[[RowsBySet, RowsBySet | None], float | None]

@@ -8,6 +8,7 @@ from pipelines.evaluation.metrics.formulas import OfModel, OfSet, RowsBySet, giv
 from pipelines.evaluation.metrics.likelihood import Answer
 
 Unit = Literal["share", "AUC", "nats", "perplexity", "percent", "p-value", "distance", "steps"]
+NEEDS_ORACLE = "compares with the retrained oracle"  # an `absent` of both tables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

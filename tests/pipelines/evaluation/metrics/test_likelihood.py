@@ -117,7 +117,7 @@ def test_an_answer_without_tokens_is_refused():
 
 
 def test_the_entropy_of_an_answer_is_the_mean_over_its_tokens() -> None:
-    # A uniform law over two words, then a law that is certain: log 2 and 0.
+    # A uniform distribution over two words, then one that is certain: log 2 and 0.
     logits = torch.tensor([[0.0, 0.0], [0.0, -inf]])
     answer = Answer(token_statistics(logits, torch.tensor([0, 0])), "a")
     assert entropy(answer) == pytest.approx(log(2) / 2)

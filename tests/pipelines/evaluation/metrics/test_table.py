@@ -86,7 +86,7 @@ def test_no_other_module_lists_metrics() -> None:
     keys = {f"{set_name}.{name}" for set_name in SET_NAMES for name in names} | names
     for package in ("pipelines", "tuning", "deploy"):
         for path in sorted((ROOT / package).rglob("*.py")):
-            if path.name == "table.py" and path.parent.name == "metrics":
+            if path.name in ("set_metrics.py", "model_metrics.py"):
                 continue
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Tuple | ast.List | ast.Set):
