@@ -156,6 +156,7 @@ class UnlearnBatch(NamedTuple):
     def counts(self, tokens: TokenKind) -> "TokenCounts":
         """Count the tokens or rows that each term averages over, in this batch alone."""
         answers_B = self.answer_BT.sum(1)
+        # Retained rows are held at all of their tokens, whichever kind of the forget rows' shifts.
         retain_BT, forget_BT = self.retain_tokens_BT(), self.forget_tokens_BT(tokens)
         if self.classified:
             retain_BT, forget_BT = retain_BT.any(1), forget_BT.any(1)
@@ -164,6 +165,7 @@ class UnlearnBatch(NamedTuple):
             forget=float(forget_BT.sum()),
             retain_answer=float(answers_B[~self.forget_B].sum()),
             forget_answer=float(answers_B[self.forget_B].sum()),
+            # A loss per row sees only rows with an answer (`Answers.row_sums`).
             forget_rows=float((answers_B[self.forget_B] > 0).sum()),
         )
 
@@ -206,6 +208,7 @@ def collate(
     starts_B = torch.tensor([row.answer_start for row in rows])
     # Position t predicts token t + 1: from the token before the answer to the last but one.
     answer_BT = (position_T >= starts_B[:, None] - 1) & (position_T < lengths_B[:, None] - 1)
+    # The same shift by one. A row without a fact has (0, 0), of which no position is left.
     fact_B12 = torch.tensor([row.fact for row in rows])[:, None] - 1
     fact_BT = (position_T >= fact_B12[..., 0]) & (position_T < fact_B12[..., 1])
     classified = rows[0].classified

@@ -66,6 +66,7 @@ class InverseMoments:
             mean_DL.add_(sums.sum_DL.cpu(), alpha=weight / sums.count)
         trace = sum(sums.trace * weight / sums.count for weight, sums in present)
         width = len(mean_DL)
+        # Inputs that are all zero would leave no ridge, and R singular.
         level = max(trace / width, torch.finfo(torch.float64).tiny)
         self._factor_DL: Tensor | None = None
         if present[0][1].is_exact:
@@ -73,9 +74,12 @@ class InverseMoments:
             return
         basis_DL = present[0][1].basis().double()
         core_LL = basis_DL.T @ mean_DL
+        # The sums are float32, so the core is symmetric only up to their rounding.
         core_LL = (core_LL + core_LL.T) / 2
+        # Fewer tokens than columns leave it singular. The shift is for that, and no ridge.
         core_cholesky_LL = _cholesky(core_LL, 1e-9 * float(core_LL.diagonal().mean()))
         factor_DL = torch.linalg.solve_triangular(core_cholesky_LL, mean_DL.T, upper=False).T
+        # Nystroem's part has at most the whole trace, but for rounding.
         left_out = max(trace - float(factor_DL.square().sum()), 0.0) / width
         self._diagonal = ridge * level + left_out
         self._factor_DL = factor_DL
@@ -105,6 +109,7 @@ class InverseMoments:
         input_ND = input_ND.double().cpu()
         if self._factor_DL is None:
             return torch.cholesky_solve(input_ND.T, self._cholesky_DD).T
+        # Woodbury's identity: (F F^T + d I)^-1 takes a system of L columns in place of one of D.
         inner_LN = torch.cholesky_solve(self._factor_DL.T @ input_ND.T, self._inner_LL)
         return (input_ND - (self._factor_DL @ inner_LN).T) / self._diagonal
 
@@ -115,7 +120,9 @@ def _cholesky(matrix_DD: Tensor, diagonal: float) -> Tensor:
     The diagonal grows tenfold until the factorisation succeeds, because rounding may have made the
     matrix indefinite.
     """
+    # A diagonal of 0 would stay 0 however often it is multiplied.
     least = 1e-12 * max(float(matrix_DD.diagonal().mean()), 1e-300)
+    # A matrix that is not finite never factors, and the diagonal overflows.
     while math.isfinite(diagonal):
         shifted_DD = matrix_DD.clone()
         shifted_DD.diagonal().add_(diagonal)
@@ -174,6 +181,8 @@ def added(
     shared_NQ = forget.input_ND.double().cpu() @ a_QD.T
     energy_QQ = kept.energy(a_QD) + strength / forget.count * (shared_NQ.T @ shared_NQ)
     values, vectors = torch.linalg.eigh((energy_QQ + energy_QQ.T) / 2)
+    # tr(b E b^T) is |b root(E)|^2, whose best approximation of a rank is the SVD's (Eckart and
+    # Young 1936). Rounding can make an eigenvalue of E negative, which has no root.
     root_QQ = vectors * values.clamp(min=0).sqrt()
     left_OQ, _, _ = torch.linalg.svd(b_OQ @ root_QQ, full_matrices=False)
     left_OK = left_OQ[:, : min(rank, left_OQ.shape[1])]
@@ -189,6 +198,7 @@ def _leading(matrix_PP: Tensor, number: int) -> Tensor:
     if not size:
         return matrix_PP
     leading = max(0, size - number), size - 1
+    # SciPy's computes a part of the eigenvectors. Torch's `eigh` always computes all of them.
     values, vectors = eigh(
         matrix_PP.numpy(), subset_by_index=leading, driver="evr", check_finite=False
     )

@@ -125,7 +125,9 @@ class FeatureHooks:
 
     def _watch(self, module: nn.Module, name: str, *, is_residual: bool) -> None:
         def record(_module: nn.Module, _args: Any, output: Any) -> None:
+            # The hooks outlive a recording, and would hold the features of every other forward.
             if self._base is not None:
+                # Some models' blocks return a tuple, with the hidden states first.
                 feature = output[0] if isinstance(output, tuple) else output
                 recorded = self._added if is_residual else self._base
                 recorded[name] = as_positions(feature)
@@ -139,11 +141,13 @@ class FeatureHooks:
         try:
             yield self._base
         finally:
+            # `_added` stays: `residuals` reads it once the forward is over.
             self._base = None
 
     def residuals(self) -> dict[str, Tensor]:
         """Return what LoRA added at each module in the last recording (`local` only), [B, S, D]."""
         assert self.residual == "local"
+        # PEFT multiplies with the scaling behind lora_B, where the hook does not see it.
         scaled: dict[str, Tensor] = {}
         for name, added_BSD in self._added.items():
             scaled[name] = added_BSD * self._layers[name].scaling[ADAPTER]

@@ -38,6 +38,8 @@ class Answers(NamedTuple):
 
     def row_sums(self, value_N: "Tensor") -> "Tensor":
         """Sum a value over each row's tokens, [R]."""
+        # Rows are counted without gaps, so the last index has their number. Of no rows there is no
+        # maximum.
         rows = int(self.index_N.max()) + 1 if len(self.index_N) else 0
         return value_N.new_zeros(rows).index_add(0, self.index_N.to(value_N.device), value_N)
 
@@ -60,6 +62,7 @@ def random_label(answers: Answers) -> "Tensor":
     """
     classes = answers.log_NV.shape[1]
     hashed_N = answers.number_N * 2654435761 % 2**32  # Knuth's multiplicative hash
+    # An offset of 1 to classes - 1 never ends at the label itself.
     other_N = (answers.label_N + 1 + hashed_N % (classes - 1)) % classes
     return -answers.log_NV.gather(1, other_N[:, None])[:, 0]
 

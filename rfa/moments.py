@@ -50,6 +50,7 @@ class InputMoments:
             right_NL = input_ND @ self.basis().to(input_ND.device)
         self.sum_DL.addmm_(input_ND.T, right_NL)
         self.count += len(input_ND)
+        # In float64, as the low-memory solver subtracts a nearly equal number from it.
         self.trace += float(input_ND.square().sum(dtype=torch.float64))
 
     def merge(self, other: "InputMoments") -> None:

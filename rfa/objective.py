@@ -165,6 +165,7 @@ class ResidualAlignment(nn.Module):
             sample_tokens = 0
         for name in self.hooks.names:
             selected = batch.select(base[name], tokens_BT)
+            # Positions are selected row by row, so each row's are one stretch.
             index_R, lengths_R = selected.index_N.unique_consecutive(return_counts=True)
             by_row = selected.feature_ND.split(lengths_R.tolist())
             for index, feature_ND in zip(index_R.tolist(), by_row, strict=True):
@@ -201,6 +202,7 @@ class ResidualAlignment(nn.Module):
             else:
                 assert teacher.rows is not None
                 features = DriftFeatures(batch, recorded, teacher.features, teacher.rows)
+            # A step without tokens of a kind has a sum of 0 over none of them.
             if weights.retain:
                 terms["retain"] = self._zero(batch, features) / max(counts.retain, 1)
             if weights.forget:

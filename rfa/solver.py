@@ -48,7 +48,7 @@ class OnePassSolver:
     Args:
         alignment: the model with its adapters (B = 0) and objective, whose residuals are `local`.
         write: writes lora_A [K, D] and lora_B [O, K] of the module of that name into the model.
-            Every worker calls it.
+            Every worker calls it. None writes them in place.
     """
 
     def __init__(
@@ -61,11 +61,18 @@ class OnePassSolver:
         self.alignment = alignment
         self.settings = settings
         self.layers: dict[str, Any] = dict(lora_layers(alignment.model))
-        self._write = write or self._write_here
+        self._write = write
         self.features = {name: FeatureSums() for name in self.layers}
         self.sums: dict[str, dict[str, InputMoments]] = {kind: {} for kind in RETAINED_SETS}
         self.inverses: Mapping[str, InverseMoments] = {}
-        self._owner = _owners({name: input_width(layer) for name, layer in self.layers.items()})
+        # Each module has one worker. Modules of one width go round, so that memory and work are
+        # shared evenly.
+        self._owner: dict[str, int] = {}
+        seen: Counter[int] = Counter()
+        for name, layer in self.layers.items():
+            width = input_width(layer)
+            self._owner[name] = seen[width] % exchange.world_size()
+            seen[width] += 1
 
     @torch.no_grad()
     def collect(self, batch: UnlearnBatch, sample_tokens: int = SAMPLE_TOKENS) -> None:
@@ -82,7 +89,10 @@ class OnePassSolver:
             for kind, mask_BT in masks.items():
                 # Also for no tokens: every worker takes part in the reduction of every module.
                 if name not in self.sums[kind]:
-                    self.sums[kind][name] = self._empty_moments(name)
+                    width, settings = input_width(self.layers[name]), self.settings
+                    columns = width if width <= settings.exact_width else settings.sketch_columns
+                    device = self.layers[name].lora_A[ADAPTER].weight.device
+                    self.sums[kind][name] = InputMoments.empty(name, width, columns, device)
                 if mask_BT.any():
                     self.sums[kind][name].add(batch.select(input_BSD, mask_BT).feature_ND)
 
@@ -92,16 +102,11 @@ class OnePassSolver:
             for name, sums in features.items():
                 self.features[name].merge(sums)
 
-    def _empty_moments(self, name: str) -> InputMoments:
-        layer, settings = self.layers[name], self.settings
-        width = input_width(layer)
-        columns = width if width <= settings.exact_width else settings.sketch_columns
-        return InputMoments.empty(name, width, columns, layer.lora_A[ADAPTER].weight.device)
-
     def reduce(self) -> None:
         """Add up all workers' sums and fit the targets. Each module's owner factors its moments."""
         self.alignment.fit(merged_features(self.features))
         inverses: dict[str, InverseMoments] = {}
+        # A reduction needs every worker, so all of them take the modules in this one order.
         for name, owner in self._owner.items():
             # Popped: a worker keeps the moments of its own modules only, and those factored.
             moments = {kind: self.sums[kind].pop(name) for kind in RETAINED_SETS}
@@ -139,7 +144,11 @@ class OnePassSolver:
             self._advance(batches, hidden, 0, first_block)
         start = first_block
         for stage in self._stages(batches[0]):
-            rows = self._forget_rows(stage.names, batches, hidden, start, stage.stop)
+            # A worker without forget rows brings empty ones, as all workers gather.
+            rows = self.empty_rows(stage.names)
+            for batch, hidden_BTD in zip(batches, hidden, strict=True):
+                with self._observing(stage.names, partial(self._add_forget, rows, batch)):
+                    self._run(batch, hidden_BTD, start, stage.stop)
             self._solve_together(rows, strength)
             if stage.advances:
                 self._advance(batches, hidden, start, stage.stop)
@@ -188,22 +197,8 @@ class OnePassSolver:
         for index, batch in enumerate(batches):
             hidden[index] = self._run(batch, hidden[index], start, stop)
 
-    def _forget_rows(
-        self,
-        names: list[str],
-        batches: Sequence[UnlearnBatch],
-        hidden: list[Tensor | None],
-        start: int,
-        stop: int,
-    ) -> dict[str, ForgetRows]:
-        """Return this worker's forget tokens at some modules; there may be none."""
-        rows = self.empty_rows(names)
-        for batch, hidden_BTD in zip(batches, hidden, strict=True):
-            with self._observing(names, partial(self._add_forget, rows, batch)):
-                self._run(batch, hidden_BTD, start, stop)
-        return rows
-
     def empty_rows(self, names: Iterable[str]) -> dict[str, ForgetRows]:
+        """Return no tokens yet of some modules, to which this worker's are added."""
         rows: dict[str, ForgetRows] = {}
         for name in names:
             layer = self.layers[name]
@@ -283,12 +278,13 @@ class OnePassSolver:
             used = len(solution.a_KD)
             a_KD[:used], b_OK[:, :used] = solution.a_KD, solution.b_OK
         a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        self._write(name, a_KD.view(full_shape(a)), b_OK.view(full_shape(b)))
-
-    def _write_here(self, name: str, a_KD: Tensor, b_OK: Tensor) -> None:
-        layer = self.layers[name]
-        layer.lora_A[ADAPTER].weight.copy_(a_KD)
-        layer.lora_B[ADAPTER].weight.copy_(b_OK)
+        # A convolution's LoRA holds [K, C, h, w] and [O, K, 1, 1].
+        new_a, new_b = a_KD.view(full_shape(a)), b_OK.view(full_shape(b))
+        if self._write is None:
+            a.copy_(new_a)
+            b.copy_(new_b)
+        else:
+            self._write(name, new_a, new_b)
 
     @contextmanager
     def _observing(
@@ -327,22 +323,10 @@ class _Stage(NamedTuple):
     advances: bool
 
 
-def _owners(widths: dict[str, int]) -> dict[str, int]:
-    """Assign each module to a worker.
-
-    Modules of one width go round, so that memory and work are shared evenly.
-    """
-    seen: Counter[int] = Counter()
-    owners: dict[str, int] = {}
-    for name, width in widths.items():
-        owners[name] = seen[width] % exchange.world_size()
-        seen[width] += 1
-    return owners
-
-
 def merged_features(sums: dict[str, FeatureSums]) -> dict[str, FeatureSums]:
     """All-reduce: return the total over workers, on every worker."""
     merged = {name: FeatureSums() for name in sums}
+    # Added in the order of ranks, so that every worker gets the same bits and fits the same targets.
     for part in exchange.gather_all(sums):
         for name, total in merged.items():
             total.merge(part[name])

@@ -91,6 +91,7 @@ def fit_target(kind: TargetKind, sums: FeatureSums, *, clusters: int, seed: int)
     if kind == "retain_mean":
         return ModuleTarget(energy, mean_D[None].float())
     if kind == "gaussian":
+        # Rounding can leave a difference of equal numbers below 0, and its root would be NaN.
         variance_D = (sums.square_D / sums.count - mean_D.square()).clamp_min(0)
         return ModuleTarget(energy, mean_D[None].float(), spread_D=variance_D.sqrt().float())
     if kind == "cluster_mean":
