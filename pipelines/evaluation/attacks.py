@@ -112,6 +112,7 @@ def relearn_(
     training = AnswerTraining(model, classifies=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RELEARN_LEARNING_RATE, weight_decay=0.0)
     batches = _batches(len(rows), seed)
+    # The first of STEPS is 0: the model before any step.
     yield STEPS[0]
     for step in range(1, STEPS[-1] + 1):
         batch = collate([rows[index] for index in next(batches)], [], pad_token_id)
@@ -128,5 +129,6 @@ def _batches(count: int, seed: int) -> Iterator[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(count, generator=generator)
+        # Parts of nearly one size, where full batches could leave a last one of a single row.
         for indices in order.tensor_split(-(-count // RELEARN_ROWS)):
             yield indices.tolist()

@@ -1,6 +1,6 @@
 """Score rows under a classifier: loss, accuracy, and what is compared with the oracle's outputs.
 
-Shapes: B rows, S positions, D features, C classes.
+Shapes: B rows, S positions, N selected positions, D features, C classes.
 """
 
 from collections.abc import Mapping
@@ -8,12 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.encoding.labelled import ClassEncoder
 from pipelines.evaluation.scorer import Samples, Scorer, samples_of
-from rfa.batch import UnlearnBatch, collate
+from rfa.batch import collate
 from rfa.features import as_positions
 
 COLUMNS = ("set", "row", "answer", "label", "image")
@@ -49,7 +48,12 @@ class ClassScorer(Scorer):
         log_BC = out.logits_NV.double().log_softmax(-1)
         loss_B = -log_BC.gather(1, batch.label_B[:, None])[:, 0]
         is_right_B = log_BC.argmax(-1) == batch.label_B
-        feature_BD = _pooled(batch, as_positions(out.hidden_BTD).double())
+        feature_BSD = as_positions(out.hidden_BTD).double()
+        selected = batch.select(feature_BSD, batch.attention_BT)
+        # The weights of a row's positions sum to 1, so this is their mean. Padding has none.
+        feature_BD = torch.zeros_like(feature_BSD[:, 0]).index_add_(
+            0, selected.index_N, selected.feature_ND * selected.weight_N[:, None]
+        )
         numbers: list[dict[str, Any]] = []
         for index, record in enumerate(records):
             row: dict[str, Any] = {"loss": float(loss_B[index])}
@@ -59,12 +63,3 @@ class ClassScorer(Scorer):
                 row["feature"] = tuple(feature_BD[index].tolist())
             numbers.append(row)
         return numbers
-
-
-def _pooled(batch: UnlearnBatch, feature_BSD: Tensor) -> Tensor:
-    """Return the mean over each row's positions, [B, D]."""
-    selected = batch.select(feature_BSD, batch.attention_BT)
-    pooled_BD = torch.zeros_like(feature_BSD[:, 0])
-    return pooled_BD.index_add_(
-        0, selected.index_N, selected.feature_ND * selected.weight_N[:, None]
-    )

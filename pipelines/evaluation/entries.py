@@ -70,8 +70,16 @@ def evaluation_of(samples: "SamplesByModel", attacks: Mapping[str, Sequence[Chan
     oracles = [name for name in attacks if is_oracle(name)]
     models: dict[str, Scores] = {}
     for name, changes in attacks.items():
-        others = [oracle for oracle in oracles if oracle != name]
-        models[name] = _compared_scores(name, others, samples)
+        compared: list[Scores] = []
+        for oracle in oracles:
+            if oracle != name:
+                rows = _rows_beside(name, ["before", oracle], samples)
+                of_oracle = _in_order(samples[ScoredModel(oracle)])
+                compared.append(summarise(_with_targets(rows, samples, oracle), of_oracle))
+        if compared:
+            models[name] = mean_scores(compared)
+        else:
+            models[name] = summarise(_in_order(_rows_beside(name, ["before"], samples)))
         for change in changes:
             models[name] |= _scores_of_change(ScoredModel(name, change), samples)
     others = [name for name in models if name not in oracles]
@@ -81,17 +89,6 @@ def evaluation_of(samples: "SamplesByModel", attacks: Mapping[str, Sequence[Chan
     of_oracles = [models.pop(name) for name in oracles]
     models["oracle"] = mean_scores(of_oracles)
     return Evaluation(models, spread(of_oracles), tokens)
-
-
-def _compared_scores(name: str, oracles: Sequence[str], samples: "SamplesByModel") -> Scores:
-    """Return a model's scores, in comparison with these oracles where there are any."""
-    if not oracles:
-        return summarise(_in_order(_rows_beside(name, ["before"], samples)))
-    compared: list[Scores] = []
-    for oracle in oracles:
-        rows = _with_targets(_rows_beside(name, ["before", oracle], samples), samples, oracle)
-        compared.append(summarise(rows, _in_order(samples[ScoredModel(oracle)])))
-    return mean_scores(compared)
 
 
 def _with_targets(rows: "Samples", samples: "SamplesByModel", oracle: str) -> list[Sample]:
@@ -112,6 +109,7 @@ def _rows_beside(name: str, references: Sequence[str], samples: "SamplesByModel"
     """Return a model's samples with its distances to the references that it was compared with."""
     rows: Samples = {}
     for key, sample in samples[ScoredModel(name)].items():
+        # A copy, as the same sample also stands for the model in the comparisons with others.
         rows[key] = Sample(**sample)
         for reference in references:
             rows[key] |= samples.get(ScoredModel(name, Beside(reference)), {}).get(key, {})
@@ -131,6 +129,7 @@ def _scores_of_change(model: ScoredModel, samples: "SamplesByModel") -> Scores:
         curve[step] = _in_order(samples.get(ScoredModel(model.name, Relearned(step)), {}))
     held_out = samples.get(ScoredModel(model.name, Relearned(0)), {})
     before = samples.get(ScoredModel("before"), {})
+    # The original is scored on the whole set, and compared on the half that was not relearned.
     original = {row: sample for row, sample in before.items() if row in held_out}
     return relearn_scores(curve, _in_order(original) if before else None)
 
@@ -149,6 +148,7 @@ def _tokens(
         tokens = [row[number] for row in compared if number in row]
         return np.concatenate([np.zeros(0), *tokens])
 
+    # An oracle's own numbers come with each model that was compared with it, and are all the same.
     of_oracles = [column_N(names[0], oracle, "oracle_log_probability") for oracle in oracles]
     columns = {"oracle": np.mean(of_oracles, axis=0)}
     for name in names:

@@ -113,6 +113,7 @@ def _questions(*blocks: pa.Table) -> pa.Table:
 @ray.remote(scheduling_strategy="DEFAULT")
 def _filled(block: pa.Table, answers: pa.Table) -> pa.Table:
     """Return a block with these answers in the rows that they name."""
+    # A row that has an answer is not among them: its index is null, and so is what it takes.
     index = pc.index_in(block["row"], value_set=answers["row"].combine_chunks())
     filled = pc.coalesce(answers["answer"].take(index), block["answer"])
     return _with_column(block, "answer", filled)
@@ -123,6 +124,7 @@ def _answered(*blocks: pa.Table) -> pa.Table:
     """Return the rows that have an answer, numbered anew."""
     rows = pa.concat_tables(blocks)
     rows = rows.filter(pc.not_equal(rows["answer"], ""))
+    # Sets are thinned by the row's number (`pool.pieces_of`), which must run without gaps.
     return _with_column(rows, "row", pa.array(range(rows.num_rows), pa.int64()))
 
 

@@ -161,6 +161,7 @@ def _tasks(
     cfg: UnlearnConfig, models: Collection[str], pieces: Mapping[str, list[Any]]
 ) -> list[Task]:
     """Return the longest tasks first, then model after model, so that a worker loads each once."""
+    # A relearning is one task of many steps. Begun last, it would keep one worker busy alone.
     relearnings: list[Task] = []
     tasks: list[Task] = []
     for name in models:
@@ -181,19 +182,21 @@ def _rows_scored(cfg: UnlearnConfig, sets: Sets, name: str) -> int:
 
 def pieces_of(cfg: UnlearnConfig, sets: Sets) -> dict[str, list[Any]]:
     """Return references to small tables of rows, by set, thinned to `evaluation.max_rows` a set."""
-    cut = ray.remote(_cut)
     size = max(ROWS_A_PIECE, cfg.evaluation.batch_size)
+
+    @ray.remote
+    def cut(block: pa.Table, count: int, limit: int) -> list[Any]:
+        row_N = block["row"].to_numpy()
+        # True for `limit` of the numbers up to `count`, evenly, whichever block they lie in.
+        is_scored_N = (row_N + 1) * limit // count > row_N * limit // count
+        rows = block.filter(pa.array(is_scored_N))
+        # References, because the driver, which gets the result, holds no text.
+        return [ray.put(rows.slice(start, size)) for start in range(0, rows.num_rows, size)]
+
     cuts: dict[str, list[Any]] = {}
     for name, rows in sets.items():
         limit = _rows_scored(cfg, sets, name)
         blocks = rows.to_arrow_refs()
-        cuts[name] = [cut.remote(block, sets.counts[name], limit, size) for block in blocks]
+        cuts[name] = [cut.remote(block, sets.counts[name], limit) for block in blocks]
+    # Awaited once all are submitted, so that sets are cut side by side.
     return {name: list(chain(*ray.get(waiting))) for name, waiting in cuts.items()}
-
-
-def _cut(block: pa.Table, count: int, limit: int, size: int) -> list[Any]:
-    """Return references to small tables of a block's rows, evenly `limit` of the set's `count`."""
-    row_N = block["row"].to_numpy()
-    is_scored_N = (row_N + 1) * limit // count > row_N * limit // count
-    rows = block.filter(pa.array(is_scored_N))
-    return [ray.put(rows.slice(start, size)) for start in range(0, rows.num_rows, size)]

@@ -218,7 +218,12 @@ class TextScorer(Scorer):
         parts_of: list[list[Tokens]] = [[] for _ in texts]
         for index, text in enumerate(text_of):
             parts_of[text].append(measured[index])
-        return [_joined(parts) for parts in parts_of]
+        joined: list[Tokens] = []
+        for parts in parts_of:
+            # A text longer than a window is measured in several, and reads as one.
+            columns = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+            joined.append(type(parts[0])(*columns))
+        return joined
 
     def _question(self, row: Mapping[str, Any], column: str) -> Question:
         """Return what the model is asked; of plain text, to continue its first half."""
@@ -277,15 +282,6 @@ class TextScorer(Scorer):
         size = self.cfg.evaluation.batch_size
         for start in range(0, len(order), size):
             yield order[start : start + size]
-
-
-def _joined(parts: Sequence[Tokens]) -> Tokens:
-    """Return what was measured in the windows of a row as one."""
-    first, *others = parts
-    if not others:
-        return first
-    columns = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
-    return type(first)(*columns)
 
 
 def _answer_logits(runner: BlockRunner, batch: UnlearnBatch) -> Tensor:

@@ -143,11 +143,13 @@ def _count(before: Entry, after: Entry, oracle: Entry | None) -> Forgetting:
             continue
         measured += 1
         decisive += bool(metric.decisive)
+        # Turned so that higher means remembered, whichever way the score points.
         sign = -1 if metric.remembered == "lower" else 1
         beyond += sign * new < min(sign * target, sign * old) - RULE.overshoot
         words = metric.decisive or f"the {metric.label} attack"
         if metric.unit == "AUC" and abs(new - target) > RULE.attack_gap:
             (missed if new > target else exposed).append(words)
+        # Where the original already stands at the target, nearer has no meaning.
         if abs(old - target) < RULE.min_gap:
             continue
         telling += 1
@@ -296,6 +298,7 @@ def _keep_clause(kept: Sequence[Share]) -> str:
 
 def _percent(share: float) -> str:
     """Round down, so that 94.9 % never reads as the 95 % it missed."""
+    # 0.29 * 100 is a hair below 29 in floating point, and would read as 28.
     return f"{math.floor(share * 100 + 1e-9)} %"
 
 

@@ -25,6 +25,7 @@ def mia_efficacy(
     count = min(len(members), len(non_members))
     if not count or not forget:
         return None
+    # As many of each: else the attack would learn which kind is more common, not the loss's limit.
     draw = np.random.default_rng(seed)
     trained = draw.choice(np.asarray(members, dtype=np.float64), count, replace=False)
     unseen = draw.choice(np.asarray(non_members, dtype=np.float64), count, replace=False)

@@ -70,7 +70,14 @@ def remembered_rows(rows: Rows) -> float | None:
     compared = [row for row in rows if "before_loss" in row and row.get("loss") is not None]
     if not compared:
         return None
-    return float(np.mean([_is_remembered(row) for row in compared]))
+    remembered: list[bool] = []
+    for row in compared:
+        before = likelihood.probability([row["before_loss"]])
+        after = likelihood.probability([row["loss"]])
+        target = likelihood.probability([row["target_loss"]])
+        was_learned = before - target > MIN_LEARNED
+        remembered.append(was_learned and after - target > before - after)
+    return float(np.mean(remembered))
 
 
 def remembered_in_worst_group(rows: Rows) -> float | None:
@@ -84,14 +91,6 @@ def remembered_in_worst_group(rows: Rows) -> float | None:
             groups.setdefault(row["group"], []).append(row)
     shares = [remembered_rows(group) for group in groups.values() if len(group) >= MIN_GROUP]
     return max((share for share in shares if share is not None), default=None)
-
-
-def _is_remembered(row: Sample) -> bool:
-    before = likelihood.probability([row["before_loss"]])
-    after = likelihood.probability([row["loss"]])
-    target = likelihood.probability([row["target_loss"]])
-    was_learned = before - target > MIN_LEARNED
-    return was_learned and after - target > before - after
 
 
 def perplexity(rows: Rows) -> float | None:

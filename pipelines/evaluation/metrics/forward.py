@@ -71,22 +71,21 @@ def token_statistics(logits_NV: Tensor, labels_N: Tensor) -> TokenStatistics:
     """
     shapes = logits_NV.shape, labels_N.shape
     assert logits_NV.ndim == 2 and labels_N.shape == logits_NV.shape[:1], shapes
-    pairs = zip(logits_NV.split(ROWS_PER_CHUNK), labels_N.split(ROWS_PER_CHUNK), strict=True)
-    chunks = [_chunk_statistics(logits, labels) for logits, labels in pairs]
+    chunks: list[Tensor] = []
+    for logits, labels in zip(
+        logits_NV.split(ROWS_PER_CHUNK), labels_N.split(ROWS_PER_CHUNK), strict=True
+    ):
+        log_p_NV = logits.float().log_softmax(dim=-1)
+        label_log_N = log_p_NV.gather(-1, labels[:, None]).squeeze(-1)
+        log_p_NV.clamp_(min=LOWEST_LOG_PROBABILITY)
+        p_NV = log_p_NV.exp()
+        mean_N = (p_NV * log_p_NV).sum(-1)
+        # The centred sum equals E[log^2 p] - mu^2 without its cancellation, which is noise above
+        # the 1e-6 floor of Min-K%++ when the vocabulary is large and the prediction nearly uniform.
+        variance_N = log_p_NV.sub_(mean_N[:, None]).square_().mul_(p_NV).sum(-1)
+        is_argmax_N = logits.argmax(-1) == labels
+        # One tensor, so that the statistics leave the device in one copy.
+        chunks.append(torch.stack([label_log_N, is_argmax_N.float(), mean_N, variance_N]))
     statistics_4N = torch.cat(chunks, dim=1).cpu().numpy().astype(np.float64)
     log_probability, is_argmax, mean, variance = statistics_4N
     return TokenStatistics(log_probability, is_argmax.astype(np.bool_), mean, variance)
-
-
-def _chunk_statistics(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """Return the four statistics as one float32 tensor, which leaves the device in one copy."""
-    log_p_NV = logits_NV.float().log_softmax(dim=-1)
-    log_probability = log_p_NV.gather(-1, labels_N[:, None]).squeeze(-1)
-    log_p_NV.clamp_(min=LOWEST_LOG_PROBABILITY)
-    p_NV = log_p_NV.exp()
-    mean = (p_NV * log_p_NV).sum(-1)
-    # The centred sum equals E[log^2 p] - mu^2 without its cancellation, which is noise above the
-    # 1e-6 floor of Min-K%++ when the vocabulary is large and the prediction nearly uniform.
-    variance = log_p_NV.sub_(mean[:, None]).square_().mul_(p_NV).sum(-1)
-    is_argmax = logits_NV.argmax(-1) == labels_N
-    return torch.stack([log_probability, is_argmax.float(), mean, variance])

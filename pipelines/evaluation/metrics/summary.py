@@ -89,6 +89,7 @@ def mean_scores(entries: Sequence[Scores]) -> Scores:
     means: Scores = {}
     for key in dict.fromkeys(chain(*entries)):
         values = _values(key, entries)
+        # A mean over some of the oracles alone would not compare with another model's.
         means[key] = fmean(values) if len(values) == len(entries) else None
     return means
 
