@@ -67,6 +67,7 @@ def write_report(run_dir: Path) -> Path:
     """
     run = read_run(run_dir)
     template = resources.files("pipelines.report").joinpath("page.html.jinja")
+    # With StrictUndefined a name that the template misspells is an error, and no empty place.
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -141,6 +142,7 @@ def _view(run: Run) -> dict[str, Any]:
     rows = {name: entry["rows"] for name, entry in sets.items() if entry.get("rows")}
     margin = None
     if {"forget", "holdout"} <= rows.keys():
+        # Chance depends on the rows that were scored, and not on those that the sets have.
         most = run.config.evaluation.max_rows or max(rows.values())
         margin = chance_margin(min(rows["forget"], most), min(rows["holdout"], most))
     scores = _scores(models, run.scores.get("oracle_spread", {}))
@@ -199,7 +201,8 @@ def _reached(group: str, metric: Metric, values: Entry) -> int | None:
         return None
     if group in ("forget", "mia") and oracle is not None and abs(before - oracle) >= RULE.min_gap:
         return round(100 * (before - after) / (before - oracle))
-    # Rounded down, so that 100 means that nothing was lost.
+    # Rounded down, so that 100 means that nothing was lost. The 1e-9 is for a product such as
+    # 0.29 * 100, which floating point puts a hair below 29.
     is_kept = metric.unit == "share" and (group in KEPT_SETS or group in metric.kept)
     if is_kept and before > 0:
         return math.floor(100 * after / before + 1e-9)

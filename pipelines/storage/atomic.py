@@ -15,9 +15,13 @@ def replacing(target: Path) -> Iterator[Path]:
     If the block raises an error or the process dies in it, `target` stays as it was. The next
     attempt removes the rest of the hidden file or folder.
     """
-    # It lies beside the target because POSIX renames atomically only within one file system.
+    # It lies beside the target because POSIX renames atomically only within one file system. Its
+    # name is hidden because an upload leaves out hidden files.
     partial = target.with_name(f".{target.name}{PARTIAL}")
-    _remove(partial)
+    if partial.is_dir():
+        shutil.rmtree(partial)
+    else:
+        partial.unlink(missing_ok=True)
     yield partial
     if target.is_dir():  # POSIX renames over files and empty folders only
         shutil.rmtree(target)
@@ -28,10 +32,3 @@ def write_text(target: Path, text: str) -> None:
     """Write a text file atomically."""
     with replacing(target) as partial:
         partial.write_text(text, encoding="utf-8")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

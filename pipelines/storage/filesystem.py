@@ -47,6 +47,7 @@ def _s3(path: str) -> fs.S3FileSystem:
     env = os.environ
     endpoint = urlsplit(env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or "")
     region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION")
+    # Only AWS itself can be asked where a bucket lies. Another store has no such request.
     if region is None and not endpoint.netloc:
         region = fs.resolve_s3_region(path.split("/")[0])
     return fs.S3FileSystem(

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from pyarrow import fs
 
@@ -169,15 +170,22 @@ class BucketDir(OutputDir):
             return super().read(name)
         if name not in self._files:
             return None
-        with self._reading(name), self._filesystem.open_input_stream(self._path(name)) as stream:
+        with self._stream(name) as stream:
             return stream.read()
 
     def digests(self) -> dict[str, str]:
-        return {name: self._digest(name) for name in self._files if _top(name) not in NOT_SEALED}
+        digests: dict[str, str] = {}
+        for name in self._files:
+            if _top(name) not in NOT_SEALED:
+                # Digested as it streams in: no model is downloaded to be verified.
+                with self._stream(name) as stream:
+                    digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        return digests
 
     @contextmanager
     def working_copy(self) -> Iterator[None]:
         with self._locked():
+            # A run that was killed here may have left files which the store does not have.
             self.clear()
             names = [name for name in self._files if _top(name) != CHECKPOINTS]
             self._download(self.folder, names)
@@ -240,6 +248,7 @@ class BucketDir(OutputDir):
     def _download(self, folder: Path, names: Iterable[str]) -> None:
         for name in names:
             target = folder / name
+            # A store's keys are any text, and one with `..` would be written outside of the folder.
             if ".." in target.parts:
                 raise ConfigError(
                     f"{self._key}: {self.url} holds '{name}', allowed: names without .."
@@ -253,9 +262,10 @@ class BucketDir(OutputDir):
                     destination_filesystem=fs.LocalFileSystem(),
                 )
 
-    def _digest(self, name: str) -> str:
+    @contextmanager
+    def _stream(self, name: str) -> Iterator[Any]:
         with self._reading(name), self._filesystem.open_input_stream(self._path(name)) as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+            yield stream
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[None]:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ class RunFolder:
         self._refuse_full_disk()
 
     def _refuse_other_run(self) -> None:
+        # A command writes its log before it has checked its inputs, and may then be refused.
         names = sorted(self.output.names() - {"run.log"})
         config = self.output.read("config.yaml")
         # A run that was killed before it wrote its manifest has left only its configuration.
@@ -131,13 +133,19 @@ class RunFolder:
         if self.manifest():
             return
         self.path.mkdir(parents=True, exist_ok=True)
+        # In this order: a run that was killed between the two may be begun again.
         write_text(self.path / "config.yaml", to_yaml(self.cfg))
+        versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
+        for name in PACKAGES:
+            # A package may be missing, as ray-unlearn itself is in a submitted job.
+            with suppress(metadata.PackageNotFoundError):
+                versions[name] = metadata.version(name)
         manifest = {
             "schema": 1,
             "status": "running",
             "purpose": self.purpose,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "versions": {name: _version(name) for name in PACKAGES},
+            "versions": versions,
             "python": platform.python_version(),
             "machine": {"system": platform.platform(), "cpus": os.cpu_count()},
             "git_commit": _git_commit(),
@@ -175,13 +183,6 @@ class RunFolder:
     def seal(self) -> None:
         """Write every result's digest into the manifest and mark the run complete."""
         self.update(status="complete", files=file_digests(self.path))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _git_commit() -> str | None:

@@ -67,6 +67,7 @@ class Mirror:
     def send(self, status: Status | None = None) -> None:
         """Send everything that MLflow lacks. With a status, end the run there."""
         with self._lock:
+            # Contents are sent when a run is opened, and may have grown since.
             self._run = None
             self._try_to_send(status)
 
@@ -207,6 +208,7 @@ def mirrored_to_mlflow(run: RunFolder, terminal: Terminal) -> Iterator[Mirror]:
     registered version, and whether MLflow has everything.
     """
     mirror = open_mirror(run.cfg.tracking, run.path, run.path.name, run.key, terminal.say)
+    # Only what reaches the end of the block is finished. Any exception leaves this as it is.
     status: Status = "FAILED"
     try:
         yield mirror

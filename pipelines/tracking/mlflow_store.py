@@ -77,6 +77,7 @@ class LoggedRun:
         entities = load_mlflow().entities
         metrics: list[Any] = []
         for key, value in _valid(scores).items():
+            # MLflow would keep an equal value as one more point of the metric's history.
             if known.get(key) != value:
                 metrics.append(entities.Metric(key, value, now_ms, 0))
         with _request():
@@ -158,6 +159,7 @@ class Store:
             if run.info.status != "RUNNING":
                 client.update_run(run.info.run_id, status="RUNNING")
             logged = LoggedRun(client, run, self._cfg.model_name)
+            # Every step has a loss, and its metrics arrived together with it or not at all.
             history = client.get_metric_history(logged.id, "loss")
             logged.steps = {point.step for point in history}
         return logged
@@ -179,6 +181,7 @@ class Store:
         filter_string = f"tags.`{RUN_KEY_TAG}` = '{key}'"
         runs = self._client.search_runs([experiment_id], filter_string)
         if runs:
+            # MLflow lists the newest first. Two processes that began at once may each have made one.
             return runs[-1]
         return self._client.create_run(experiment_id, _now_ms(), {RUN_KEY_TAG: key, **tags}, name)
 
@@ -246,7 +249,8 @@ def _request(timeout_s: int | None = None) -> Generator[None]:
 @contextmanager
 def _limits(timeout_s: int) -> Generator[None]:
     """Set MLflow's HTTP limits within the scope, but for those that the user has set."""
-    # MLflow reads them from the environment.
+    # MLflow reads them from the environment. Its defaults, 120 s for a request and seven more
+    # attempts, would hold up a run for minutes when a server is down.
     limits = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     added = {name: value for name, value in limits.items() if name not in os.environ}
     os.environ.update(added)

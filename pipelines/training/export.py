@@ -76,6 +76,7 @@ def _write_merged(
         with replacing(folder / "adapter") as adapter:
             merged.save_pretrained(str(adapter))
             (adapter / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        # A safe merge raises where a merged weight is not finite, before anything is written.
         merged = merged.merge_and_unload(safe_merge=True)
     assert isinstance(merged, PreTrainedModel)
     if masks:

@@ -102,6 +102,7 @@ class TrainingLoop:
             began = time.monotonic()
             rate = self.job.rate(step)
             metrics = self.step(next(steps), rate)
+            # The metrics are those of all workers already, so one worker reports them.
             if self.rank == 0:
                 step_s = max(time.monotonic() - began, 1e-9)
                 metrics["tokens_per_s"] = metrics.pop("tokens") / step_s
@@ -232,6 +233,7 @@ class TrainingLoop:
             # A step at learning rate 0 creates the optimizer's states, which `load` then fills.
             self.step(next(self.rows.steps(step)), rate=0.0)
             self.engine.load(EngineState(point.parameters, point.moments), step)
+            # Last, as the step above has drawn from the generator.
             torch.set_rng_state(rng)
         self.seconds = point.progress["seconds"]
         self.tokens = point.progress["tokens"]

@@ -58,6 +58,7 @@ class ProgressLog:
             self._bar.at(message["done"], note=message["what"], total=message["of"])
             return
         self._stream.write(json.dumps(message) + "\n")
+        # The upload and the mirror read the file, and a killed run leaves all its lines.
         self._stream.flush()
         if time.monotonic() >= self._upload_at_s:
             self._output.try_upload(FILE_NAME)

@@ -66,6 +66,7 @@ def report_point(point: ResumePoint, output_dir: str) -> None:
         if point.norms is not None:
             save_file(dict(point.norms), folder / NORMS)
         (folder / PROGRESS).write_text(json.dumps(point.progress))
+        # A result of Ray Train has only metrics that came with a checkpoint.
         ray.train.report(
             point.progress,
             checkpoint=Checkpoint.from_directory(name),

@@ -95,6 +95,7 @@ class Trainer:
                 num_workers=train.num_workers, use_gpu=use_gpu, resources_per_worker=train.resources
             ),
             run_config=RunConfig(
+                # By the same name in the same place Ray Train finds the last resume point.
                 name="train",
                 storage_path=checkpoints,
                 storage_filesystem=filesystem,

@@ -58,6 +58,8 @@ class WorkerRows:
         """
         objective = self.job.cfg.objective.settings()
         reads_forget = self.job.kind == "finetune" or objective.reads_forget_set
+        # Ray Data does not restore an iterator's position, so a resumed run begins to read at its
+        # step (`batches_of` skips to it).
         retain = self.of("retain", start)
         forget: Iterator[list[Row]] | None = None
         if reads_forget and "forget" in self.job.batches:
