@@ -90,3 +90,8 @@ class SolveSettings(NamedTuple):
     ridge: float = 1e-3
     exact_width: int = 16384
     sketch_columns: int = 1024
+
+    @property
+    def reads_targets(self) -> bool:
+        """Whether the solver moves features to `Objective.target`, by one strength."""
+        return self.mode in ("one_pass", "blockwise")

@@ -103,8 +103,12 @@ class OnePassSolver:
                 self.features[name].merge(sums)
 
     def reduce(self) -> None:
-        """Add up all workers' sums and fit the targets. Each module's owner factors its moments."""
-        self.alignment.fit(merged_features(self.features))
+        """Add up all workers' sums. Each module's owner factors its moments.
+
+        The targets are fitted, too, if the solver reads them.
+        """
+        if self.settings.reads_targets:
+            self.alignment.fit(merged_features(self.features))
         inverses: dict[str, InverseMoments] = {}
         # A reduction needs every worker, so all of them take the modules in this one order.
         for name, owner in self._owner.items():

@@ -223,7 +223,8 @@ def default_space(cfg: UnlearnConfig, depth: int) -> dict[str, Any]:
         depth: number of blocks of a language model.
     """
     reads_text = cfg.task == "causal_lm"
-    solves = cfg.solve.mode != "off"
+    # Each token's aim stands for target, strength and fact weight in mode `per_token`.
+    shifts_to_targets = cfg.solve.settings().reads_targets
     choices: dict[str, list[Any]] = {"adapter.rank": [8, 16, 32, 64]}
     # A range of blocks would leave out a classifier's head, which may be adapted.
     if reads_text:
@@ -231,33 +232,40 @@ def default_space(cfg: UnlearnConfig, depth: int) -> dict[str, Any]:
         # Each range has low blocks: without them forgetting cost too much utility
         # (docs/one_pass.md).
         choices["adapter.layers"] = _distinct([0, last], [0, 3 * last // 4], [depth // 8, last])
+    trains_to_targets = cfg.train.steps > 0 and cfg.objective.weights.forget > 0
+    if reads_text and (shifts_to_targets or cfg.train.steps > 0):
         choices["objective.tokens"] = ["answer", "all"]
-    if solves or cfg.objective.weights.forget > 0:
+    if shifts_to_targets or trains_to_targets:
         targets = _distinct(cfg.objective.target, "cluster_mean", "retain_mean")
         choices["objective.target"] = targets
-    if solves:
+    if cfg.solve.mode != "off":
         choices["solve.utility_weight"] = [1.0, 2.0, 4.0]
     tree: dict[str, Any] = {key: {"choice": values} for key, values in choices.items()}
     if "objective.target" in tree:
         when = {"objective.target": "cluster_mean"}
         tree["objective.clusters"] = {"choice": [8, 32, 128], "when": when}
-    if cfg.prune.method != "none":
-        methods = ["rows", "magnitude", "wanda"]
-        if cfg.train.deepspeed.stage == 3:
-            # It reads unpartitioned weights.
-            methods.remove("wanda")
-        tree["prune.method"] = {"choice": methods}
-        tree["prune.sparsity"] = {"uniform": [0.1, 0.7]}
+    tree |= _of_pruning(cfg)
     # The best strength depends on all other keys. So where `auto` finds it for each trial, with the
     # holdout set, no draw does better.
     strength = cfg.solve.strength
-    if solves and strength != "auto":
+    if shifts_to_targets and strength != "auto":
         tree["solve.strength"] = {"loguniform": [strength / 8, strength * 8]}
-    if solves and reads_text:
+    if shifts_to_targets and reads_text:
         tree["solve.fact_weight"] = {"loguniform": [1.0, 16.0]}
     if cfg.train.steps > 0:
         tree |= _of_gradient_steps(cfg)
     return tree
+
+
+def _of_pruning(cfg: UnlearnConfig) -> dict[str, Any]:
+    """Return the part of the default space that is on pruning."""
+    if cfg.prune.method == "none":
+        return {}
+    methods = ["rows", "magnitude", "wanda"]
+    if cfg.train.deepspeed.stage == 3:
+        # It reads unpartitioned weights.
+        methods.remove("wanda")
+    return {"prune.method": {"choice": methods}, "prune.sparsity": {"uniform": [0.1, 0.7]}}
 
 
 def _of_gradient_steps(cfg: UnlearnConfig) -> dict[str, Any]:

@@ -172,14 +172,20 @@ class Workbench:
         factor = self._factors(cfg.solve.utility_weight, cfg.solve.ridge)
         solver = WorkerSolver(cfg.solve, alignment, None, lambda *_: None)
         solver.one_pass.adopt({name: factor(name) for name, _ in lora_layers(alignment.model)})
-        # All rows are one batch, so that one forward solves every module on the way.
-        forget = itertools.chain.from_iterable(self._rows(self.shared.forget_rows))
-        holdout = itertools.chain.from_iterable(self._rows(self.shared.holdout_rows))
+        forget = self._rows(self.shared.forget_rows)
+        holdout = self._rows(self.shared.holdout_rows)
+        if cfg.solve.settings().reads_targets:
+            # All rows are one batch, so that one forward solves every module on the way.
+            forget = [list(itertools.chain.from_iterable(forget))]
+            holdout = [list(itertools.chain.from_iterable(holdout))]
         first, most = FIRST_STRENGTH, TRIALS
         if self._strengths:
             first, most = self._first_strength(cfg), TRIALS_NEAR_BY
         trials = solver.solve(
-            [self._batch([], list(forget))], [self._batch([], list(holdout))], first, most
+            [self._batch([], rows) for rows in forget],
+            [self._batch([], rows) for rows in holdout],
+            first,
+            most,
         )
         # There are none if the configuration gives the strength.
         if trials:

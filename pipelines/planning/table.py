@@ -47,12 +47,15 @@ def run_rows(
     prune = cfg.prune.method
     if prune != "none":
         prune += f", {cfg.prune.sparsity:.0%}"
+    solver: str = cfg.solve.mode
+    if cfg.solve.settings().reads_targets:
+        solver += f", strength {cfg.solve.strength}"
     workers = f"{train.max_workers}"
     if train.min_workers != train.max_workers:
         workers = f"{train.min_workers} to {train.max_workers}"
     rows += [
         ("prune", prune),
-        ("solver", f"{cfg.solve.mode}, strength {cfg.solve.strength}"),
+        ("solver", solver),
         (
             "steps",
             f"{train.steps} of {train.forget_batch_size} forget "

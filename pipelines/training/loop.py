@@ -93,7 +93,8 @@ class TrainingLoop:
             if self.job.cfg.solve.mode != "off" and checkpoint is None:
                 self._solve(self.module)
             # Targets follow from the base model and the rows, so resume points do not hold them.
-            elif self.job.steps > 0 and self.module.objective.aligns:
+            is_fitted = self.module.targets is not None
+            if self.job.steps > 0 and self.module.objective.aligns and not is_fitted:
                 self._fit_targets(self.module)
         step = 0 if checkpoint is None else self._resume(checkpoint)
         steps = self.rows.steps(step)

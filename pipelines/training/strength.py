@@ -161,8 +161,9 @@ class WorkerSolver:
 
         Each batch comes with the features a row to sample for the targets' clusters.
         """
+        reads_targets = self.one_pass.settings.reads_targets
         for index, (batch, sample_tokens) in enumerate(batches):
-            self.one_pass.collect(batch, sample_tokens)
+            self.one_pass.collect(batch, sample_tokens if reads_targets else 0)
             self.tokens += int(batch.attention_BT.sum())
             self.on_progress(index + 1, number, "statistics")
         self.one_pass.reduce()

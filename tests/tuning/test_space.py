@@ -135,6 +135,8 @@ def test_the_default_space_searches_what_a_configuration_uses(cfg: UnlearnConfig
     for own in (prunelora, solved):
         read_space(default_space(own, 0), own, "the default space")
     assert "solve.strength" in default_space(solved, 0)
+    per_token = default_space(with_values(cfg, {"solve.mode": "per_token", "train.steps": 0}), 4)
+    assert set(per_token) == {"adapter.rank", "adapter.layers", "solve.utility_weight"}
     assert "solve.strength" not in default_space(load_config("rfa_text", ["model.path=none"]), 0), (
         "each trial finds its own"
     )

@@ -1,0 +1,77 @@
+"""The token solver on real Ray Train: the same adapter from any number of workers and from ZeRO 3."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipelines.config.schema import UnlearnConfig
+from pipelines.encoding.text import TextEncoder
+from pipelines.model.load import load_base
+from rfa.batch import Row, collate
+from tests.flow.test_solver import assert_same, run
+
+Quick = Callable[..., UnlearnConfig]
+SOLVE = ("solve.mode=per_token", "train.steps=0", "train.deepspeed.stage=0", "adapter.rank=16")
+EPOCHS = 120
+
+
+@pytest.fixture(scope="module")
+def learned(
+    ray_session: None, quick: Quick, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., UnlearnConfig]:
+    """A configuration of a model that knows the forget and retain sets by heart."""
+    folder = tmp_path_factory.mktemp("learned")
+    cfg = quick(*SOLVE)
+    encoder = TextEncoder(cfg.model, cfg.data.system_prompt, cfg.data.max_tokens)
+    rows: list[Row] = []
+    for source in (cfg.data.forget, cfg.data.retain):
+        for line in Path(source.path).read_text().splitlines():
+            record = json.loads(line)
+            rows.append(Row(*encoder.pair(record["prompt"], record["answer"])))
+    batch = collate(rows, [], encoder.pad_token_id)
+    model = load_base(cfg.model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    loss = torch.tensor(torch.inf)
+    for _ in range(EPOCHS):
+        logits_NV = model(**batch.model_inputs()).logits[batch.answer_BT]
+        loss = torch.nn.functional.cross_entropy(logits_NV, batch.expected(batch.answer_BT))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < 0.1
+    model.save_pretrained(folder)
+    for path in Path(cfg.model.path).glob("*token*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    for path in Path(cfg.model.path).glob("*.jinja"):
+        (folder / path.name).write_bytes(path.read_bytes())
+
+    def load(*changes: str) -> UnlearnConfig:
+        return quick(*SOLVE, f"model.path={folder}", *changes)
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def reference(
+    learned: Callable[..., UnlearnConfig], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Tensor]:
+    """The adapter of two workers."""
+    return run(learned(f"output_dir={tmp_path_factory.mktemp('reference')}"))[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [("train.num_workers=1",), ("train.deepspeed.stage=3",)],
+    ids=["one worker", "ZeRO 3"],
+)
+def test_the_adapter_is_the_same(
+    reference: dict[str, Tensor],
+    learned: Callable[..., UnlearnConfig],
+    tmp_path: Path,
+    changes: tuple[str, ...],
+) -> None:
+    assert_same(run(learned(*changes, f"output_dir={tmp_path}"))[0], reference)
