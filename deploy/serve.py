@@ -143,6 +143,7 @@ class Generator:
             return {"refused": f"prompt: found {needed}, allowed: {self.context} together"}
         sampling: dict[str, Any] = {"do_sample": request.temperature > 0}
         if request.temperature > 0:
+            # transformers draws from the 50 likeliest tokens unless `top_k` is 0. OpenAI from all.
             sampling |= {"temperature": request.temperature, "top_p": request.top_p, "top_k": 0}
         if request.seed is not None:
             torch.manual_seed(request.seed)

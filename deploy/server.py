@@ -22,6 +22,13 @@ def serve_run(settings: Settings, host: str, port: int, terminal: Terminal) -> N
         ConfigError: the run is not finished, its model is not in safetensors, the port is taken, or
             the cluster has fewer GPUs.
     """
+
+    def check_model(model: ModelConfig) -> None:
+        # It imports transformers, which the driver must not. So it runs in a task.
+        from pipelines.model.folder import load_model_config
+
+        load_model_config(model, "RUN_DIR")
+
     run_dir = Path(settings.run_dir)
     if not (run_dir / "model").is_dir():
         raise ConfigError(
@@ -34,6 +41,7 @@ def serve_run(settings: Settings, host: str, port: int, terminal: Terminal) -> N
         )
     # A taken port is refused before Ray starts and the model is loaded.
     with socket.socket() as probe:
+        # A port that was closed a moment ago is free to Serve, and would be refused without this.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -42,7 +50,7 @@ def serve_run(settings: Settings, host: str, port: int, terminal: Terminal) -> N
                 f"--port: {host}:{port} cannot be had ({error.strerror}), allowed: a free one"
             ) from None
     with session(cfg.train, run_dir / "serve.log", terminal):
-        result_of(on_this_node(_check_model).remote(settings.model))
+        result_of(on_this_node(check_model).remote(settings.model))
         have = ray.cluster_resources().get("GPU", 0)
         if settings.gpus > have:
             raise ConfigError(
@@ -57,11 +65,3 @@ def serve_run(settings: Settings, host: str, port: int, terminal: Terminal) -> N
             threading.Event().wait()
         finally:
             serve.shutdown()
-
-
-def _check_model(model: ModelConfig) -> None:
-    """Raise ConfigError unless the model can be loaded. It runs in a task, off the driver."""
-    # It imports transformers, which the driver must not.
-    from pipelines.model.folder import load_model_config
-
-    load_model_config(model, "RUN_DIR")

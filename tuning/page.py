@@ -48,6 +48,7 @@ def write_page(
     of_classes = OF_CLASSES[0] in references["before"]
     compared = OF_CLASSES if of_classes else OWN_WORDS
     text = resources.files("tuning").joinpath("search.html.jinja").read_text(encoding="utf-8")
+    # With StrictUndefined a name that the template misspells is an error, and no empty place.
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -163,6 +164,7 @@ def _importances(trials: Mapping[int, TrialRecord], name: str) -> list[tuple[str
                     value=getattr(trial.score, name),
                 )
             )
+    # fANOVA splits a variance, and equal scores have none.
     if len(study.trials) < FEWEST or len({trial.value for trial in study.trials}) < 2:
         return []
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
@@ -231,6 +233,7 @@ def _write_values(axes: Any, x: int, heights: Mapping[str, float]) -> None:
 def _heights(values: list[Any]) -> dict[str, float]:
     """Return the height of each value of a key, 0 to 1. Numbers are in order of their size."""
     distinct = list({str(value): value for value in values}.values())
+    # By their order alone, as one scale would not do for ranks that double and rates over decades.
     if all(isinstance(value, (int, float)) for value in distinct):
         distinct.sort()
     top = max(len(distinct) - 1, 1)

@@ -66,6 +66,7 @@ class TrialLog(tune.Callback):
             if record is not None and record.score is not None:
                 study.tell(running.number, [record.score.distance, record.score.utility])
                 continue
+            # Optuna takes up no running trial. Its values are tried again under another number.
             study.tell(running.number, state=TrialState.FAIL)
             if record is None:
                 study.enqueue_trial(running.params, user_attrs=running.user_attrs)

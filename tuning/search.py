@@ -117,6 +117,7 @@ def search(cfg: UnlearnConfig, options: SearchOptions, terminal: Terminal) -> Se
             trials = min(trials, 1 + len(space.points()))
         sets = preflight(cfg, "tune", terminal, run=run).sets
         run.begin(sets.inputs())
+        # A resumed search must draw from the same space, whatever the defaults are by then.
         (run.path / SPACE_FILE).write_text(
             yaml.safe_dump(space.tree(), sort_keys=False), encoding="utf-8"
         )
@@ -191,6 +192,7 @@ def _run_trials(
             scheduler=scheduler,
             num_samples=log.left,
             max_concurrent_trials=backend.concurrent_trials,
+            # A workbench loads its model once, and not for each trial.
             reuse_actors=True,
             trial_dirname_creator=lambda trial: f"{trial.config['number']:04d}",
         ),
@@ -261,6 +263,7 @@ def _finish(
 ) -> SearchResult:
     """Pick a trial, write best.yaml, its adapter and the page, and send the result to MLflow."""
     cfg = run.cfg
+    # All trials have ended, and these serve them alone.
     forget_resume_points(cfg)
     drop_answers(run.path)
     chosen = pick(scores_of(log.trials), options.constraints)

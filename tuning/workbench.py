@@ -36,7 +36,6 @@ from rfa.batch import UnlearnBatch, collate
 from rfa.closed_form import InverseMoments
 from rfa.moments import InputMoments
 from rfa.objective import ResidualAlignment
-from rfa.settings import TargetKind, TokenKind
 from rfa.solver import RETAINED_SETS, OnePassSolver, inverse_of
 from rfa.targets import FeatureSums, ModuleTarget, Targets, fit_target
 from tuning.contracts import RUNGS, Measured, Shared
@@ -88,7 +87,8 @@ class Workbench:
         # A module's factor takes as much memory as its moments, so only the factors of one pair of
         # weights are cached.
         self._factors = functools.lru_cache(maxsize=1)(self._factors_at)
-        self._target = functools.cache(self._fit_target)
+        # By all that a module's target depends on: k-means would be run again for every trial.
+        self._fitted: dict[tuple[Any, ...], ModuleTarget] = {}
 
     def collect(self, rank: int, world_size: int) -> Statistics:
         """Collect statistics of every `world_size`-th batch of retain and utility rows.
@@ -100,6 +100,7 @@ class Workbench:
         batches = self._rows(self.shared.kept_rows)
         with self.adapted(cfg) as alignment:
             one_pass = OnePassSolver(alignment, cfg.solve.settings())
+            # Workers share the batches out, yet each row's sample must be that of a single worker.
             seen = _retain_rows_before(batches)
             features = {first_kind: one_pass.features}
             for kind in other_kinds:
@@ -141,11 +142,13 @@ class Workbench:
     @contextmanager
     def adapted(self, cfg: UnlearnConfig) -> Iterator[ResidualAlignment]:
         """Put a configuration's adapter on the model within the scope."""
+        # LoRA's A and dropout draw from it. A trial does not depend on those before it.
         torch.manual_seed(cfg.seed)
         alignment = build_alignment(cfg, self.base)
         try:
             yield alignment
         finally:
+            # A hook that stays would record, and hold in memory, the features of later trials.
             alignment.hooks.close()
             alignment.model.unload()  # pyright: ignore[reportCallIssue]
 
@@ -242,17 +245,15 @@ class Workbench:
         settings = cfg.objective
         module_targets: dict[str, ModuleTarget] = {}
         for name in alignment.hooks.names:
-            module_targets[name] = self._target(
-                name, settings.target, settings.clusters, settings.tokens
-            )
+            key = name, settings.target, settings.clusters, settings.tokens
+            if key not in self._fitted:
+                sums = self._statistics.features[settings.tokens][name]
+                # The seed is the search's, as no trial changes it.
+                self._fitted[key] = fit_target(
+                    settings.target, sums, clusters=settings.clusters, seed=self.shared.cfg.seed
+                )
+            module_targets[name] = self._fitted[key]
         return Targets(settings.target, module_targets, cfg.seed)
-
-    def _fit_target(
-        self, module: str, target: TargetKind, clusters: int, tokens: TokenKind
-    ) -> ModuleTarget:
-        """Fit one module's target. The arguments are those that it depends on, as it is cached."""
-        sums = self._statistics.features[tokens][module]
-        return fit_target(target, sums, clusters=clusters, seed=self.shared.cfg.seed)
 
     def _block_features(self, cfg: UnlearnConfig, alignment: ResidualAlignment) -> ModuleSums:
         """Sum the features of the aligned blocks over the retain and utility sets."""
