@@ -130,8 +130,8 @@ class SourceConfig(Section):
 class ColumnsConfig(Section):
     """The names of the sources' columns.
 
-    Question answering has `prompt` and `answer`, plain text has `text`, and classification has
-    `label` with `text` or `image`.
+    Question answering has `prompt` and `answer`, or `messages`; plain text has `text`, and
+    classification has `label` with `text` or `image`.
     """
 
     id: str = Field(
@@ -143,8 +143,14 @@ class ColumnsConfig(Section):
         description="The answer that is learned or forgotten; of a list of texts the first. "
         "`answers.text` is the field text of the column answers.",
     )
+    messages: str | None = Field(
+        default=None,
+        description="Conversations: a list of turns with role and content, or from and value. "
+        "null takes messages or conversations of a source without prompt and answer.",
+    )
     text: str = Field(
-        default="text", description="Plain text, used where there is no prompt column."
+        default="text",
+        description="Plain text, used where there are neither prompts nor conversations.",
     )
     paraphrased_prompt: str = Field(
         default="paraphrased_prompt", description="The same question in other words (optional)."

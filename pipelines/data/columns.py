@@ -13,8 +13,16 @@ from pipelines.data.cells import (
     list_value,
     text_value,
 )
+from pipelines.data.conversations import (
+    conversation_answer,
+    conversation_prompt,
+    plain_prompt,
+    required_answer,
+)
 from pipelines.data.readers import SourceError
 
+# The columns of conversations, where `data.columns.messages` names none: OpenAI's and ShareGPT's.
+CONVERSATIONS = ("messages", "conversations")
 # The set whose rows may lack an answer. `pipelines.evaluation.own_answers` generates it.
 ANSWERED_BY_MODEL = "utility"
 
@@ -57,21 +65,40 @@ def columns_read(
     if task == "sequence_classification":
         return _present([Column("answer", columns.text, text_value, required=True), label], names)
     optional = [
-        Column("paraphrased_prompt", columns.paraphrased_prompt, text_value),
+        Column("paraphrased_prompt", columns.paraphrased_prompt, plain_prompt),
         Column("paraphrased_answer", columns.paraphrased_answer, text_value),
         Column("fact", columns.fact, fact_value),
         Column("perturbed_answers", columns.perturbed_answers, list_value),
         Column("label", columns.label, label_value),
     ]
+    needs_answer = set_name != ANSWERED_BY_MODEL
+    has_answer = bool({columns.answer, _outer(columns.answer)} & set(names))
+    messages = _conversation_column(columns, names, columns.prompt in names and has_answer)
+    if messages is not None:
+        parse = required_answer if needs_answer else conversation_answer
+        prompt = Column("prompt", messages, conversation_prompt, required=True)
+        return [prompt, Column("answer", messages, parse, needs_answer), *optional]
     if columns.prompt not in names:
         if columns.text not in names:
-            raise SourceError(f"has neither column '{columns.prompt}' nor '{columns.text}'; {has}")
+            sought = f"'{columns.prompt}', '{columns.messages or CONVERSATIONS[0]}'"
+            raise SourceError(f"has none of the columns {sought} and '{columns.text}'; {has}")
         return [Column("answer", columns.text, text_value, required=True), *optional]
-    needs_answer = set_name != ANSWERED_BY_MODEL
-    if needs_answer and not {columns.answer, _outer(columns.answer)} & set(names):
+    if needs_answer and not has_answer:
         raise SourceError(f"has column '{columns.prompt}' but not '{columns.answer}'; {has}")
-    prompt = Column("prompt", columns.prompt, text_value, required=True)
+    prompt = Column("prompt", columns.prompt, plain_prompt, required=True)
     return [prompt, Column("answer", columns.answer, answer_value, needs_answer), *optional]
+
+
+def _conversation_column(columns: ColumnsConfig, names: list[str], has_pair: bool) -> str | None:
+    """Return the source's column of conversations to read, or None where it has none.
+
+    One that the configuration names goes before prompt and answer (`has_pair`), others after it.
+    """
+    if columns.messages is not None:
+        return columns.messages if columns.messages in names else None
+    if has_pair:
+        return None
+    return next((name for name in CONVERSATIONS if name in names), None)
 
 
 def _present(needed: list[Column], names: list[str]) -> list[Column]:
@@ -98,5 +125,6 @@ def wanted_columns(columns: ColumnsConfig, task: Task) -> set[str]:
         return {columns.id, columns.image, columns.label}
     if task == "sequence_classification":
         return {columns.id, columns.text, columns.label}
-    names = columns.model_dump(exclude={"image"}).values()
-    return {*names, *map(_outer, names)}
+    named = columns.model_dump(exclude={"image"}, exclude_none=True).values()
+    names = {*named, *map(_outer, named)}
+    return names if columns.messages is not None else {*names, *CONVERSATIONS}

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 from pipelines.config.data import ColumnsConfig, Task
 from pipelines.data.cells import id_text, label_value, type_name
 from pipelines.data.columns import Column, columns_read, wanted_columns
+from pipelines.data.conversations import answers_of, asked_otherwise
 from pipelines.data.readers import CHUNK_ROWS, Piece, SourceError, open_rows, trace_of
 
 IDS_IN_A_MESSAGE = 5
@@ -34,8 +35,8 @@ class SetRow(TypedDict):
     set: str
     row: int  # position in the set, 0 until the set is numbered
     id: str
-    prompt: str  # '' for plain text
-    answer: str  # holds the text where a source has plain text
+    prompt: str  # '' for plain text; turns as `pipelines.data.conversations` writes them
+    answer: str  # the last one of a conversation; the text where a source has plain text
     paraphrased_prompt: str
     paraphrased_answer: str
     fact: str  # a part of the answer
@@ -70,6 +71,7 @@ READ_SCHEMA = pa.schema([(name, ARROW_TYPES[kind]) for name, kind in _FIELDS.ite
 SET_SCHEMA = pa.schema([READ_SCHEMA.field(name) for name in get_type_hints(SetRow)])
 BLANK = cast(ReadRow, {name: kind() for name, kind in _FIELDS.items()})  # '', 0, False, [] or b''
 SUMMARY = ["id", "selected", "value", "fault", "trace", "content", "question"]
+OF_ONE_ANSWER = ["paraphrased_prompt", "paraphrased_answer", "fact", "perturbed_answers"]
 # The columns in a row's digest, besides its image. Manifests hold digests, so that neither these
 # names nor their order may change.
 DIGEST_OF_CLASSIFIED = ["id", "answer", "label"]
@@ -184,7 +186,8 @@ def _rows(
                 yield {**BLANK, "set": piece.set, "id": row_id, "value": matched}
             values_seen.add(matched)
     if empty_ids:
-        filled = " and ".join(f"'{column.source}'" for column in read if column.required)
+        sources = dict.fromkeys(column.source for column in read if column.required)
+        filled = " and ".join(f"'{source}'" for source in sources)
         needs = {"causal_lm": "text", "image_classification": "an image and a label"}
         raise SourceError(
             f"has rows where one is empty of {filled}: {quoted(empty_ids)}; "
@@ -230,8 +233,16 @@ def parse_row(
         if is_empty and column.name == "answer":
             value = ""  # white space alone counts as no answer, which the model then generates
         row[column.name] = value
+    sources = {column.name: column.source for column in columns}
+    if len(answers_of(row["prompt"], row["answer"])) > 1:
+        for name in OF_ONE_ANSWER:
+            if row[name]:
+                raise SourceError(
+                    f"row '{row_id}' has several answers and column '{sources[name]}', which is "
+                    "about one; allowed: one answer beside it"
+                )
+    row["paraphrased_prompt"] = asked_otherwise(row["prompt"], row["paraphrased_prompt"])
     if row["fact"] not in row["answer"]:
-        sources = {column.name: column.source for column in columns}
         raise SourceError(
             f"row '{row_id}' has words in column '{sources['fact']}' that are not in its "
             f"'{sources['answer']}'; allowed: a part of it, letter for letter"

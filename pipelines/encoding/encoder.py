@@ -34,7 +34,8 @@ def check_lengths(cfg: UnlearnConfig, sets: Sets) -> dict[str, Lengths]:
     """Return how long the rows of each set are, in tokens; nothing of images.
 
     Raises:
-        ConfigError: a classifier would read a part of a forget row only.
+        ConfigError: a classifier would read a part of a forget row only, or the chat template does
+            not write a row. The text has its id.
     """
     if cfg.task == "image_classification":
         return {}

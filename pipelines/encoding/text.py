@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.config.schema import ConfigError, ModelConfig
+from pipelines.data.conversations import Turn, turns_of
+from pipelines.encoding import chat
 from pipelines.encoding.windows import COVERED_SETS, RowLength, Window, windows_of
 
 if TYPE_CHECKING:
@@ -49,10 +51,17 @@ class TextEncoder:
         """Return a row's token ids, however many, and the index of its answer's first token.
 
         The answer ends with the end token, which is all of the answer ''. A row without a prompt is
-        plain text.
+        plain text. Of a conversation this is the last answer, behind all the turns before it.
         """
+        return self.pairs(prompt, answer)[-1]
+
+    def pairs(self, prompt: str, answer: str) -> list[tuple[list[int], int]]:
+        """Return what `pair` does for each answer of a row, a conversation's in their order."""
+        return [self._pair(before, after) for before, after in self._answers(prompt, answer)]
+
+    def _pair(self, before: str, after: str) -> tuple[list[int], int]:
+        """Return the token ids of a prompt and an answer, and the index of the answer's first."""
         tokenizer = self.tokenizer
-        before, after = self._parts(prompt, answer)
         prompt_ids = self._prompt_ids(before)
         answer_ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
         if not answer_ids or answer_ids[-1] not in self.end_ids:
@@ -69,28 +78,42 @@ class TextEncoder:
         """
         tokenizer = self.tokenizer
         ends = [int(tokenizer.eos_token_id)]  # pyright: ignore[reportArgumentType]
-        _, turn = self._parts("a", "b")
+        turn = self._answers("a", "b")[-1].text
         last = tokenizer(turn, add_special_tokens=False)["input_ids"][-1]
         added = tokenizer.added_tokens_decoder
         if last in added and added[last].special and last not in ends:
             ends.append(last)
         return ends
 
-    def windows(self, prompt: str, answer: str) -> list[Window]:
-        """Return the windows that cover the answer of a row."""
-        return windows_of(*self.pair(prompt, answer), self.max_tokens)
+    def windows(self, prompt: str, answer: str, *, whole: bool = True) -> list[Window]:
+        """Return the windows that cover the answers of a row; if not `whole`, each one's first."""
+        windows: list[Window] = []
+        for ids, answer_start in self.pairs(prompt, answer):
+            of_answer = windows_of(ids, answer_start, self.max_tokens)
+            windows += of_answer if whole else of_answer[:1]
+        return windows
 
     def length(self, row: Mapping[str, Any]) -> RowLength:
-        """Return how long a row is, and in how many windows the model reads it."""
-        ids, answer_start = self.pair(row["prompt"], row["answer"])
-        windows = 1
+        """Return how long a row is, and in how many windows the model reads it.
+
+        Raises:
+            ConfigError: the model's chat template does not write the row. The text has its id.
+        """
+        try:
+            pairs = self.pairs(row["prompt"], row["answer"])
+        except ConfigError as fault:
+            raise ConfigError(f"data.{row['set']}.path: row '{row['id']}': {fault}") from None
+        windows = len(pairs)
         if row["set"] in COVERED_SETS:
-            windows = len(windows_of(ids, answer_start, self.max_tokens))
-        return RowLength(len(ids), windows)
+            windows = sum(len(windows_of(*pair, self.max_tokens)) for pair in pairs)
+        return RowLength(len(pairs[-1][0]), windows)
 
     def prompt(self, prompt: str) -> list[int]:
         """Return the token ids up to where the model's answer begins."""
-        return self._prompt_ids(self._parts(prompt, "")[0])[-self.max_tokens :]
+        before = prompt
+        if prompt and self.tokenizer.chat_template:
+            before = chat.render(self.tokenizer, self._turns(prompt), asks=True)
+        return self._prompt_ids(before)[-self.max_tokens :]
 
     def fact_tokens(self, prompt: str, answer: str, fact: str) -> NDArray[np.bool_]:
         """Return which of the T answer tokens of `pair` carry the fact where it first stands.
@@ -102,7 +125,7 @@ class TextEncoder:
         is_fact_T = np.zeros(len(ids) - answer_start, dtype=np.bool_)
         if not fact:
             return is_fact_T
-        before, after = self._parts(prompt, answer)
+        before, after = self._answers(prompt, answer)[-1]
         carriers = np.asarray(self._carriers(after, answer, fact), dtype=np.int64)
         carriers += len(self._prompt_ids(before)) - answer_start
         if len(carriers) and carriers[0] >= 0:
@@ -151,23 +174,27 @@ class TextEncoder:
         adds_special = not self.tokenizer.chat_template
         return self.tokenizer(before, add_special_tokens=adds_special)["input_ids"]
 
-    def _parts(self, prompt: str, answer: str) -> tuple[str, str]:
-        """Return the text before the answer, and the text of the answer with its end."""
+    def _answers(self, prompt: str, answer: str) -> list[chat.Answer]:
+        """Return the text of each answer of a row with its end, and the text before it."""
         if not prompt:
-            return "", answer
-        template = self.tokenizer.chat_template
-        if not template:
-            return prompt, f" {answer}" if answer else ""
-        turns = [{"role": "user", "content": prompt}]
-        if self.system_prompt is not None:
-            turns.insert(0, {"role": "system", "content": self.system_prompt})
-        apply = self.tokenizer.apply_chat_template
-        before = str(apply(turns, tokenize=False, add_generation_prompt=True))
-        turns.append({"role": "assistant", "content": answer})
-        text = str(apply(turns, tokenize=False))
-        if not text.startswith(before):  # a template that rewrites earlier turns
-            return before, answer
-        return before, text[len(before) :].rstrip()
+            return [chat.Answer("", answer)]
+        turns = self._turns(prompt)
+        if self.tokenizer.chat_template:
+            return chat.answers(self.tokenizer, [*turns, Turn("assistant", answer)])
+        if len(turns) > 1:
+            raise ConfigError(
+                f"several turns, and {self.model.path} has no chat template to write them in; "
+                "allowed: a question and an answer a row, or a model with a chat template"
+            )
+        return [chat.Answer(turns[0].content, f" {answer}" if answer else "")]
+
+    def _turns(self, prompt: str) -> list[Turn]:
+        """Return the turns of a prompt, behind the system prompt where they have no system turn."""
+        turns = turns_of(prompt)
+        is_without = "system" not in [turn.role for turn in turns]
+        if self.system_prompt is not None and is_without and self.tokenizer.chat_template:
+            turns.insert(0, Turn("system", self.system_prompt))
+        return turns
 
     @property
     def pad_token_id(self) -> int:
@@ -206,11 +233,9 @@ class TextEncoder:
         return columns
 
     def _records(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return the windows of a row; where it is learned or kept, the first alone."""
+        """Return a row's windows; where it is learned or kept, the first of each answer."""
         prompt, answer, fact = str(row["prompt"]), str(row["answer"]), str(row["fact"] or "")
-        windows = self.windows(prompt, answer)
-        if row["set"] not in COVERED_SETS:
-            del windows[1:]
+        windows = self.windows(prompt, answer, whole=row["set"] in COVERED_SETS)
         # `hash` of a text differs between processes, and a CRC does not.
         label = zlib.crc32(row["label"].encode()) if row["label"] else -1
         span = (0, 0)

@@ -4,6 +4,7 @@ Shapes: B rows, T tokens (of a batch, or of an answer with EOS), N answer tokens
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipelines.config.schema import ModelConfig, UnlearnConfig
+from pipelines.data.conversations import answers_of, questions_of
 from pipelines.encoding.text import TextEncoder
 from pipelines.evaluation.attacks import gradient_norm, halves, relearn_
 from pipelines.evaluation.metrics import TokenStatistics, sample_scores
@@ -106,15 +108,15 @@ class TextScorer(Scorer):
             texts += _texts(index, row, is_quick)
         numbers = self._likelihoods(len(records), texts)
         if not is_quick:
-            asked: dict[int, Question] = {}
-            asked_in_other_words: dict[int, Question] = {}
+            asked: dict[int, list[Question]] = {}
+            asked_in_other_words: dict[int, list[Question]] = {}
             for index, row in enumerate(records):
                 if row["set"] in GENERATED:
-                    asked[index] = self._question(row, "prompt")
+                    asked[index] = self._questions(row, "prompt")
                 if row["set"] in WITH_GRADIENTS:
                     numbers[index]["grad_norm"] = self._gradient_norm(row)
                 if row["set"] in PARAPHRASED and row["paraphrased_prompt"]:
-                    asked_in_other_words[index] = self._question(row, "paraphrased_prompt")
+                    asked_in_other_words[index] = self._questions(row, "paraphrased_prompt")
             for index, score in self._rouge(asked):
                 numbers[index]["rouge"] = score
             for index, score in self._rouge(asked_in_other_words):
@@ -168,7 +170,8 @@ class TextScorer(Scorer):
         numbers: list[dict[str, Any]] = [{} for _ in range(num_rows)]
         for text, statistics in zip(texts, self._statistics(texts), strict=True):
             row = numbers[text.row]
-            scores = sample_scores(statistics, text.answer)
+            said = "\n".join(answers_of(text.prompt, text.answer))
+            scores = sample_scores(statistics, said)
             if text.kind == "answer":
                 row.update(scores)
             elif text.kind == "perturbed_losses":
@@ -225,20 +228,29 @@ class TextScorer(Scorer):
             joined.append(type(parts[0])(*columns))
         return joined
 
-    def _question(self, row: Mapping[str, Any], column: str) -> Question:
-        """Return what the model is asked; of plain text, to continue its first half."""
+    def _questions(self, row: Mapping[str, Any], column: str) -> list[Question]:
+        """Return what the model is asked, a question an answer; of plain text, to continue it."""
         if row["prompt"]:
-            return Question(self._encoder.prompt(row[column]), row["answer"])
+            questions: list[Question] = []
+            for prompt, answer in questions_of(row[column], row["answer"]):
+                questions.append(Question(self._encoder.prompt(prompt), answer))
+            return questions
         ids = self._encoder.windows("", row["answer"])[0].input_ids
         half = max(1, len(ids) // 2)
-        return Question(ids[:half], self._decode(ids[half:]), is_text=True)
+        return [Question(ids[:half], self._decode(ids[half:]), is_text=True)]
 
-    def _rouge(self, questions: Mapping[int, Question]) -> Iterator[tuple[int, float]]:
-        """Yield ROUGE-L of greedy answers by row: recall for questions, F1 for plain text."""
-        answers = self._continue(list(questions.values()))
-        for (index, question), answer in zip(questions.items(), answers, strict=True):
-            rouge = rouge_f1 if question.is_text else rouge_recall
-            yield index, rouge(answer, question.answer)
+    def _rouge(self, questions: Mapping[int, list[Question]]) -> Iterator[tuple[int, float]]:
+        """Yield ROUGE-L of greedy answers by row: recall for questions, F1 for plain text.
+
+        Of a conversation it is the mean over its answers.
+        """
+        answers = iter(self._continue(list(chain.from_iterable(questions.values()))))
+        for index, of_row in questions.items():
+            scores: list[float] = []
+            for question in of_row:
+                rouge = rouge_f1 if question.is_text else rouge_recall
+                scores.append(rouge(next(answers), question.answer))
+            yield index, float(np.mean(scores))
 
     def _continue(self, questions: list[Question]) -> list[str]:
         """Return the greedy continuation of each question."""

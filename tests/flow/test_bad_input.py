@@ -226,6 +226,21 @@ CASES = [
     Case("broken line", ["data.forget.path={folder}/broken.jsonl"], "line 2", "load_sets"),
     Case("missing column", ["data.columns.answer=reply"], "'reply'", "load_sets"),
     Case(
+        "a tool turn",
+        ["data.forget.path={folder}/tool.jsonl"],
+        "data.forget.path: {folder}/tool.jsonl: row 'r' has turn 1 (counted from 0) of column "
+        "'messages' with a role 'tool'; allowed: system, user (or human), assistant (or gpt, model)",
+        "load_sets",
+        ALL,
+    ),
+    Case(
+        "several turns without a chat template",
+        ["data.forget.path={folder}/turns.jsonl", "model.path={folder}/plain"],
+        "data.forget.path: row 'r': several turns, and {folder}/plain has no chat template",
+        "check_lengths",
+        ALL,
+    ),
+    Case(
         "unknown request ids",
         ["data.forget.ids={folder}/request.jsonl"],
         "names 1 id that",
@@ -334,6 +349,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     (tmp_path / "short.jsonl").write_text('{"label": 1, "text": "another word"}\n')
     if set(CLASSIFIER) <= set(case.changes):
         write_text_model(tmp_path / "classifier", problem / "model")
+    for name, role in (("tool", "tool"), ("turns", "system")):
+        turns = [{"role": who, "content": f"say {who}"} for who in ("user", role, "assistant")]
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"id": "r", "messages": turns}))
+    shutil.copytree(problem / "model", tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
     (tmp_path / "dumb").mkdir()
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "dumb" / name).symlink_to(problem / "model" / name)

@@ -207,7 +207,11 @@ def test_a_key_or_column_that_comes_twice_in_an_array_or_a_table_is_refused(tmp_
         ("a.json", "[]", ""),
         ("a.jsonl.gz", gzip.compress(LINES * 99)[:-99], "cannot be read as jsonl (OSError: "),
         ("a.jsonl.gz", LINES, "cannot be read as jsonl (OSError: "),
-        ("a.csv", b"\ntext\n" + SECRET.encode(), "has neither column 'prompt' nor 'text'"),
+        (
+            "a.csv",
+            b"\ntext\n" + SECRET.encode(),
+            "has none of the columns 'prompt', 'messages' and 'text'",
+        ),
     ],
 )
 def test_a_broken_array_or_archive_is_refused(

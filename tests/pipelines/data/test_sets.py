@@ -454,6 +454,23 @@ def test_a_forget_prompt_that_stands_alone_in_the_utility_set_is_refused(tmp_pat
     assert_refused(tmp_path, [GOOD], utility=prompts, key="data.forget.path", words=words)
 
 
+def test_a_deletion_request_names_whole_conversations(tmp_path: Path) -> None:
+    opening = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    rows: list[Row] = []
+    for name in ("a", "b", "c"):
+        turns = [("user", f"Who is {SECRET} {name}?"), ("assistant", f"{SECRET} {name}.")]
+        told = [{"role": role, "content": content} for role, content in turns]
+        rows.append({"id": name, "messages": [*opening, *told]})
+    path = write_jsonl(tmp_path / "all.jsonl", rows)
+    request = write_jsonl(tmp_path / "request.jsonl", ["b"])
+    sets = load(tmp_path, {"path": path, "ids": request}, {"path": path, "exclude_ids": request})
+    assert (ids_of(sets), ids_of(sets, "retain")) == (["b"], ["a", "c"])
+    assert sets.counts == {"forget": 1, "retain": 2}
+    with pytest.raises(ConfigError, match="shares 1 row with retain") as refused:
+        load(tmp_path, {"path": path, "ids": request}, {"path": path})
+    assert SECRET not in str(refused.value)
+
+
 def test_a_failing_ray_task_becomes_one_line_without_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
