@@ -7,7 +7,8 @@ value of another type. The message names the row and the column and quotes nothi
 
 import io
 import json
-from datetime import date
+from datetime import date, time
+from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
@@ -39,12 +40,17 @@ def is_unicode(text: str) -> bool:
 def id_text(value: Any) -> str | None:
     """Return an id as text, or None for a value that cannot be an id.
 
-    Whole numbers and UUIDs are written in their usual form, dates and times in ISO 8601.
+    Numbers are written in digits, UUIDs in small letters, dates and times in ISO 8601. The number
+    1 and the text 1 are the same id, as CSV and requests have no numbers. Bytes have no one text,
+    and neither have floating-point numbers, which may stand for several whole ones.
     """
     if isinstance(value, str):
         return value if value and is_unicode(value) else None
-    if isinstance(value, date):  # datetime is a subclass
+    if isinstance(value, date | time):  # datetime is a subclass of date
         return value.isoformat()
+    if isinstance(value, Decimal):  # databases have whole numbers as decimals, too
+        digits = f"{value:f}"  # `normalize` would round to 28 digits
+        return digits.rstrip("0").rstrip(".") if "." in digits else digits
     if isinstance(value, int | UUID) and not isinstance(value, bool):
         return str(value)
     return None

@@ -212,7 +212,7 @@ def _row_id(cells: dict[str, Any], number: int, column: str, has_column: bool, p
         found = "empty or broken text" if isinstance(value, str) else type_name(value)
         raise SourceError(
             f"row {number} (counted from 0) has {found} as '{column}'; "
-            "allowed: text, a whole number, a date or a UUID"
+            "allowed: text, a whole or decimal number, a date, a time or a UUID"
         )
     return row_id
 

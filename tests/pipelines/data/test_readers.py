@@ -5,11 +5,13 @@ import gzip
 import json
 import traceback
 from collections.abc import Callable
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -233,11 +235,21 @@ UUID_TEXT = "12345678-1234-5678-1234-567812345678"
         (date(2026, 1, 5), "2026-01-05"),
         (datetime(2026, 1, 5, 10, 30), "2026-01-05T10:30:00"),
         (datetime(2026, 1, 5, 10, 30, tzinfo=UTC), "2026-01-05T10:30:00+00:00"),
+        (datetime(2026, 1, 5, 10, 30, 0, 7), "2026-01-05T10:30:00.000007"),
+        (np.datetime64("2026-01-05T10:30:00.000000007"), "2026-01-05T10:30:00.000000007"),
+        (time(10, 30), "10:30:00"),
         (UUID(UUID_TEXT), UUID_TEXT),
         (7, "7"),
+        (Decimal("700"), "700"),
+        (Decimal("7.00"), "7"),
+        (Decimal("-7.50"), "-7.5"),
+        (
+            Decimal("12345678901234567890123456789012345678"),
+            "12345678901234567890123456789012345678",
+        ),
     ],
 )
-def test_an_id_in_parquet_may_be_a_date_or_a_uuid_with_one_text(
+def test_an_id_in_parquet_may_be_of_any_type_with_one_text_which_a_request_names(
     tmp_path: Path, value: Any, expected: str
 ) -> None:
     ids = pa.array([value])
@@ -250,6 +262,21 @@ def test_an_id_in_parquet_may_be_a_date_or_a_uuid_with_one_text(
     )
     [row] = read(tmp_path / "f.parquet")
     assert (row["id"], row["prompt"], row["answer"], row["fault"]) == (expected, "Q?", "A.", "")
+    request = write(tmp_path / "request.jsonl", json.dumps({"id": expected}) + "\n")
+    assert request_ids(str(request)) == [row["id"]]
+
+
+@pytest.mark.parametrize("value", [1.0, b"7", True, {"$oid": "7"}, ["7"]])
+def test_an_id_without_one_text_is_refused_by_its_type(tmp_path: Path, value: Any) -> None:
+    row = {"id": value, "prompt": SECRET, "answer": SECRET}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "f.parquet")
+    fault = fault_of(tmp_path / "f.parquet")
+    assert "as 'id'; allowed: text, a whole or decimal number, a date, a time or a UUID" in fault
+
+
+def test_a_number_and_its_text_are_the_same_id(tmp_path: Path) -> None:
+    path = write(tmp_path / "request.jsonl", '1\n"1"\n{"id": 1}\n{"id": "1"}\n"01"\n')
+    assert request_ids(str(path)) == ["1", "01"]
 
 
 def test_answers_with_other_line_separators_inside_are_whole(tmp_path: Path) -> None:
