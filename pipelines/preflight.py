@@ -14,7 +14,7 @@ from pipelines.config.data import SetName
 from pipelines.config.schema import ConfigError, ModelConfig, UnlearnConfig
 from pipelines.config.text import PASSWORD
 from pipelines.data.sets import Sets, load_sets
-from pipelines.encoding.encoder import check_lengths
+from pipelines.encoding.encoder import check_lengths, check_template
 from pipelines.encoding.labelled import check_labels, check_target
 from pipelines.encoding.text import load_tokenizer
 from pipelines.encoding.windows import Lengths, treatment
@@ -101,6 +101,7 @@ def preflight(
         check_answered(cfg, sets)
     if run is not None:
         run.check_inputs(sets.inputs())
+    check_template(cfg, sets)
     lengths = check_lengths(cfg, sets)
     terminal.say("Data: " + ", ".join(f"{name} {sets.counts[name]} rows" for name in sets.names()))
     for name, of_set in lengths.items():

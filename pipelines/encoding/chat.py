@@ -4,7 +4,10 @@ What no template may do is refused here, because a row would then be other token
 were trained. Messages quote no turn.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.config.schema import ConfigError
@@ -22,11 +25,9 @@ class Answer(NamedTuple):
 
 
 def render(
-    tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn], *, asks: bool = False, **known: Any
+    tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn], *, asks: bool = False
 ) -> str:
     """Return turns as text; if it `asks`, up to where the model's answer begins.
-
-    `known` goes to the template.
 
     Raises:
         ConfigError: the template does not take the turns.
@@ -34,7 +35,7 @@ def render(
     messages = [turn._asdict() for turn in turns]
     apply: Callable[..., Any] = tokenizer.apply_chat_template
     try:
-        return str(apply(messages, tokenize=False, add_generation_prompt=asks, **known))
+        return str(apply(messages, tokenize=False, add_generation_prompt=asks))
     except Exception as error:  # a template raises what it likes, and its message may quote a turn
         roles = ", ".join(turn.role for turn in turns[:6])
         more = ", ..." if len(turns) > 6 else ""
@@ -64,14 +65,66 @@ def answers(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn]) -> list
             )
         if not text.startswith(before):
             raise ConfigError(
-                "the chat template begins an answer in another way than it asks for one; "
-                "allowed: a template whose generation prompt is how its answers begin"
+                "the chat template asks for an answer in another way than it begins one (it may "
+                "open <think>); allowed: a template whose generation prompt begins its answers, too"
             )
         so_far = text.rstrip()
         found.append(Answer(before, text[len(before) :].rstrip()))
     if len(turns) > 2:
         _check_complete(turns, so_far)
     return found
+
+
+def check(tokenizer: "PreTrainedTokenizerBase", path: str, system_prompt: str | None) -> None:
+    """Refuse the template of the model at `path` if it cannot write prompts and answers.
+
+    Raises:
+        ConfigError: it refuses the system prompt or leaves it out, depends on the time of day, or
+            asks for an answer in another way than it writes one.
+    """
+    turns = [Turn("user", "question"), Turn("assistant", "answer")]
+    try:
+        _check_time(tokenizer, turns)
+        answers(tokenizer, turns)
+    except ConfigError as fault:
+        raise ConfigError(f"model.path: {path}: {fault}") from None
+    if system_prompt is not None:
+        try:
+            answers(tokenizer, [Turn("system", system_prompt), *turns])
+        except ConfigError:
+            raise ConfigError(
+                f"data.system_prompt: the chat template of {path} refuses a system turn or leaves "
+                "it out; allowed: null (the text may stand in the prompts), or another template"
+            ) from None
+
+
+def _check_time(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn]) -> None:
+    """Refuse a template that writes turns otherwise at another time."""
+    with _clock_at(datetime(2001, 2, 3, 4, 5, 6, tzinfo=UTC)):
+        once = render(tokenizer, turns)
+    with _clock_at(datetime(2012, 11, 12, 13, 14, 15, tzinfo=UTC)):
+        later = render(tokenizer, turns)
+    if once != later:
+        raise ConfigError(
+            "the chat template writes the date or the time (strftime_now), so that a row has other "
+            "tokens than those that were trained; allowed: a template with the date of the "
+            "training in place of strftime_now(...)"
+        )
+
+
+@contextmanager
+def _clock_at(moment: datetime) -> Generator[None]:
+    """Stop the clock that transformers gives to templates (strftime_now)."""
+    from transformers.utils import chat_template_utils  # imported here: the driver never tokenises
+
+    clock: Any = SimpleNamespace(now=lambda *_: moment)
+    module: Any = chat_template_utils
+    original = module.datetime
+    module.datetime = clock
+    try:
+        yield
+    finally:
+        module.datetime = original
 
 
 def _check_complete(turns: Sequence[Turn], text: str) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import ray
 
 from pipelines.cluster.tasks import result_of
-from pipelines.config.schema import ConfigError, UnlearnConfig
+from pipelines.config.schema import ConfigError, ModelConfig, UnlearnConfig
 from pipelines.data.rows import quoted
 from pipelines.data.sets import Sets
+from pipelines.encoding import chat
 from pipelines.encoding.labelled import ClassEncoder, load_class_config
 from pipelines.encoding.text import TextEncoder, load_tokenizer
 from pipelines.encoding.windows import Lengths, lengths_of
@@ -28,6 +29,33 @@ def build_encoder(cfg: UnlearnConfig) -> Encoder:
         return TextEncoder(cfg.model, cfg.data.system_prompt, cfg.data.max_tokens)
     reads_images = cfg.task == "image_classification"
     return ClassEncoder(cfg.model, cfg.data.max_tokens, reads_images=reads_images)
+
+
+def check_template(cfg: UnlearnConfig, sets: Sets) -> None:
+    """Refuse a chat template that would give prompts other tokens than those that were trained.
+
+    Raises:
+        ConfigError: the template cannot write prompts and answers, and a row has a prompt.
+    """
+    if cfg.task != "causal_lm":
+        return
+    has_prompts = ray.remote(scheduling_strategy="DEFAULT")(_has_prompts)
+    tasks: list[Any] = []
+    for _, rows in sets.items():
+        tasks += [has_prompts.remote(block) for block in rows.to_arrow_refs()]
+    if any([result_of(task) for task in tasks]):
+        check = ray.remote(scheduling_strategy="DEFAULT")(_check_template)
+        result_of(check.remote(cfg.model, cfg.data.system_prompt))
+
+
+def _has_prompts(block: Any) -> bool:
+    return any(block["prompt"].to_pylist())
+
+
+def _check_template(model: ModelConfig, system_prompt: str | None) -> None:
+    tokenizer = load_tokenizer(model)
+    if tokenizer.chat_template:
+        chat.check(tokenizer, model.path, system_prompt)
 
 
 def check_lengths(cfg: UnlearnConfig, sets: Sets) -> dict[str, Lengths]:

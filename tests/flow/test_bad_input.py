@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from pipelines import preflight
 from pipelines.__main__ import app
 from pipelines.storage import run_folder as artifact
 from tests.tiny_classifiers import write_text_model
+from tests.tiny_model import TEMPLATE
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -69,6 +71,38 @@ CONFIGURATION = [
         "layers reversed",
         ["adapter.layers=[2,1]"],
         "allowed: [first, last] with 0 <= first <= last",
+    ),
+]
+TEMPLATES = {  # of models in folders of these names
+    "plain": "",
+    "dated": "{{ strftime_now('%d %b %Y %H:%M:%S') }}" + TEMPLATE,
+    "thinking": TEMPLATE + "{% if add_generation_prompt %}<think>{% endif %}",
+    "unruly": "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    + TEMPLATE,
+    "deaf": TEMPLATE.replace("in messages", "in messages if message.role != 'system'"),
+}
+OF_TEMPLATES = [
+    (
+        "a template with the time of day",
+        ["model.path={folder}/dated"],
+        "model.path: {folder}/dated: the chat template writes the date or the time (strftime_now)",
+    ),
+    (
+        "a template that opens thoughts",
+        ["model.path={folder}/thinking"],
+        "model.path: {folder}/thinking: the chat template asks for an answer in another way than it "
+        "begins one (it may open <think>); allowed: a template whose generation prompt begins its",
+    ),
+    (
+        "a template without a system turn",
+        ["model.path={folder}/unruly", "data.system_prompt=Be kind."],
+        "data.system_prompt: the chat template of {folder}/unruly refuses a system turn or leaves "
+        "it out; allowed: null (the text may stand in the prompts), or another template",
+    ),
+    (
+        "a template that leaves out a system turn",
+        ["model.path={folder}/deaf", "data.system_prompt=Be kind."],
+        "data.system_prompt: the chat template of {folder}/deaf refuses a system turn or leaves",
     ),
 ]
 CLASSIFIER = [
@@ -233,6 +267,7 @@ CASES = [
         "load_sets",
         ALL,
     ),
+    *(Case(*case, "check_template", ALL) for case in OF_TEMPLATES),
     Case(
         "several turns without a chat template",
         ["data.forget.path={folder}/turns.jsonl", "model.path={folder}/plain"],
@@ -352,8 +387,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     for name, role in (("tool", "tool"), ("turns", "system")):
         turns = [{"role": who, "content": f"say {who}"} for who in ("user", role, "assistant")]
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"id": "r", "messages": turns}))
-    shutil.copytree(problem / "model", tmp_path / "plain")
-    (tmp_path / "plain" / "chat_template.jinja").unlink()
+    for name, template in TEMPLATES.items():
+        shutil.copytree(problem / "model", tmp_path / name, copy_function=os.symlink)
+        (tmp_path / name / "chat_template.jinja").unlink()
+        if template:
+            (tmp_path / name / "chat_template.jinja").write_text(template)
     (tmp_path / "dumb").mkdir()
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "dumb" / name).symlink_to(problem / "model" / name)

@@ -134,7 +134,7 @@ REFUSED = {
         "{% for message in messages if message['role'] != 'system' %}<|{{ message['role'] }}|>"
         "{% if loop.last and message['role'] == 'user' %}{{ messages[0]['content'] }}{% endif %}"
         f"{{{{ message['content'] }}}}<|end|>{{% endfor %}}{ASK}",
-        "the chat template begins an answer in another way than it asks for one",
+        "the chat template asks for an answer in another way than it begins one",
     ),
     "the system turn is left out": (
         LOOP + "{% if message['role'] != 'system' %}" + TURN + "{% endif %}{% endfor %}" + ASK,
