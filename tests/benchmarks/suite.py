@@ -1,0 +1,224 @@
+"""Every method on every problem, judged beside two retrained oracles: docs/suite.md.
+
+    python -m tests.benchmarks.suite [--problems authors-0,...] [--methods per-token,...]
+
+Each piece is a command of the product in a process of its own: data, target, oracles, and one `run` a method. What is
+complete is not made again, so that an interrupted suite goes on; the page shows what is there. Settings were chosen on
+authors-0 alone; all other problems are tests. Run it alone on the machine, as it reports seconds.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+
+from pipelines.config.data import SET_NAMES
+from pipelines.evaluation.verdict import verdict
+
+FOLDER = Path("outputs/suite")
+DOCS = Path(__file__).parents[2] / "docs"
+MODEL = "models/SmolLM2-135M-Instruct"
+ORACLES = (0, 1)  # their seeds
+TEACH = ("train.num_workers=1", "train.cpus_per_worker=2", "data.utility.max_rows=40")
+
+# Options of `make-data`.
+PROBLEMS = {
+    "authors-0": ("--authors", "20", "--questions", "3", "--forget", "3", "--seed", "0"),
+    "authors-1": ("--authors", "20", "--questions", "3", "--forget", "3", "--seed", "1"),
+    "authors-2": ("--authors", "20", "--questions", "3", "--forget", "3", "--seed", "2"),
+    "60-of-300": ("--authors", "100", "--questions", "3", "--forget", "20", "--seed", "0"),
+    "6-of-300": ("--authors", "100", "--questions", "3", "--forget", "2", "--seed", "0"),
+}
+RANK_64 = ("adapter.rank=64", "adapter.alpha=64")
+BY_GRADIENT = ("solve.mode=off", "train.learning_rate=1e-3")
+ON_OUTPUTS = "objective.weights={retain: 0, forget: 0, task: 1, output: 1}"
+METHODS = {
+    "per-token": ("solve.mode=per_token", *RANK_64),
+    "one-strength": ("solve.mode=blockwise", *RANK_64),
+    # The best of the steps that docs/one_pass_benchmark.md tried, 16 retain and 8 forget rows each.
+    "npo": (*BY_GRADIENT, "train.steps=20", "objective.output=npo", ON_OUTPUTS),
+    "gradient-difference": (*BY_GRADIENT, "train.steps=24", "objective.output=ascent", ON_OUTPUTS),
+    "rfa-by-gradient": (
+        "solve.mode=off",
+        "train.learning_rate=5e-4",
+        "train.steps=40",
+        "adapter.rank=16",
+        "adapter.layers=[8,20]",
+        "objective.weights={retain: 1, forget: 0.3, task: 3, output: 0.2}",
+    ),
+}
+# The rows of the tables.
+SCORES = (
+    "forget.token_distance",
+    "forget.token_distance_paraphrased",
+    "forget.probability",
+    "forget.probability_paraphrased",
+    "forget.fact_recall",
+    "forget.fact_recall_paraphrased",
+    "forget.remembered_rows",
+    "mia.loss",
+    "mia.zlib",
+    "mia.min_k",
+    "mia.min_k_plus_plus",
+    "mia.grad_norm",
+    "retain.probability",
+    "general.probability",
+    "retain.kept_distance",
+    "general.kept_distance",
+)
+
+
+class Outcome(NamedTuple):
+    """What the runs of one problem left: each method's scores.json."""
+
+    problem: str
+    scores: dict[str, Mapping[str, Any]]
+
+
+def ray_unlearn(*arguments: str, output: Path) -> Path:
+    """Run a command of the product into a folder, named by the command's digest; returns the folder."""
+    digest = hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:8]
+    folder = output.with_name(f"{output.name}-{digest}")
+    manifest = folder / "manifest.json"
+    if not manifest.exists() or json.loads(manifest.read_text())["status"] != "complete":
+        print(f"{folder}: ray-unlearn {' '.join(arguments)}", flush=True)
+        command = [sys.executable, "-m", "pipelines", *arguments, f"output_dir={folder}"]
+        subprocess.run(command, check=True)
+    return folder
+
+
+def solve(problem: str, methods: Sequence[str]) -> Outcome:
+    """Make what is missing of a problem, and run the methods on it."""
+    folder = FOLDER / problem
+    data = folder / "data"
+    if not data.exists():
+        make_data = [sys.executable, "-m", "pipelines", "make-data", str(data), *PROBLEMS[problem]]
+        subprocess.run(make_data, check=True)
+    sets = [f"data.{name}.path={data}/{name}.jsonl" for name in SET_NAMES]
+    teach = ("finetune", "demo", *sets, f"model.path={MODEL}", *TEACH)
+    target = ray_unlearn(*teach, output=folder / "target")
+    oracles: list[str] = []
+    for seed in ORACLES:
+        retrain = (*teach, "finetune.sets=[retain,utility]", f"seed={seed}")
+        oracles.append(str(ray_unlearn(*retrain, output=folder / "oracle") / "model"))
+    scores: dict[str, Mapping[str, Any]] = {}
+    for method in methods:
+        changes = (
+            *sets,
+            f"model.path={target}/model",
+            f"evaluation.oracle=[{','.join(oracles)}]",
+            "evaluation.robustness=[]",
+            *METHODS[method],
+        )
+        run = ray_unlearn("run", "demo", *changes, output=folder / method)
+        scores[method] = json.loads((run / "scores.json").read_text())
+    return Outcome(problem, scores)
+
+
+def table(outcome: Outcome) -> list[str]:
+    """Return the lines of one problem's table; the oracles' column has half their spread."""
+    methods = list(outcome.scores)
+    first = outcome.scores[methods[0]]
+    spread = first["oracle_spread"]
+    lines = [
+        "| | before | oracles | " + " | ".join(methods) + " |",
+        "|---|---:|---:|" + "---:|" * len(methods),
+    ]
+    for name in SCORES:
+        cells = [number(first["models"]["before"].get(name))]
+        half = number(spread[name] / 2) if name in spread else ""
+        cells.append(f"{number(first['models']['oracle'].get(name))} ± {half}")
+        for method in methods:
+            cells.append(number(outcome.scores[method]["models"]["after"].get(name)))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    costs = [outcome.scores[method]["cost"] for method in methods]
+    seconds = [f"{cost['solve_s'] + cost['train_s']:.0f}" for cost in costs]
+    memory = [f"{cost['peak_memory_bytes'] / 2**30:.2f}" for cost in costs]
+    levels = [verdict(outcome.scores[method]).level for method in methods]
+    lines.append("| seconds, workers' start included | | | " + " | ".join(seconds) + " |")
+    lines.append("| peak memory of a worker, GiB | | | " + " | ".join(memory) + " |")
+    lines.append("| verdict | | | " + " | ".join(levels) + " |")
+    return lines
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def write(outcomes: Sequence[Outcome]) -> None:
+    """Write docs/suite.md with its plot."""
+    packages = [
+        f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "peft", "ray")
+    ]
+    lines = [
+        "# The suite",
+        "",
+        f"Written by `python -m tests.benchmarks.suite` on {platform.machine()}, two CPU workers of one thread, fp32, "
+        f"{', '.join(packages)}. Each problem has a target model that was taught all rows, and two oracles "
+        "that never saw the forget set. Distances are to be read against the oracles' own, the floor. Settings were "
+        "chosen on authors-0; the other problems are tests.",
+        "",
+        "| method | settings beside the `demo` preset's |",
+        "|---|---|",
+    ]
+    for method in outcomes[0].scores:
+        settings = " ".join(METHODS[method]).replace("|", "\\|")
+        lines.append(f"| {method} | `{settings}` |")
+    for outcome in outcomes:
+        options = " ".join(PROBLEMS[outcome.problem])
+        lines += ["", f"## {outcome.problem}", "", f"`make-data {options}`", "", *table(outcome)]
+    lines += ["", "![Token distance left against what is kept, a point a run](suite.png)", ""]
+    (DOCS / "suite.md").write_text("\n".join(lines), encoding="utf-8")
+    draw(outcomes)
+
+
+def draw(outcomes: Sequence[Outcome]) -> None:
+    """Draw what is left of the token distance, against the general knowledge that is kept."""
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for index, method in enumerate(outcomes[0].scores):
+        for outcome, marker in zip(outcomes, "osD^v", strict=False):
+            models = outcome.scores[method]["models"]
+            left, kept = (
+                models["after"][name] / models["before"][name]
+                for name in ("forget.token_distance", "general.probability")
+            )
+            axes.scatter(left, kept, color=f"C{index}", marker=marker)
+        axes.scatter([], [], color=f"C{index}", label=method)
+    for outcome, marker in zip(outcomes, "osD^v", strict=False):
+        axes.scatter([], [], color="gray", marker=marker, label=outcome.problem)
+    axes.axvline(1, color="gray", linewidth=0.8)
+    axes.set_xlabel("token distance to the oracles: after / before (0: none left; 1: untouched)")
+    axes.set_ylabel("general probability: after / before")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(DOCS / "suite.png", dpi=110)
+
+
+def main() -> None:
+    """Run what is asked for and missing, and write the page after each problem."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--problems", default=",".join(PROBLEMS))
+    parser.add_argument("--methods", default=",".join(METHODS))
+    options = parser.parse_args()
+    outcomes: list[Outcome] = []
+    for problem in options.problems.split(","):
+        outcomes.append(solve(problem, options.methods.split(",")))
+        write(outcomes)
+    print(f"{DOCS / 'suite.md'}: {len(outcomes)} problems")
+
+
+if __name__ == "__main__":
+    main()
