@@ -1,10 +1,12 @@
 """A command's Ray: started or joined, quiet, and shut down again."""
 
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import ray
 from ray.data import DataContext
@@ -23,7 +25,7 @@ def session(
 ) -> Iterator[None]:
     """Start Ray, or join it where it runs already, and write its output to the run's log.
 
-    `preload` runs in a thread while Ray starts, for the driver's slow imports.
+    SIGTERM stops what runs within as Ctrl-C does. `preload` runs in a thread while Ray starts, for the driver's slow imports.
     """
     with terminal.chatter_to(log_path):
         started_here = not ray.is_initialized()
@@ -44,7 +46,24 @@ def session(
         # A run must read the same rows in the same order, however its tasks are scheduled.
         context.execution_options.preserve_order = True
         try:
-            yield
+            with _sigterm_as_interrupt():
+                yield
         finally:
             if started_here:
                 ray.shutdown()
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Treat SIGTERM, by which schedulers stop a process, as Ctrl-C."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        # Whoever handles Ctrl-C at the time handles it: Ray Train has a handler of its own.
+        signal.raise_signal(signal.SIGINT)
+
+    # Ray's native handler would abort the process (exit code 134) after the command's last words.
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

@@ -143,7 +143,7 @@ def test_an_interrupted_command_goes_on_where_it_was(
         assert time.monotonic() < deadline
         assert first.poll() is None, first.communicate()[1]
         time.sleep(0.02)
-    first.send_signal(signal.SIGINT)
+    first.send_signal(signal.SIGTERM)  # which is passed on as Ctrl-C
     told = first.communicate(timeout=100)[1]
     assert first.returncode == 130, told
     assert "The same command goes on from the last resume point" in told
