@@ -86,6 +86,7 @@ class Cluster:
         written = lost = 0
         while True:
             try:
+                # In this order, so that the log of a job that has ended is complete.
                 info = self.info(job_id)
                 log = self.logs(job_id)
                 lost = 0
@@ -94,6 +95,7 @@ class Cluster:
                 if lost == MAX_LOST:
                     raise
             else:
+                # The server gives the whole log at every poll.
                 write(log[written:])
                 written = len(log)
                 if info.status.is_terminal():
@@ -138,6 +140,7 @@ def exit_code(info: Any) -> int:
     if info.status == "STOPPED":
         return 130
     code = info.driver_exit_code
+    # A job whose driver never started has none.
     if code is None:
         return int(info.status != "SUCCEEDED")
     # A negative code is a signal, which a shell reports as 128 more.

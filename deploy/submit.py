@@ -65,6 +65,7 @@ def plan_job(command: Sequence[str], env_file: Path | None, *, install: bool) ->
     if env_file is not None:
         files[ENVIRONMENT_FILE] = json.dumps(read_env_file(env_file))
         runtime_env["worker_process_setup_hook"] = "deploy.job.load_environment"
+    # Quoted, as Ray runs an entrypoint in a shell.
     return Plan(shlex.join(["python", "-m", "deploy.job", *arguments]), runtime_env, files)
 
 

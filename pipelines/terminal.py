@@ -183,6 +183,7 @@ def reporting(debug: bool, going_on: str = "The same command goes on") -> Iterat
         if debug:
             raise
         log = "" if terminal.log_path is None else f"; the log is {terminal.log_path}"
+        # 130 is a shell's code for SIGINT: 128 and the signal's number.
         match error:
             case ConfigError():
                 code, line = 2, str(error)

@@ -91,6 +91,7 @@ class InverseMoments:
         input_ND = input_ND.double().cpu()
         if self._factor_DL is not None:
             kernel_NN = self(input_ND) @ input_ND.T
+            # Woodbury's is symmetric up to rounding, and a Cholesky factor reads one triangle.
             return (kernel_NN + kernel_NN.T) / 2
         half_DN = torch.linalg.solve_triangular(self._cholesky_DD, input_ND.T, upper=False)
         return half_DN.T @ half_DN
@@ -158,6 +159,7 @@ def solve(
     weighted_NP = torch.cholesky_solve(shift_NP, _cholesky(kernel_NN, forget.count / strength))
     energy_PP = weighted_NP.T @ (kernel_NN @ shift_NP)
     left_PK = _leading((energy_PP + energy_PP.T) / 2, rank)
+    # The layer multiplies B A with the scaling, so A is without it.
     a_KD = kept((left_PK.T @ weighted_NP.T) @ input_ND) / scaling
     return LowRankUpdate(a_KD, left_PK if basis_OP is None else basis_OP @ left_PK)
 

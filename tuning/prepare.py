@@ -70,6 +70,7 @@ def _collect_on_workers(shared: Shared, terminal: Terminal) -> Any:
             total.merge(other)
         return total, True
 
+    # A step for each worker's part, and one for their sum.
     bar = terminal.bar("Collecting statistics", train.max_workers + 1)
     task = ray.remote(collect).options(**_worker_resources(shared.cfg))
     world_size = train.max_workers
@@ -114,6 +115,7 @@ def covering_config(cfg: UnlearnConfig, space: Space) -> UnlearnConfig:
     values = {
         "adapter.targets": list(dict.fromkeys(targets)),
         "adapter.layers": layers,
+        # The least memory: statistics are of a module's inputs, whatever its adapter's rank.
         "adapter.rank": 1,
         # The statistics that clusters need serve all other targets as well.
         "objective.target": "cluster_mean",

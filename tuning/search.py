@@ -197,11 +197,14 @@ def _run_trials(
             trial_dirname_creator=lambda trial: f"{trial.config['number']:04d}",
         ),
         run_config=tune.RunConfig(
+            # A new name at each start, under which Tune finds nothing of a search that was killed.
             name=f"tune-{time.time_ns()}",
             storage_path=str(log.folder / "checkpoints"),
             verbose=0,
             callbacks=[log],
             failure_config=tune.FailureConfig(max_failures=0),
+            # The trials have no checkpoints of Tune's: the pick's adapter is computed again, or
+            # lies in the folder of its run.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     ).fit()

@@ -95,6 +95,7 @@ def zero_stage(train: TrainConfig, weights: int, gpu_bytes: int) -> int:
     """
     if train.deepspeed.stage != "auto":
         return train.deepspeed.stage
+    # A single worker has nobody to share the optimizer's state with.
     is_single = train.max_workers == 1
     if train.gpus_per_worker == 0 or (is_single and not gpu_bytes):
         return 0
@@ -119,7 +120,7 @@ def gpu_memory_bytes(train: TrainConfig) -> int:
 
         return int(torch.cuda.get_device_properties(0).total_memory)
 
-    # A task, because the driver's node may have no GPU.
+    # A task, because the driver's node may have no GPU. A worker's share of one is enough for it.
     return ray.get(ray.remote(num_gpus=min(1, train.gpus_per_worker))(measure).remote())
 
 

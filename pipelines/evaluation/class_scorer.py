@@ -37,29 +37,25 @@ class ClassScorer(Scorer):
         size = self.cfg.evaluation.batch_size
         numbers: list[dict[str, Any]] = []
         for start in range(0, len(records), size):
-            numbers += self._numbers(records[start : start + size])
+            part = records[start : start + size]
+            batch = collate(self._encoder.rows(part), [], self._encoder.pad_token_id)
+            batch = batch.to(self.device)
+            out = self.runner(batch, logits_at_BT=batch.answer_BT)
+            assert out.logits_NV is not None
+            log_BC = out.logits_NV.double().log_softmax(-1)
+            loss_B = -log_BC.gather(1, batch.label_B[:, None])[:, 0]
+            is_right_B = log_BC.argmax(-1) == batch.label_B
+            feature_BSD = as_positions(out.hidden_BTD).double()
+            selected = batch.select(feature_BSD, batch.attention_BT)
+            # The weights of a row's positions sum to 1, so this is their mean. Padding has none.
+            feature_BD = torch.zeros_like(feature_BSD[:, 0]).index_add_(
+                0, selected.index_N, selected.feature_ND * selected.weight_N[:, None]
+            )
+            for index, record in enumerate(part):
+                row: dict[str, Any] = {"loss": float(loss_B[index])}
+                row["accuracy"] = float(is_right_B[index])
+                if record["set"] == COMPARED:
+                    row["probabilities"] = tuple(log_BC[index].exp().tolist())
+                    row["feature"] = tuple(feature_BD[index].tolist())
+                numbers.append(row)
         return samples_of(records, numbers)
-
-    def _numbers(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        rows = self._encoder.rows(records)
-        batch = collate(rows, [], self._encoder.pad_token_id).to(self.device)
-        out = self.runner(batch, logits_at_BT=batch.answer_BT)
-        assert out.logits_NV is not None
-        log_BC = out.logits_NV.double().log_softmax(-1)
-        loss_B = -log_BC.gather(1, batch.label_B[:, None])[:, 0]
-        is_right_B = log_BC.argmax(-1) == batch.label_B
-        feature_BSD = as_positions(out.hidden_BTD).double()
-        selected = batch.select(feature_BSD, batch.attention_BT)
-        # The weights of a row's positions sum to 1, so this is their mean. Padding has none.
-        feature_BD = torch.zeros_like(feature_BSD[:, 0]).index_add_(
-            0, selected.index_N, selected.feature_ND * selected.weight_N[:, None]
-        )
-        numbers: list[dict[str, Any]] = []
-        for index, record in enumerate(records):
-            row: dict[str, Any] = {"loss": float(loss_B[index])}
-            row["accuracy"] = float(is_right_B[index])
-            if record["set"] == COMPARED:
-                row["probabilities"] = tuple(log_BC[index].exp().tolist())
-                row["feature"] = tuple(feature_BD[index].tolist())
-            numbers.append(row)
-        return numbers

@@ -73,13 +73,12 @@ def evaluation_of(samples: "SamplesByModel", attacks: Mapping[str, Sequence[Chan
         compared: list[Scores] = []
         for oracle in oracles:
             if oracle != name:
-                rows = _rows_beside(name, ["before", oracle], samples)
                 of_oracle = _in_order(samples[ScoredModel(oracle)])
-                compared.append(summarise(_with_targets(rows, samples, oracle), of_oracle))
+                compared.append(summarise(_rows_beside(name, oracle, samples), of_oracle))
         if compared:
             models[name] = mean_scores(compared)
         else:
-            models[name] = summarise(_in_order(_rows_beside(name, ["before"], samples)))
+            models[name] = summarise(_rows_beside(name, None, samples))
         for change in changes:
             models[name] |= _scores_of_change(ScoredModel(name, change), samples)
     others = [name for name in models if name not in oracles]
@@ -91,29 +90,21 @@ def evaluation_of(samples: "SamplesByModel", attacks: Mapping[str, Sequence[Chan
     return Evaluation(models, spread(of_oracles), tokens)
 
 
-def _with_targets(rows: "Samples", samples: "SamplesByModel", oracle: str) -> list[Sample]:
-    """Return the samples with what the forget rows are compared with, one by one.
-
-    Without an oracle nothing says how likely a single row would be: unseen rows are unlike.
-    """
+def _rows_beside(name: str, oracle: str | None, samples: "SamplesByModel") -> list[Sample]:
+    """Return a model's samples with what they are compared with, of the original and an oracle."""
     before = samples.get(ScoredModel("before"), {})
-    of_oracle = samples[ScoredModel(oracle)]
-    for key, row in rows.items():
+    # Without an oracle nothing says how likely a single row would be: unseen rows are unlike.
+    of_oracle = samples[ScoredModel(oracle)] if oracle else {}
+    rows: Samples = {}
+    for key, sample in samples[ScoredModel(name)].items():
+        # A copy, as the same sample is compared with every oracle.
+        row = rows[key] = Sample(**sample)
+        for reference in ("before", oracle) if oracle else ("before",):
+            row |= samples.get(ScoredModel(name, Beside(reference)), {}).get(key, {})
         has_losses = "loss" in before.get(key, {}) and "loss" in of_oracle.get(key, {})
         if row["set_name"] == "forget" and has_losses:
             row |= {"before_loss": before[key]["loss"], "target_loss": of_oracle[key]["loss"]}
     return _in_order(rows)
-
-
-def _rows_beside(name: str, references: Sequence[str], samples: "SamplesByModel") -> "Samples":
-    """Return a model's samples with its distances to the references that it was compared with."""
-    rows: Samples = {}
-    for key, sample in samples[ScoredModel(name)].items():
-        # A copy, as the same sample also stands for the model in the comparisons with others.
-        rows[key] = Sample(**sample)
-        for reference in references:
-            rows[key] |= samples.get(ScoredModel(name, Beside(reference)), {}).get(key, {})
-    return rows
 
 
 def _scores_of_change(model: ScoredModel, samples: "SamplesByModel") -> Scores:

@@ -90,6 +90,7 @@ class Scorer(ABC):
     def _network(self, name: str, precision: str) -> PreTrainedModel:
         """Load a model of the configuration onto this worker's devices."""
         task = self.cfg.task
+        # A worker with several GPUs has them for a model that one of them cannot hold.
         spread = task == "causal_lm" and self.device == "cuda" and torch.cuda.device_count() > 1
         network = load_base(self.models[name], precision, task=task, spread=spread).eval()
         if not spread:

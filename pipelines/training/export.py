@@ -68,6 +68,7 @@ def _write_merged(
     wanted = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     statistics = {name for name, _ in module.named_buffers()}
     assert wanted <= set(trained) <= wanted | statistics, "the checkpoint is of another model"
+    # A resume point has no frozen weights. The assertion checks the others' names.
     module.load_state_dict(trained, strict=False)
     cost["trained_parameters"] = sum(trained[name].numel() for name in wanted)
     merged = module.model

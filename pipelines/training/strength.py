@@ -98,6 +98,8 @@ def search_strength(
         done.append(Trial(strength, try_strength(strength)))
         if abs(done[-1].gap - aim) <= CLOSE_ENOUGH:
             break
+        # Trials compare by their strength: the strongest that leaves traces, and the weakest that
+        # leaves none.
         weak = max((trial for trial in done if trial.gap > aim), default=None)
         strong = min((trial for trial in done if trial.gap <= aim), default=None)
         if weak is None or strong is None:
@@ -120,6 +122,7 @@ def _extrapolated_step(done: list[Trial], aim: float, reach: float) -> float:
     if len(done) < 2:
         return step
     before = done[-2]
+    # A gap at its limit was cut off there, and gives no slope.
     if max(abs(last.gap), abs(before.gap)) >= MAX_INFORMATIVE_GAP:
         return step
     fall = _half_log_odds(before.gap) - _half_log_odds(last.gap)

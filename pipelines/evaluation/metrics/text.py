@@ -20,4 +20,5 @@ def rouge_f1(generated: str, reference: str) -> float:
 
 @cache
 def _scorer() -> RougeScorer:
+    # With the stemmer, as in open-unlearning.
     return RougeScorer(["rougeL"], use_stemmer=True)
