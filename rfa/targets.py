@@ -99,6 +99,7 @@ def fit_target(kind: TargetKind, sums: FeatureSums, *, clusters: int, seed: int)
         # pay.
         from sklearn.cluster import KMeans
 
+        # By the row's number, as k-means depends on the order of its points.
         sample_ND = torch.cat([sums.sample[row] for row in sorted(sums.sample)]).double().numpy()
         fitted = KMeans(
             min(clusters, len(sample_ND)),

@@ -175,7 +175,7 @@ def run_per_trial(cfg: UnlearnConfig, sets: Sets, references: References) -> Tri
     def run_trial(number: int, values: dict[str, Any]) -> Measured:
         trial_cfg = with_values(cfg, {**values, "output_dir": str(folder_of(number))})
         # Ray confines the tasks of Tune's actor to the actor's resources, unless a task names its
-        # node.
+        # node. A retry would find the folder of the first attempt, so there is none.
         task = ray.remote(num_cpus=0, max_retries=0)(_run).options(scheduling_strategy=node)
         return result_of(task.remote(trial_cfg, sets))
 

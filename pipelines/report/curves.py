@@ -33,6 +33,7 @@ def loss_curves(losses: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     curves: list[dict[str, str]] = []
     for term in terms:
         values = np.array([_number(entry.get(term)) for entry in losses])
+        # A term of weight 0 is logged as 0 at every step.
         if np.nan_to_num(values).any():
             curves.append({"term": term, "image": _loss_curve(steps, values)})
     return curves

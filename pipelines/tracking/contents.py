@@ -86,6 +86,7 @@ def read_lines(path: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
     length = content.rfind(b"\n") + 1
     entries: list[dict[str, Any]] = []
     for line in content[:length].splitlines():
+        # A run that goes on appends to the torn line, so it is in the middle of the file by then.
         try:
             entries.append(json.loads(line))
         except ValueError:

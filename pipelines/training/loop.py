@@ -90,6 +90,7 @@ class TrainingLoop:
         """Run all steps from the last resume point on."""
         checkpoint = ray.train.get_checkpoint()
         if isinstance(self.module, ResidualAlignment):
+            # A resume point holds the solution already.
             if self.job.cfg.solve.mode != "off" and checkpoint is None:
                 self._solve(self.module)
             # Targets follow from the base model and the rows, so resume points do not hold them.

@@ -208,6 +208,7 @@ def forget_quality(model: RowsBySet, oracle: RowsBySet | None) -> float | None:
 
 def model_utility(model: RowsBySet, _: RowsBySet | None) -> float | None:
     """Return model utility, from three scores of the retain and of the general set."""
+    # Six, where TOFU has nine: the general set stands for its real authors and world facts.
     components: list[float | None] = []
     for rows in (model["retain"], model["general"]):
         components += [probability_of("loss")(rows), mean_of("rouge")(rows), mean_truth_ratio(rows)]
