@@ -127,10 +127,10 @@ class Workbench:
     def trial(self, cfg: UnlearnConfig) -> Generator[tuple[Measured, bool]]:
         """Compute a configuration's adapter and score it.
 
-        It is scored once, or with gradient steps `RUNGS` times on the way. Yields the measurements,
+        It is scored once, or with gradient steps at each of `_pauses`. Yields the measurements,
         and whether they are the last.
         """
-        rungs = RUNGS if cfg.train.steps else 1
+        rungs = len(_pauses(cfg.train.steps)) or 1
         with self.adapted(cfg) as alignment:
             seconds = 0.0
             started = time.monotonic()
@@ -204,13 +204,13 @@ class Workbench:
         return min(reversed(self._strengths), key=differences)[1]
 
     def _train(self, cfg: UnlearnConfig, alignment: ResidualAlignment) -> Iterator[None]:
-        """Take a run's gradient steps in this process. Yield after each of `RUNGS` equal parts."""
+        """Take a run's gradient steps in this process. Yield at each of `_pauses`."""
         train = cfg.train
         parameters = [value for value in alignment.model.parameters() if value.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
         kept = itertools.cycle(self._rows(self.shared.kept_rows))
         forget = itertools.cycle(self._rows(self.shared.forget_rows))
-        pauses = {train.steps * part // RUNGS for part in range(1, RUNGS + 1)}
+        pauses = _pauses(train.steps)
         for step in range(train.steps):
             alignment(self._batch(next(kept), next(forget))).total.backward()
             if train.clip_norm:
@@ -289,6 +289,11 @@ class Workbench:
 
     def _batch(self, retained: list[Any], forget: list[Any]) -> UnlearnBatch:
         return collate(retained, forget, self._encoder.pad_token_id).to(self.device)
+
+
+def _pauses(steps: int) -> set[int]:
+    """Return after which gradient steps a trial is scored: `RUNGS` times, if it takes as many."""
+    return {steps * part // RUNGS for part in range(1, RUNGS + 1)} - {0}
 
 
 def _retain_rows_before(batches: list[list[Any]]) -> list[int]:

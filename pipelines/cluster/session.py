@@ -25,7 +25,8 @@ def session(
 ) -> Iterator[None]:
     """Start Ray, or join it where it runs already, and write its output to the run's log.
 
-    SIGTERM stops what runs within as Ctrl-C does. `preload` runs in a thread while Ray starts, for the driver's slow imports.
+    SIGTERM stops what runs within as Ctrl-C does. `preload` runs in a thread while Ray starts, for
+    the driver's slow imports.
     """
     with terminal.chatter_to(log_path):
         started_here = not ray.is_initialized()

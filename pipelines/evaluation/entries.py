@@ -95,11 +95,12 @@ def _rows_beside(name: str, oracle: str | None, samples: "SamplesByModel") -> li
     before = samples.get(ScoredModel("before"), {})
     # Without an oracle nothing says how likely a single row would be: unseen rows are unlike.
     of_oracle = samples[ScoredModel(oracle)] if oracle else {}
+    references = [reference for reference in ("before", oracle) if reference]
     rows: Samples = {}
     for key, sample in samples[ScoredModel(name)].items():
         # A copy, as the same sample is compared with every oracle.
         row = rows[key] = Sample(**sample)
-        for reference in ("before", oracle) if oracle else ("before",):
+        for reference in references:
             row |= samples.get(ScoredModel(name, Beside(reference)), {}).get(key, {})
         has_losses = "loss" in before.get(key, {}) and "loss" in of_oracle.get(key, {})
         if row["set_name"] == "forget" and has_losses:

@@ -5,6 +5,7 @@ import time
 from types import TracebackType
 from typing import Any
 
+from pipelines.storage.atomic import write_text
 from pipelines.storage.output import OutputDir
 from pipelines.terminal import Terminal
 from pipelines.tracking.mirror import Mirror
@@ -30,7 +31,12 @@ class ProgressLog:
     ) -> None:
         self._bar = terminal.bar(title, steps or None)
         self._steps = steps
-        self._stream = (output.folder / FILE_NAME).open("a", encoding="utf-8")
+        path = output.folder / FILE_NAME
+        if path.exists():
+            # A killed run may have left half a line, which the next one would be joined to.
+            recorded = path.read_text(encoding="utf-8")
+            write_text(path, recorded[: recorded.rfind("\n") + 1])
+        self._stream = path.open("a", encoding="utf-8")
         self._output = output
         self._upload_at_s = 0.0
         self._mirror = mirror

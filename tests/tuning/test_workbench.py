@@ -150,6 +150,8 @@ def test_gradient_trials_are_scored_at_every_rung(bench: Workbench, cfg: Unlearn
     assert [is_last for _, is_last in rungs] == [False] * (RUNGS - 1) + [True]
     found = [measured for measured, _ in rungs]
     assert [own.cost_s for own in found] == sorted(own.cost_s for own in found)
+    rungs = list(bench.trial(with_values(cfg, {"train.steps": 2})))
+    assert [is_last for _, is_last in rungs] == [False, True], "it has fewer steps than rungs"
 
 
 def test_the_strength_is_searched_from_that_of_the_most_similar_trial(

@@ -1,0 +1,20 @@
+"""What the driver records of a run's steps."""
+
+import json
+from pathlib import Path
+
+from pipelines.storage.output import OutputDir
+from pipelines.terminal import Terminal
+from pipelines.training.progress import FILE_NAME, ProgressLog
+
+
+def test_a_run_goes_on_behind_the_last_whole_line_of_a_killed_one(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_text('{"step": 0, "loss": 2.0}\n{"step": 1, "lo')
+    terminal = Terminal()
+    with (
+        terminal.chatter_to(tmp_path / "run.log"),
+        ProgressLog(OutputDir(str(tmp_path)), "Unlearning", 3, terminal) as log,
+    ):
+        log.on_message({"step": 1, "loss": 1.0})
+    lines = (tmp_path / FILE_NAME).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1]
