@@ -5,13 +5,11 @@ are its steps.
 """
 
 import time
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from ray.train import Result
 
-from pipelines.cluster.session import session
+from pipelines.cluster.session import session, temporary_log
 from pipelines.cluster.tasks import on_every_node, on_this_node, result_of
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.data.sets import Sets
@@ -112,10 +110,7 @@ def evaluate_model(cfg: UnlearnConfig, model: ModelConfig, terminal: Terminal) -
     Utility rows without an answer are left out, since there is nothing to score.
     """
     models = {"model": model, **oracles_of(cfg)}
-    with (
-        TemporaryDirectory() as folder,
-        session(cfg.train, Path(folder) / "run.log", terminal, preload),
-    ):
+    with temporary_log() as log, session(cfg.train, log, terminal, preload):
         sets = preflight(cfg, "evaluate", terminal, model=model).sets
         return score(cfg, models, answered_only(sets), terminal)[0]
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import ray
 from ray.data import DataContext
 
 from pipelines.cluster.resources import worker_environment
-from pipelines.config.schema import TrainConfig
+from pipelines.config.schema import ConfigError, TrainConfig
 from pipelines.terminal import Terminal
 
 
@@ -52,6 +53,20 @@ def session(
         finally:
             if started_here:
                 ray.shutdown()
+
+
+@contextmanager
+def temporary_log() -> Iterator[Path]:
+    """Yield the log of a command that has no run folder. It is kept where the command fails."""
+    handle, name = tempfile.mkstemp(prefix="ray-unlearn-", suffix=".log")
+    os.close(handle)
+    try:
+        yield Path(name)
+    except ConfigError:
+        # The message says all that there is to know, and names no log.
+        Path(name).unlink()
+        raise
+    Path(name).unlink()
 
 
 @contextmanager

@@ -1,14 +1,12 @@
 """`ray-unlearn check`: the checks of a run before it trains, and a plan of what it needs."""
 
 import time
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import ray
 
 from pipelines.cluster.resources import zero_stage
-from pipelines.cluster.session import session
+from pipelines.cluster.session import session, temporary_log
 from pipelines.cluster.tasks import on_this_node, result_of
 from pipelines.config.schema import UnlearnConfig
 from pipelines.planning.devices import Device, planned_device, present_device
@@ -44,7 +42,7 @@ def check(
                 limits[name] = source.max_rows
         return plan_rows(plan_configured(cfg, device, limits, price))
     run = RunFolder(cfg, "run")
-    with TemporaryDirectory() as folder, session(cfg.train, Path(folder) / "run.log", terminal):
+    with temporary_log() as log, session(cfg.train, log, terminal):
         sets, size, lengths = preflight(cfg, "run", terminal, run=run)
         rows: RowCounts = {name: sets.counts[name] for name in sets.names()}
         rows |= {name: of_set.windows for name, of_set in lengths.items()}
