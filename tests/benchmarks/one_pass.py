@@ -41,6 +41,7 @@ from rfa.adapters import ADAPTER
 from rfa.batch import Row, UnlearnBatch, collate
 from rfa.objective import ResidualAlignment
 from rfa.settings import Weights
+from tests.benchmarks.suite import ONE_STRENGTH
 
 RETAIN_ROWS, FORGET_ROWS = 16, 8  # in one gradient step
 DOCS = Path(__file__).parents[2] / "docs"
@@ -69,14 +70,16 @@ class Problem:
     """The demo's rows as tokens, and teacher-forced scores of a model in memory."""
 
     def __init__(self, source: str, overrides: list[str]) -> None:
-        self.source, self.overrides = source, overrides
-        cfg = self.cfg = load_config(source, overrides)
+        self.source, self.overrides = source, [*ONE_STRENGTH, *overrides]
+        cfg = self.cfg = load_config(source, self.overrides)
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         self.rows: dict[str, list[dict[str, Any]]] = {
             name: rows.take_all() for name, rows in load_sets(cfg.data).items()
         }
         ray.shutdown()
-        self.scorer = TextScorer(load_config(source, [*overrides, "evaluation.quick=true"]), {})
+        self.scorer = TextScorer(
+            load_config(source, [*self.overrides, "evaluation.quick=true"]), {}
+        )
         torch.set_num_threads(2)
         self.encoder = TextEncoder(cfg.model, cfg.data.system_prompt, cfg.data.max_tokens)
         self.pad = self.encoder.pad_token_id

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 
+from tests.benchmarks.suite import ONE_STRENGTH
 from tuning.page import best_so_far
 from tuning.record import TrialRecord, as_configured, read_trials
 from tuning.score import parse_constraints
@@ -152,6 +153,7 @@ def main() -> None:
         "--output", type=Path, default=Path("outputs"), help="folder for the searches and runs"
     )
     arguments = parser.parse_args()
+    arguments.overrides = [*ONE_STRENGTH, *arguments.overrides]
     searches = {method: search(arguments, method) for method in METHODS}
     write(arguments, searches, alone(arguments, searches["random"][1]))
 
