@@ -181,35 +181,36 @@ def test_distances_to_another_model_are_those_of_plain_forwards(
     assert scored["retain", len(rows) - 1].keys() == {"set_name", "kept_distance"}
 
 
-def test_a_conversation_is_scored_by_all_of_its_answers(cfg: UnlearnConfig) -> None:
+def test_a_conversation_is_scored_by_all_of_its_answers(
+    cfg: UnlearnConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
     model = AutoModelForCausalLM.from_pretrained(cfg.model.path).eval()
     turns = [Turn("user", "Who?"), Turn("assistant", "An author."), Turn("user", "Which?")]
     empty = {"paraphrased_prompt": "", "paraphrased_answer": "", "fact": ""}
     row = {"set": "forget", "prompt": prompt_of(turns), "answer": "No author.", **empty}
+    asked: list[str] = []
+
+    def continued(scorer: TextScorer, questions: list[Any]) -> list[str]:
+        for question in questions:
+            asked.append(scorer._decode(question.input_ids))
+        return ["An author.", "Nobody."][: len(questions)]
+
+    monkeypatch.setattr(TextScorer, "_continue", continued)
     [found] = score(cfg, [{**row, "perturbed_answers": []}])
+    assert asked == ["Who?", "Who?An author.Which?"]
+    assert found["rouge"] == 0.5, "the first answer is the right one"
     ids: list[int] = []
     labels: list[int] = []
-    recalled: list[float] = []
     for question, answer in (("Who?", "An author."), ("Which?", "No author.")):
-        asked = tokenizer(f"<|user|>{question}<|end|><|assistant|>")["input_ids"]
+        before = tokenizer(f"<|user|>{question}<|end|><|assistant|>")["input_ids"]
         told = tokenizer(f"{answer}<|end|>")["input_ids"]
-        ids += asked
-        out = model.generate(
-            torch.tensor([ids]),
-            max_new_tokens=cfg.evaluation.max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        said = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
-        recalled.append(rouge_recall(said, answer))
-        ids += told
-        labels += [-100] * len(asked) + told
+        ids += before + told
+        labels += [-100] * len(before) + told
     with torch.no_grad():
         loss = model(torch.tensor([ids]), labels=torch.tensor([labels])).loss
     assert found["loss"] == pytest.approx(float(loss), rel=1e-4)
     assert found["tokens"] == sum(label >= 0 for label in labels)
-    assert found["rouge"] == pytest.approx(np.mean(recalled))
 
 
 def test_a_rows_gradient_norm_is_that_of_its_loss(
