@@ -265,7 +265,7 @@ BROKEN_SOURCES = {
     "a line that is no object": (lines(GOOD, [SECRET]), ["line 2 is JSON but not an object"]),
     "a number too long": (raw(f'{{"id": "1", "prompt": "{SECRET}", "answer": {"9" * 5000}}}'), ["line 1 is not JSON"]),
     "another encoding": (raw(f'{{"text": "é {SECRET}"}}\n'.encode("latin-1")), ["line 1 is not JSON in UTF-8"]),
-    "no known column": (lines({"a": SECRET, "b": 1}), ["neither column 'prompt' nor 'text'; it has: a, b"]),
+    "no known column": (lines({"a": SECRET, "b": 1}), ["columns 'prompt', 'messages' and 'text'; it has: a, b"]),
     "prompts only": (lines({"prompt": SECRET}), ["has column 'prompt' but not 'answer'; it has: prompt"]),
     "an empty answer": (lines(GOOD, {**GOOD, "id": "e1", "answer": " "}), ["is empty of 'prompt' and 'answer': 'e1'"]),
     "a null prompt": (lines(GOOD, {**GOOD, "id": "e1", "prompt": None}), ["is empty of 'prompt' and 'answer': 'e1'"]),
