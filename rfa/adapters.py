@@ -1,7 +1,7 @@
 """LoRA on chosen linear layers and convolutions, through PEFT."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,16 @@ from rfa.blocks import block_range, find_blocks
 
 ADAPTER = "default"
 _ADAPTABLE = (nn.Linear, Conv1D, nn.Conv2d)
+# Layers of state-space models whose weights are read beside the layers' forward, by model type. An
+# adapter on them would compute nothing, and PEFT refuses most.
+_MAMBA = ("out_proj", "dt_proj")
+_READ_BESIDE = {
+    "mamba": _MAMBA,
+    "falcon_mamba": _MAMBA,
+    "mamba2": ("out_proj",),
+    "falcon_h1": ("out_proj",),
+    "nemotron_h": ("out_proj",),
+}
 
 
 def target_names(
@@ -39,19 +49,20 @@ def target_names(
             f"adapter.layers: found [{first}, {last}], allowed: 0 to {len(blocks) - 1}"
         )
     everywhere = everywhere and layers is None
-    adaptable: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, _ADAPTABLE) and (everywhere or name.startswith(f"{prefix}.")):
-            adaptable.append(name)
+    inside = "" if everywhere else f"{prefix}."
+    adaptable, beside = _layers_within(model, inside)
     matched: set[str] = set()
     for target in targets:
-        ends = {name for name in adaptable if f".{name}".endswith(f".{target}")}
+        ends = _ending_with(target, adaptable)
         if not ends:
+            fault = f"no linear layer ends with '{target}'"
+            if _ending_with(target, beside):
+                fault = f"found '{target}', whose weight this model reads beside the layer"
+            elif _ending_with(target, fused_weights(model)):
+                fault = f"found '{target}', the fused weights of all experts, which are no layer"
             choices = ", ".join(sorted({ending(name) for name in adaptable}))
             whose = "this model has" if everywhere else "this model's blocks have"
-            raise ValueError(
-                f"adapter.targets: no linear layer ends with '{target}'; {whose}: {choices}"
-            )
+            raise ValueError(f"adapter.targets: {fault}; {whose}: {choices}")
         matched |= ends
     names: list[str] = []
     for name in adaptable:
@@ -62,6 +73,38 @@ def target_names(
             f"adapter.layers: no layer of blocks {first} to {last} ends with one of {list(targets)}"
         )
     return names
+
+
+def _layers_within(model: nn.Module, prefix: str) -> tuple[list[str], list[str]]:
+    """Return the layers that can be adapted, and those whose weights are read beside them."""
+    kind = str(getattr(getattr(model, "config", None), "model_type", ""))
+    unread = _READ_BESIDE.get(kind, ())
+    adaptable: list[str] = []
+    beside: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, _ADAPTABLE) and name.startswith(prefix):
+            (beside if ending(name) in unread else adaptable).append(name)
+    return adaptable, beside
+
+
+def _ending_with(target: str, names: Iterable[str]) -> set[str]:
+    return {name for name in names if f".{name}".endswith(f".{target}")}
+
+
+def fused_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of many layers in one tensor, [layers, O, D] or [layers, D, O], by name.
+
+    Experts are kept so. No module is called with what one of them sees.
+    """
+    fused: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        # A convolution's weight is one layer's, whatever its dimensions.
+        if isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        for own, weight in module.named_parameters(name, recurse=False):
+            if weight.ndim == 3 and min(weight.shape) > 1:
+                fused[own] = weight
+    return fused
 
 
 def ending(name: str) -> str:
@@ -105,10 +148,19 @@ def attach(
         # PEFT's classes for classification would train and save the whole head beside the adapter.
         task_type=None if everywhere else "CAUSAL_LM",
     )
-    peft_model = get_peft_model(model, config)
-    # PEFT matches names by their ends, and could adapt more layers than were named.
-    adapted = [name for name, _ in lora_layers(peft_model)]
-    assert len(adapted) == len(names), (adapted, names)
+    try:
+        peft_model = get_peft_model(model, config)
+    except ValueError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"adapter.targets: PEFT refuses them ({reason}); choose others") from None
+    # PEFT matches names by their ends, and takes old names of experts for their fused weights.
+    adapted = {name.removeprefix("base_model.model.") for name, _ in lora_layers(peft_model)}
+    if adapted != set(names):
+        strange = ", ".join(sorted(adapted ^ set(names))[:3])
+        raise ValueError(
+            f"adapter.targets: PEFT takes their names for others' in this model ({strange}, ...); "
+            "choose layers that no experts share a name with"
+        )
     return peft_model
 
 
@@ -116,29 +168,6 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     """Return the adapted modules with their names, in the model's order."""
     modules = model.named_modules()
     return [(name, module) for name, module in modules if isinstance(module, LoraLayer)]
-
-
-def check_gradients(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
-    """Raise unless every trainable parameter gets a gradient from the logits.
-
-    A parameter without one would never learn. A known trap is `nn.MultiheadAttention`, which reads
-    its output projection's weight and never calls the layer. The check costs one forward and one
-    backward pass on `inputs`, and nothing on the meta device.
-
-    Raises:
-        ValueError: the message names the parameters without a gradient.
-    """
-    model(**inputs).logits.float().sum().backward()
-    silent = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    model.zero_grad(set_to_none=True)
-    if silent:
-        shown = ", ".join(silent[:3])
-        if len(silent) > 3:
-            shown += f" and {len(silent) - 3} more"
-        raise ValueError(
-            f"adapter.targets: no gradient reaches {shown}; "
-            "choose layers that the forward pass calls"
-        )
 
 
 @contextmanager

@@ -120,6 +120,7 @@ class UnlearnBatch(NamedTuple):
         """
         # The planner runs this on the meta device with the masks on the CPU, as a mask without
         # values has no number of selected positions. So `index_N` is made of the mask alone.
+        feature_BSD = self._by_row(feature_BSD, tokens_BT)
         selected_BS = tokens_BT
         if feature_BSD.shape[1] != tokens_BT.shape[1]:
             selected_BS = tokens_BT.any(1)[:, None].expand(feature_BSD.shape[:2])
@@ -128,6 +129,23 @@ class UnlearnBatch(NamedTuple):
         if self.classified:
             weight_N = 1 / selected_BS.sum(1)[index_N]
         return SelectedFeatures(feature_BSD[selected_BS], index_N, weight_N.to(feature_BSD.device))
+
+    def _by_row(self, feature_BSD: Tensor, tokens_BT: Tensor) -> Tensor:
+        """Return the features of each row: a layer may see all rows' tokens as if each were one.
+
+        Raises:
+            ValueError: the features are neither those of rows nor those of their tokens.
+        """
+        rows, tokens = tokens_BT.shape
+        if len(feature_BSD) == rows * tokens and feature_BSD.shape[1] == 1:
+            feature_BSD = feature_BSD.reshape(rows, tokens, -1)  # as OPT's `fc1` and `fc2`
+        of_tokens = feature_BSD.shape[1] == tokens or self.classified
+        if len(feature_BSD) != rows or not of_tokens:
+            raise ValueError(
+                f"adapter.targets: a layer has features of {list(feature_BSD.shape[:2])} rows and "
+                f"positions where {rows} rows of {tokens} tokens are read; choose other layers"
+            )
+        return feature_BSD
 
     def retain_tokens_BT(self, tokens: TokenKind = "all") -> Tensor:
         """Mark tokens of the retain set's and the utility set's rows."""

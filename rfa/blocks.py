@@ -70,9 +70,13 @@ class BlockRunner:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.backbone: nn.Module = getattr(model, str(model.base_model_prefix))
-        self.blocks = find_blocks(model)[1]
-        self._returns_tuple = False
+        prefix, self.blocks = find_blocks(model)
+        # Some models lack the part that they name as their backbone (Llama 4): it has the blocks.
+        backbone = getattr(model, str(model.base_model_prefix), None)
+        if backbone is None:
+            backbone = model.get_submodule(prefix.partition(".")[0])
+        self.backbone: nn.Module = backbone
+        self._num_outputs: int | None = None
 
     def __call__(
         self,
@@ -129,12 +133,15 @@ class BlockRunner:
     def _record(self, outputs: list[Tensor], _module: nn.Module, _args: Any, output: Any) -> None:
         """Append the hidden states that a block returns. This is a forward hook."""
         # Architectures differ in whether a block returns a tuple, and `_bypass` must do the same.
-        self._returns_tuple = isinstance(output, tuple)
-        outputs.append(output[0] if self._returns_tuple else output)
+        is_tuple = isinstance(output, tuple)
+        self._num_outputs = len(output) if is_tuple else None
+        outputs.append(output[0] if is_tuple else output)
 
     def _bypass(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
         """Return a block's input as its output. This stands in for the block's forward."""
-        return (hidden_states,) if self._returns_tuple else hidden_states
+        if self._num_outputs is None:
+            return hidden_states
+        return (hidden_states, *[None] * (self._num_outputs - 1))
 
 
 def _inject(
@@ -144,6 +151,35 @@ def _inject(
     if args:
         return (hidden_BTD, *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": hidden_BTD}
+
+
+def set_recomputing(block: Any, mode: bool) -> None:
+    """Set a block's training flag where it recomputes activations, and unset it elsewhere.
+
+    transformers recomputes where the flag is set. Some blocks also drop features out by it, as
+    OPT's do, and then student and teacher would differ. So the block runs as in evaluation.
+    """
+    block.training = mode and getattr(block, "gradient_checkpointing", False)
+    checkpoint = getattr(block, "_gradient_checkpointing_func", None)
+    if block.training and checkpoint is not None and not isinstance(checkpoint, _Recomputation):
+        block._gradient_checkpointing_func = _Recomputation(block, checkpoint)
+
+
+class _Recomputation:
+    """Checkpoint a block whose own forward runs as in evaluation, at first and again."""
+
+    def __init__(self, block: nn.Module, checkpoint: Callable[..., Any]) -> None:
+        self.block, self.checkpoint = block, checkpoint
+
+    def __call__(self, forward: Callable[..., Any], *args: Any) -> Any:
+        return self.checkpoint(partial(self._evaluate, forward), *args)
+
+    def _evaluate(self, forward: Callable[..., Any], *args: Any) -> Any:
+        self.block.training = False
+        try:
+            return forward(*args)
+        finally:
+            self.block.training = True
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from rfa.adapters import adapters_off, lora_layers
 from rfa.batch import TokenCounts, UnlearnBatch
-from rfa.blocks import BlockRunner, BlocksOutput
+from rfa.blocks import BlockRunner, BlocksOutput, set_recomputing
 from rfa.features import DriftFeatures, FeatureHooks, LocalFeatures
 from rfa.forget_losses import FORGET_LOSSES, Answers, divergence
 from rfa.settings import DistanceKind, Objective, TokenKind
@@ -135,9 +135,7 @@ class ResidualAlignment(nn.Module):
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.train(mode)
         for block in self.runner.blocks:
-            # Activation checkpointing asks for a block's own flag. Its children stay in evaluation
-            # mode.
-            block.training = mode
+            set_recomputing(block, mode)
         return self
 
     def feature_sums(

@@ -9,13 +9,17 @@ from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pipelines.config.schema import ConfigError, ModelConfig, UnlearnConfig
+from pipelines.model.blank import blank_inputs, use_first_expert
 from pipelines.model.engine import whole
 from pipelines.model.folder import AUTO_CLASSES, check_weights, load_model_config
 from pipelines.model.pruning import Masks
-from rfa.adapters import attach, check_gradients
+from rfa.adapters import attach
+from rfa.calls import check_calls
 from rfa.objective import ResidualAlignment
 from rfa.pruning import hold_rows_, prune_targets
 
+# Of the inputs that layers are checked with. They differ, so that rows are not taken for tokens.
+ROWS, TOKENS = 2, 5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -49,20 +53,21 @@ class ModelSize(NamedTuple):
 
 
 def check_model(cfg: UnlearnConfig) -> ModelSize:
-    """Check adapter targets, layers and gradients on a model without weights.
+    """Check adapter targets, layers, how they are called, and gradients on a model without weights.
 
     Raises:
         ConfigError: one line that names the key, what was found and what is allowed.
     """
     adapted = blank_model(cfg)
     if cfg.task == "image_classification":
-        shape = (1, *image_shape(adapted.config))
+        shape = (ROWS, *image_shape(adapted.config))
         dtype = DTYPES[cfg.train.precision]
-        inputs = {"pixel_values": torch.ones(shape, device="meta", dtype=dtype)}
+        inputs = [{"pixel_values": torch.ones(shape, device="meta", dtype=dtype)}]
     else:
-        inputs = {"input_ids": torch.ones((1, 4), dtype=torch.long, device="meta")}
+        inputs = list(blank_inputs(ROWS, TOKENS, cached=cfg.task == "causal_lm"))
+    tokens = TOKENS if cfg.task == "causal_lm" else None
     try:
-        check_gradients(adapted, inputs)
+        check_calls(adapted, inputs, rows=ROWS, tokens=tokens)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     sizes = {True: 0, False: 0}
@@ -91,6 +96,7 @@ def blank_model(cfg: UnlearnConfig, model_config: PretrainedConfig | None = None
             raise ConfigError(
                 f"task: found {cfg.task}, which models of type {kind} are not made for"
             ) from None
+    use_first_expert(base)
     try:
         if cfg.prune.method != "none":
             prune_targets(base, cfg.prune.targets)

@@ -105,6 +105,7 @@ def plan_run(
         assumes_rows=not all(rows.values()),
         gpus=train.min_workers * train.gpus_per_worker,
         price=price,
+        fault=planner.fault,
     )
 
 

@@ -54,6 +54,12 @@ class Planner:
         """Return the size of the frozen weights, unpartitioned."""
         return self._parameter_bytes * sum(self._frozen_sizes)
 
+    @property
+    def fault(self) -> str | None:
+        """Return why a step that was planned comes from a formula, None where all were traced."""
+        steps = [*self._steps.values(), *self._rounds.values()]
+        return next((step.fault for step in steps if step.fault is not None), None)
+
     def parts(self, layout: Layout) -> Parts:
         """Return the peak memory of a worker's device in a layout."""
         weights = self.device_weight_bytes(layout)

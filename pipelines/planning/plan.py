@@ -72,7 +72,7 @@ class Plan(NamedTuple):
     `stages` lists the memory of ZeRO stages 0 to 3. `recommended` is the fastest layout that fits,
     None where none does. `seconds` covers the solver's passes and the steps at
     `operations_per_s`, the device's peak rate. `cost` is in the currency of `price`, which is for
-    one of `gpus` and hour.
+    one of `gpus` and hour. `fault` says why activations and time come from a formula.
     """
 
     device: Device
@@ -85,6 +85,7 @@ class Plan(NamedTuple):
     assumes_rows: bool
     gpus: float
     price: float | None
+    fault: str | None
 
     @property
     def cost(self) -> float:

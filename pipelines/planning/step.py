@@ -10,7 +10,7 @@ Shapes: B rows, T tokens, S positions, D features, K centres.
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -21,7 +21,9 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface
 
 from pipelines.config.schema import UnlearnConfig
+from pipelines.model.blank import blank_mask
 from pipelines.model.load import image_shape
+from pipelines.planning.estimate import estimate
 from rfa.batch import Row, UnlearnBatch, collate
 from rfa.blocks import BlockRunner
 from rfa.objective import ResidualAlignment
@@ -29,10 +31,14 @@ from rfa.targets import ModuleTarget, Targets
 
 
 class Step(NamedTuple):
-    """A worker's micro-batch: peak bytes beyond the model, and floating-point operations."""
+    """A worker's micro-batch: peak bytes beyond the model, and floating-point operations.
+
+    `fault` says why they were not traced but come from a formula.
+    """
 
     activations: int
     operations: float
+    fault: str | None = None
 
 
 class StepShape(NamedTuple):
@@ -45,18 +51,33 @@ class StepShape(NamedTuple):
 
 
 def run_meta_step(cfg: UnlearnConfig, model: PeftModel, shape: StepShape) -> Step:
-    """Run the real objective on a model without weights and return its memory and arithmetic."""
-    batch = _meta_batch(cfg, model.config, shape)
+    """Run the real objective on a model without weights and return its memory and arithmetic.
+
+    A model that cannot run so gets both by a formula.
+    """
+    fault = None
+    for form in BATCH_FORMS:
+        try:
+            return _trace(cfg, model, form(*_meta_batch(cfg, model.config, shape)), shape)
+        # Any code of any model runs here, and a plan is not worth a run that would succeed.
+        except Exception as error:
+            fault = fault or f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return Step(*estimate(cfg, model, shape), fault)
+
+
+def _trace(cfg: UnlearnConfig, model: PeftModel, batch: "MetaBatch", shape: StepShape) -> Step:
     alignment = ResidualAlignment(model, cfg.objective.settings())
-    alignment.targets = _meta_targets(alignment, batch)
     tally = Tally(model)
-    with _activation_checkpointing(model, shape.checkpointing), tally:
-        if shape.backward:
-            alignment(batch).total.backward()
-        else:
-            alignment.feature_sums(batch, sample_tokens=0)
-    alignment.hooks.close()
-    model.zero_grad(set_to_none=True)
+    try:
+        alignment.targets = _meta_targets(alignment, batch)
+        with _activation_checkpointing(model, shape.checkpointing), tally:
+            if shape.backward:
+                alignment(batch).total.backward()
+            else:
+                alignment.feature_sums(batch, sample_tokens=0)
+    finally:
+        alignment.hooks.close()
+        model.zero_grad(set_to_none=True)
     return Step(tally.peak, float(tally.operations))
 
 
@@ -119,33 +140,50 @@ def fused_attention(
     if groups > 1:  # grouped queries: this kernel wants a key and a value for each head
         key = key.repeat_interleave(groups, 1)
         value = value.repeat_interleave(groups, 1)
+    width = value.shape[-1]
+    if width < key.shape[-1]:  # and values as wide as keys, which DeepSeek's are not
+        value = nn.functional.pad(value, (0, key.shape[-1] - width))
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return kernel(query, key, value)[0].transpose(1, 2), None
+    return kernel(query, key, value)[0][..., :width].transpose(1, 2), None
 
 
 class MetaBatch(UnlearnBatch):
     """A batch with real masks and labels on the CPU and inputs without content.
 
-    The objective selects tensors by mask, which needs the masks' content.
+    The objective selects tensors by mask, which needs the masks' content. `form` is that of the
+    model's own mask, one of `MASK_FORMS`.
     """
 
-    def model_inputs(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-        """Return a padded batch's forward inputs on the meta device.
+    form: ClassVar[int] = 4
 
-        The mask is four-dimensional: transformers inspects the content of any other, and a meta
-        tensor has none.
-        """
+    def model_inputs(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        """Return a padded batch's forward inputs on the meta device."""
         if self.pixels_BCHW is not None:
             return super().model_inputs(dtype)
         rows, tokens = self.input_ids_BT.shape
-        mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool, device="meta")
-        inputs: dict[str, Any] = {"input_ids": self.input_ids_BT.to("meta"), "attention_mask": mask}
+        mask = blank_mask(rows, tokens, self.form)
+        inputs: dict[str, Any] = {"input_ids": self.input_ids_BT.to("meta"), **mask}
         if not self.classified:
             inputs["use_cache"] = False
         return inputs
 
 
-def _meta_batch(cfg: UnlearnConfig, model_config: Any, shape: StepShape) -> MetaBatch:
+class FlatMaskBatch(MetaBatch):
+    """A batch whose model gets a mask of two dimensions."""
+
+    form = 2
+
+
+class MasklessBatch(MetaBatch):
+    """A batch whose model gets no mask."""
+
+    form = 0
+
+
+BATCH_FORMS = (MetaBatch, FlatMaskBatch, MasklessBatch)
+
+
+def _meta_batch(cfg: UnlearnConfig, model_config: Any, shape: StepShape) -> UnlearnBatch:
     tokens = cfg.data.max_tokens
     pixels_CHW = None
     if cfg.task == "image_classification":
@@ -154,7 +192,7 @@ def _meta_batch(cfg: UnlearnConfig, model_config: Any, shape: StepShape) -> Meta
     row = Row(
         [0] * tokens, answer_start=1, classified=cfg.task != "causal_lm", pixels_CHW=pixels_CHW
     )
-    return MetaBatch(*collate([row] * shape.retain, [row] * shape.forget, pad_token_id=0))
+    return collate([row] * shape.retain, [row] * shape.forget, pad_token_id=0)
 
 
 def _meta_targets(alignment: ResidualAlignment, batch: UnlearnBatch) -> Targets:

@@ -105,6 +105,9 @@ def plan_rows(plan: Plan) -> Rows:
         ("recommended", advice),
         ("time", _time(plan)),
     ]
+    if plan.fault is not None:
+        told = f"by formula, as the model does not run without weights ({plan.fault})"
+        rows.append(("activations", f"{told}: rather too much than too little; time, too"))
     if plan.price is not None:
         cost = f"about {plan.cost:,.2f} at {plan.price:g} a GPU hour, {plan.gpus:g} GPUs"
         rows.append(("cost", cost))

@@ -72,3 +72,5 @@ def checkpoint_activations(module: nn.Module) -> None:
     base = model.get_base_model() if isinstance(module, ResidualAlignment) else model
     # The re-entrant form needs an input with a gradient, and a frozen embedding gives none.
     base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if isinstance(module, ResidualAlignment):
+        module.train()  # it sets its blocks' flags by whether they recompute

@@ -1,4 +1,4 @@
-"""Tiny random models of four families, and batches for them."""
+"""Tiny random models of some families, and batches for them."""
 
 import warnings
 from collections.abc import Callable
@@ -12,6 +12,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
@@ -30,6 +32,7 @@ FAMILIES = {
     "gpt2": ("attn.c_proj", "mlp.c_proj"),
     "gemma": ("o_proj", "down_proj"),
     "qwen2": ("o_proj", "down_proj"),
+    "opt": ("out_proj", "fc2"),
     "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
 }
 
@@ -57,6 +60,8 @@ def tiny_model(kind: str = "llama") -> PreTrainedModel:
         return Gemma3ForCausalLM(
             Gemma3TextConfig(head_dim=8, sliding_window=4, sliding_window_pattern=2, **shape)
         )
+    if kind == "opt":  # flattens rows and tokens before `fc1`
+        return OPTForCausalLM(OPTConfig(ffn_dim=48, word_embed_proj_dim=32, **shape))
     if kind == "phi3":  # declares o_proj before qkv_proj, which it calls first
         return Phi3ForCausalLM(Phi3Config(**shape))
     if kind == "qwen2":  # its queries, keys and values have biases

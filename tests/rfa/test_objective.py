@@ -43,6 +43,25 @@ def test_the_residual_is_zero_at_the_start(
     assert float(loss.forget.detach()) > 0.1
 
 
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_recomputed_activations_give_the_same_gradients(
+    build: Build, batch: UnlearnBatch, kind: str
+) -> None:
+    """OPT's blocks drop features out where their own flag says that they are trained."""
+    alignment = build(objective("local"), kind=kind, warm=True)
+    expected = gradients(alignment, alignment(batch).total)
+    alignment.zero_grad()
+    alignment.model.get_base_model().activation_checkpointing_enable()
+    alignment.train()
+    seen: list[str] = []
+    for name, layer in alignment.hooks._layers.items():
+        layer.register_forward_pre_hook(lambda *_, name=name: seen.append(name))
+    found = gradients(alignment, alignment(batch).total)
+    assert len(seen) > len(set(seen)), "layers run again in the backward pass"
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient)
+
+
 @pytest.mark.parametrize("distance_name", ["squared", "smooth_l1", "cosine"])
 def test_every_adapter_gets_a_finite_gradient_at_the_start(
     build: Build, batch: UnlearnBatch, distance_name: str

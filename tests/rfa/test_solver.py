@@ -57,10 +57,11 @@ def maps(one_pass: OnePassSolver) -> dict[str, Tensor]:
 def recorded(
     alignment: ResidualAlignment, layer: Any, batch: UnlearnBatch
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and base outputs of a module, as the model stands."""
+    """Inputs and base outputs of a module, as the model stands, [B, T, D] also where it sees [B * T, D]."""
     found: list[tuple[Tensor, Tensor]] = []
+    form = *batch.input_ids_BT.shape, -1
     handle = layer.base_layer.register_forward_hook(
-        lambda _m, args, out: found.append((args[0], out))
+        lambda _m, args, out: found.append((args[0].view(form), out.view(form)))
     )
     with torch.no_grad():
         alignment.runner(batch)
