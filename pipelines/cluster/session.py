@@ -5,7 +5,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -13,6 +13,7 @@ import ray
 from ray.data import DataContext
 
 from pipelines.cluster.resources import worker_environment
+from pipelines.cluster.spill import private_spilling
 from pipelines.config.schema import ConfigError, TrainConfig
 from pipelines.terminal import Terminal
 
@@ -29,9 +30,11 @@ def session(
     SIGTERM stops what runs within as Ctrl-C does. `preload` runs in a thread while Ray starts, for
     the driver's slow imports.
     """
-    with terminal.chatter_to(log_path):
-        started_here = not ray.is_initialized()
+    started_here = not ray.is_initialized()
+    with ExitStack() as stack:
+        stack.enter_context(terminal.chatter_to(log_path))
         if started_here:
+            stack.enter_context(private_spilling())
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             # Ray logs the message of a failed task whose result nobody fetches, and an error about
             # a row quotes its text.
