@@ -3,6 +3,7 @@
 import os
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from pyarrow import fs
@@ -15,6 +16,10 @@ CHUNK_BYTES = 16 * 2**20
 # too short for a busy store.
 CONNECT_S = 5.0
 SILENCE_S = 15.0
+# Google Cloud Storage's client retries for 15 minutes. The first look, before anything is read or
+# written, ends sooner: an address may be wrong.
+FIRST_LOOK_S = 10
+RETRY_S = 30
 
 
 def open_filesystem(path: str, key: str) -> tuple[fs.FileSystem, str]:
@@ -33,7 +38,7 @@ def open_filesystem(path: str, key: str) -> tuple[fs.FileSystem, str]:
         if scheme == "s3":
             return _s3(rest), rest.rstrip("/")
         if scheme == "gs":
-            return _gcs(), rest.rstrip("/")
+            return _gcs(rest.rstrip("/")), rest.rstrip("/")
     except (OSError, ValueError) as error:  # ValueError: half a pair of keys
         raise ConfigError(f"{key}: {path} cannot be reached ({one_line(error)})") from None
     raise ConfigError(f"{key}: {path} found {scheme}://, allowed: a local path, s3:// or gs://")
@@ -62,16 +67,19 @@ def _s3(path: str) -> fs.S3FileSystem:
     )
 
 
-def _gcs() -> fs.GcsFileSystem:
+def _gcs(path: str) -> fs.GcsFileSystem:
     """Open Google Cloud Storage, or the emulator that STORAGE_EMULATOR_HOST names."""
-    retry = timedelta(seconds=30)  # Arrow would retry for 15 minutes
+    settings: dict[str, Any] = {}
     emulator = os.environ.get("STORAGE_EMULATOR_HOST")
-    if not emulator:
-        return fs.GcsFileSystem(retry_time_limit=retry)
-    url = urlsplit(emulator if "://" in emulator else f"http://{emulator}")
-    return fs.GcsFileSystem(
-        anonymous=True, scheme=url.scheme, endpoint_override=url.netloc, retry_time_limit=retry
-    )
+    if emulator:
+        url = urlsplit(emulator if "://" in emulator else f"http://{emulator}")
+        settings = {"anonymous": True, "scheme": url.scheme, "endpoint_override": url.netloc}
+    first_look = timedelta(seconds=FIRST_LOOK_S)
+    try:
+        fs.GcsFileSystem(**settings, retry_time_limit=first_look).get_file_info(path)
+    except OSError as error:
+        raise OSError(f"within {FIRST_LOOK_S} s: {error}") from None
+    return fs.GcsFileSystem(**settings, retry_time_limit=timedelta(seconds=RETRY_S))
 
 
 def send_file(source: Path, filesystem: fs.FileSystem, path: str) -> None:
