@@ -97,10 +97,12 @@ class Terminal:
     def scores(self, scores: Mapping[str, Any], labels: Mapping[str, str]) -> None:
         """Print the scores that have a label, one column per model, of a score file's content.
 
-        Beside the mean of several oracles stands half of their spread.
+        Beside the mean of several oracles stands half of their spread, and beside other models'
+        scores the 95 % interval over rows.
         """
         table = Table("", title="Scores", title_justify="left")
         models, spread = scores["models"], scores.get("oracle_spread", {})
+        intervals = scores.get("intervals", {})
         for name in models:
             table.add_column(name, justify="right")
         for key, label in labels.items():
@@ -110,6 +112,9 @@ class Terminal:
                 cell = "-" if value is None else f"{value:.3f}"
                 if name == "oracle" and key in spread:
                     cell += f" ± {spread[key] / 2:.3f}"
+                elif name not in ("oracle", "before") and key in intervals.get(name, {}):
+                    low, high = intervals[name][key]
+                    cell += f" ({low:.2f} to {high:.2f})"
                 cells.append(cell)
             if set(cells) != {"-"}:
                 table.add_row(label, *cells)

@@ -7,12 +7,14 @@ its `forget.token_distance` is the floor, how far one retrained model lies from 
 Shapes: M models, N tokens of the forget set's answers.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.evaluation.intervals import Intervals, intervals_of
 from pipelines.evaluation.metrics import Sample, relearn_scores, summarise
 from pipelines.evaluation.metrics.keys import Rounding, versions
 from pipelines.evaluation.metrics.relearning import STEPS
@@ -43,17 +45,23 @@ class Evaluation(NamedTuple):
         oracle_spread: how much several oracles differ in each score; empty for one.
         tokens: log-probabilities of forget answers' tokens, by model, the same token at the same
             place of each list; empty without an oracle.
+        intervals: of each score, and of its difference from the oracle's.
+        rows: how many rows of each set were scored.
     """
 
     models: dict[str, Scores]
     oracle_spread: dict[str, float]
     tokens: dict[str, list[float]]
+    intervals: Intervals
+    rows: dict[str, int]
 
     def content(self) -> dict[str, Any]:
         """Return this as a part of a score file, with the version of each metric."""
         content: dict[str, Any] = {
             "models": self.models,
             "versions": versions(self.models.values()),
+            "rows": self.rows,
+            "intervals": self.intervals,
         }
         if self.oracle_spread:
             content["oracle_spread"] = self.oracle_spread
@@ -68,26 +76,50 @@ def evaluation_of(samples: "SamplesByModel", attacks: Mapping[str, Sequence[Chan
     `attacks` has the changes that were made to each model, by the model's name.
     """
     oracles = [name for name in attacks if is_oracle(name)]
-    models: dict[str, Scores] = {}
+    models = _entries(list(attacks), oracles, samples)
     for name, changes in attacks.items():
+        for change in changes:
+            models[name] |= _scores_of_change(ScoredModel(name, change), samples)
+    others = [name for name in models if name not in oracles]
+    tokens = _tokens(others, oracles, samples) if others and oracles else {}
+
+    def entries_of(drawn: "SamplesByModel") -> dict[str, Scores]:
+        return _with_one_oracle(_entries(list(attacks), oracles, drawn), oracles)
+
+    differences = spread([models[name] for name in oracles]) if len(oracles) > 1 else {}
+    return Evaluation(
+        models=_with_one_oracle(models, oracles),
+        oracle_spread=differences,
+        tokens=tokens,
+        intervals=intervals_of(samples, entries_of),
+        rows=dict(Counter(set_name for set_name, _ in samples[ScoredModel(next(iter(attacks)))])),
+    )
+
+
+def _entries(
+    names: Sequence[str], oracles: Sequence[str], samples: "SamplesByModel"
+) -> dict[str, Scores]:
+    """Return the scores of each model as it is; a comparison is the mean over the oracles."""
+    entries: dict[str, Scores] = {}
+    for name in names:
         compared: list[Scores] = []
         for oracle in oracles:
             if oracle != name:
                 of_oracle = _in_order(samples[ScoredModel(oracle)])
                 compared.append(summarise(_rows_beside(name, oracle, samples), of_oracle))
         if compared:
-            models[name] = mean_scores(compared)
+            entries[name] = mean_scores(compared)
         else:
-            models[name] = summarise(_rows_beside(name, None, samples))
-        for change in changes:
-            models[name] |= _scores_of_change(ScoredModel(name, change), samples)
-    others = [name for name in models if name not in oracles]
-    tokens = _tokens(others, oracles, samples) if others and oracles else {}
+            entries[name] = summarise(_rows_beside(name, None, samples))
+    return entries
+
+
+def _with_one_oracle(entries: Mapping[str, Scores], oracles: Sequence[str]) -> dict[str, Scores]:
+    """Put the mean of several oracles' entries in their place, as `oracle`."""
     if len(oracles) < 2:
-        return Evaluation(models, {}, tokens)
-    of_oracles = [models.pop(name) for name in oracles]
-    models["oracle"] = mean_scores(of_oracles)
-    return Evaluation(models, spread(of_oracles), tokens)
+        return dict(entries)
+    others = {name: entry for name, entry in entries.items() if name not in oracles}
+    return others | {"oracle": mean_scores([entries[name] for name in oracles])}
 
 
 def _rows_beside(name: str, oracle: str | None, samples: "SamplesByModel") -> list[Sample]:

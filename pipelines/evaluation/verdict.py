@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from pipelines.evaluation.intervals import Chance
 from pipelines.evaluation.metrics.keys import ROUNDINGS
 from pipelines.evaluation.metrics.membership import CHANCE
 from pipelines.evaluation.metrics.metric import Metric
@@ -71,6 +72,14 @@ class Verdict(NamedTuple):
     sentence: str
 
 
+class Unsettled(NamedTuple):
+    """A score that differs from the target's by more than it may, and by no more than chance."""
+
+    words: str
+    difference: float
+    rows: int  # of the forget set, that would tell it from chance
+
+
 class Forgetting(NamedTuple):
     """Counts of the judged scores that have a target."""
 
@@ -81,6 +90,7 @@ class Forgetting(NamedTuple):
     decisive: int  # of the measured
     missed: list[str]  # the decisive ones that are still there, and attacks that succeed
     exposed: list[str]  # attacks that find the rows less known than the target is
+    unsettled: list[Unsettled]  # those that would be among the two, were they not within chance
 
 
 class Share(NamedTuple):
@@ -101,7 +111,8 @@ def verdict(scores: Mapping[str, Any]) -> Verdict:
     models: Models = scores["models"]
     before, after, oracle = models["before"] or {}, models["after"] or {}, models.get("oracle")
     kept = _kept_shares(before, after)
-    level, head, evidence = _judge(before, after, oracle)
+    counts = _count(before, after, oracle, Chance.of(scores))
+    level, head, evidence = _judge(before, after, oracle, counts)
     lost = [share.words for share in kept if share.value < RULE.kept]
     if level == "forgotten" and (remembered := _remembered(after)):
         level, head = "partly", "Partly forgotten"
@@ -110,6 +121,9 @@ def verdict(scores: Mapping[str, Any]) -> Verdict:
     if level == "forgotten" and brought_back:
         level, head = "partly", "Partly forgotten"
         evidence += f"; but it comes back by {_join(brought_back)}"
+    if level == "forgotten" and counts.unsettled:
+        level, head = "undecided", "Undecided: too few rows"
+        evidence += f"; but chance alone may explain {_named(counts.unsettled)}"
     if level == "forgotten" and not kept:
         level, head = "undecided", "Undecided"
     elif level == "forgotten" and lost:
@@ -131,10 +145,11 @@ def _kept_shares(before: Entry, after: Entry) -> list[Share]:
     return shares
 
 
-def _count(before: Entry, after: Entry, oracle: Entry | None) -> Forgetting:
+def _count(before: Entry, after: Entry, oracle: Entry | None, chance: Chance) -> Forgetting:
     measured = telling = nearer = beyond = decisive = 0
     missed: list[str] = []
     exposed: list[str] = []
+    unsettled: list[Unsettled] = []
     for metric in JUDGED:
         name = metric.key("forget")
         old, new = before.get(name), after.get(name)
@@ -147,8 +162,13 @@ def _count(before: Entry, after: Entry, oracle: Entry | None) -> Forgetting:
         sign = -1 if metric.remembered == "lower" else 1
         beyond += sign * new < min(sign * target, sign * old) - RULE.overshoot
         words = metric.decisive or f"the {metric.label} attack"
+        unsure = chance.explains(name)
         if metric.unit == "AUC" and abs(new - target) > RULE.attack_gap:
-            (missed if new > target else exposed).append(words)
+            if unsure:
+                rows = chance.deciding_rows(name, new - target)
+                unsettled.append(Unsettled(words, new - target, rows))
+            else:
+                (missed if new > target else exposed).append(words)
         # Where the original already stands at the target, nearer has no meaning.
         if abs(old - target) < RULE.min_gap:
             continue
@@ -156,10 +176,20 @@ def _count(before: Entry, after: Entry, oracle: Entry | None) -> Forgetting:
         is_nearer = abs(new - target) < abs(new - old)
         nearer += is_nearer
         remains = metric.unit == "share" and sign * (new - target) > RULE.remains
-        if metric.decisive and (remains or not is_nearer):
+        if metric.decisive and is_nearer and remains and unsure:
+            rows = chance.deciding_rows(name, new - target)
+            unsettled.append(Unsettled(words, new - target, rows))
+        elif metric.decisive and (remains or not is_nearer):
             missed.append(words)
     missed = list(dict.fromkeys(missed))
-    return Forgetting(measured, telling, nearer, beyond, decisive, missed, exposed)
+    return Forgetting(measured, telling, nearer, beyond, decisive, missed, exposed, unsettled)
+
+
+def _named(unsettled: Sequence[Unsettled]) -> str:
+    """Name scores with their differences, and the rows that would decide on all of them."""
+    parts = [f"what {one.words} finds ({one.difference:+.2f} from the oracle)" for one in unsettled]
+    rows = max(one.rows for one in unsettled)
+    return f"{_join(parts)}; about {rows} forget rows would decide"
 
 
 def _stand_in(metric: Metric, before: Entry) -> float | None:
@@ -169,9 +199,8 @@ def _stand_in(metric: Metric, before: Entry) -> float | None:
     return before.get(metric.key("holdout")) if metric.of_set else None
 
 
-def _judge(before: Entry, after: Entry, oracle: Entry | None) -> Judgement:
+def _judge(before: Entry, after: Entry, oracle: Entry | None, counts: Forgetting) -> Judgement:
     """Return level, first words and evidence, from the forget set alone."""
-    counts = _count(before, after, oracle)
     old, new = before.get(TOKEN_DISTANCE), after.get(TOKEN_DISTANCE)
     target = "the retrained oracle" if oracle else "never-seen data"
     if counts.measured == 0:

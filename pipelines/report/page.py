@@ -9,7 +9,7 @@ others in `page.html.jinja`.
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from itertools import chain
 from pathlib import Path
@@ -49,7 +49,8 @@ class Row(NamedTuple):
 
     `group` precedes the metric in the score's key, and is empty for a score of no set. `reached` is
     the percentage of the way to the oracle, or of the score before. `spread` is the difference
-    between the highest and the lowest of several oracles.
+    between the highest and the lowest of several oracles, `interval` where the score after
+    unlearning lies with other rows like these.
     """
 
     group: str
@@ -57,6 +58,7 @@ class Row(NamedTuple):
     values: dict[str, float | None]
     reached: int | None
     spread: float | None
+    interval: Sequence[float] | None
 
 
 def write_report(run_dir: Path) -> Path:
@@ -145,7 +147,8 @@ def _view(run: Run) -> dict[str, Any]:
         # Chance depends on the rows that were scored, and not on those that the sets have.
         most = run.config.evaluation.max_rows or max(rows.values())
         margin = chance_margin(min(rows["forget"], most), min(rows["holdout"], most))
-    scores = _scores(models, run.scores.get("oracle_spread", {}))
+    intervals = run.scores.get("intervals", {}).get("after", {})
+    scores = _scores(models, run.scores.get("oracle_spread", {}), intervals)
     return {
         "cfg": run.config,
         "config_text": run.config_text,
@@ -156,6 +159,7 @@ def _view(run: Run) -> dict[str, Any]:
         "rows": rows,
         "models": list(models),
         "scores": scores,
+        "has_intervals": bool(intervals),
         "roundings": ROUNDINGS,
         "decisive": [m.decisive for m in METRICS if m.decisive and m.key("forget") in scores],
         "verdict": verdict(run.scores),
@@ -172,7 +176,11 @@ def _view(run: Run) -> dict[str, Any]:
     }
 
 
-def _scores(models: Mapping[str, Entry], spread: Mapping[str, float]) -> dict[str, Row]:
+def _scores(
+    models: Mapping[str, Entry],
+    spread: Mapping[str, float],
+    intervals: Mapping[str, Sequence[float]],
+) -> dict[str, Row]:
     """Return each score by its key in the order of METRICS, with scores of no metric last."""
     scores: dict[str, Row] = {}
     for key in dict.fromkeys(chain(*models.values())):
@@ -185,7 +193,8 @@ def _scores(models: Mapping[str, Entry], spread: Mapping[str, float]) -> dict[st
             # Another version has written this score. As a distance it is drawn on no axis.
             metric = Metric(name=name, label=name.replace("_", " "), help="", unit="distance")
         values = {model: entry.get(key) for model, entry in models.items()}
-        scores[key] = Row(group, metric, values, _reached(group, metric, values), spread.get(key))
+        reached = _reached(group, metric, values)
+        scores[key] = Row(group, metric, values, reached, spread.get(key), intervals.get(key))
 
     def position(score: tuple[str, Row]) -> int:
         metric = score[1].metric

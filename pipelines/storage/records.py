@@ -2,8 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Len
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipelines.config.schema import ConfigError
@@ -51,6 +52,8 @@ class Scores(Record):
     versions: dict[str, int] | None = None
     oracle_spread: dict[str, float] = {}
     tokens: dict[str, list[float]] = {}
+    rows: dict[str, int] = {}
+    intervals: dict[str, dict[str, Annotated[list[float], Len(2, 2)]]] = {}
 
 
 def read_text(path: Path) -> str:

@@ -31,7 +31,7 @@ def test_an_exception_is_one_line_and_an_exit_code(
     assert capsys.readouterr().err == f"{line}\n"
 
 
-def test_the_scores_of_several_oracles_stand_with_half_their_spread(
+def test_scores_stand_with_the_oracles_spread_and_with_their_interval(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     models = {
@@ -42,12 +42,14 @@ def test_the_scores_of_several_oracles_stand_with_half_their_spread(
     spread = {"forget.token_distance": 0.01}
     with reporting(debug=True) as terminal:
         terminal.scores({"models": models, "oracle_spread": spread}, labels)
-        terminal.scores({"models": models}, labels)
+        intervals = {"after": {"forget.rouge": [0.2, 0.315]}}
+        terminal.scores({"models": models, "intervals": intervals}, labels)
     several, one = capsys.readouterr().err.split("Scores")[1:]
     assert "0.065 ± 0.005" in several
     assert several.count("±") == 1, "no spread is known of ROUGE-L"
     assert "0.065" in one
     assert "±" not in one
+    assert "0.250 (0.20 to 0.32)" in one
 
 
 def test_debug_shows_the_exception_itself() -> None:

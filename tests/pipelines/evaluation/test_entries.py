@@ -110,7 +110,7 @@ def test_one_oracle_has_no_floor_and_no_spread() -> None:
     evaluation = evaluation_of(samples_of(losses), {name: [] for name in losses})
     assert "forget.token_distance" not in evaluation.models["oracle"]
     assert evaluation.models["oracle"]["privleak"] is None
-    assert set(evaluation.content()) == {"models", "versions", "tokens"}
+    assert set(evaluation.content()) == {"models", "versions", "tokens", "rows", "intervals"}
 
 
 def test_tokens_are_those_of_each_model_and_the_mean_of_the_oracles() -> None:

@@ -359,3 +359,34 @@ def test_rows_left_alone_are_not_hidden_by_a_mean(
     found = verdict(scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5)))
     assert found.level == level
     assert ("row by row" in found.sentence) == (level == "partly")
+
+
+def test_a_difference_that_chance_explains_is_undecided_and_the_rows_that_decide_are_named() -> (
+    None
+):
+    after = forget_entry(0.5, mia__grad_norm=0.2)
+    scores = scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5))
+    level, sentence = verdict(scores)
+    assert level == "over_forgotten", "nothing is known of chance"
+    scores["rows"] = {"forget": 9}
+    scores["intervals"] = {"after - oracle": {"mia.grad_norm": [-0.5, 0.1]}}
+    level, sentence = verdict(scores)
+    assert level == "undecided"
+    assert sentence.startswith("Undecided: too few rows: ")
+    told = "chance alone may explain what the gradient norm attack finds (-0.30 from the oracle)"
+    assert f"{told}; about 10 forget rows would decide" in sentence
+    scores["intervals"]["after - oracle"]["mia.grad_norm"] = [-0.5, -0.1]
+    assert verdict(scores).level == "over_forgotten"
+
+
+def test_what_chance_explains_does_not_hide_what_it_does_not() -> None:
+    after = forget_entry(0.5, mia__grad_norm=0.2, forget__fact_recall=0.8)
+    scores = scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5))
+    scores |= {"rows": {"forget": 9}, "intervals": {"after - oracle": {}}}
+    scores["intervals"]["after - oracle"] = {
+        "mia.grad_norm": [-0.5, 0.1],
+        "forget.fact_recall": [0.1, 0.6],
+    }
+    level, sentence = verdict(scores)
+    assert level == "partly"
+    assert "but not on fact recall" in sentence

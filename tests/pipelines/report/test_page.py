@@ -175,6 +175,17 @@ def test_several_oracles_stand_with_their_spread_and_their_floor(tmp_path: Path)
     assert "floor" not in write_report(tmp_path).read_text(encoding="utf-8")
 
 
+def test_a_score_stands_with_its_interval_in_the_table_and_in_the_plot(tmp_path: Path) -> None:
+    scores = scores_of(before=forget_entry(0.9), after=forget_entry(0.5))
+    write_run(tmp_path, scores | {"intervals": {"after": {"forget.rouge": [0.25, 0.7512]}}})
+    plot, table = write_report(tmp_path).read_text(encoding="utf-8").split("<h2>All scores</h2>")
+    assert plot.count('class="interval" x1="25.0%" x2="75.12%"') == 1
+    assert "0.500<small>0.250 to 0.751</small>" in table
+    assert "the 95 % interval of the score over rows like these" in table
+    page = write_report(write_run(tmp_path, scores)).read_text(encoding="utf-8")
+    assert "95 % interval" not in page
+
+
 def test_absent_scores_are_dashes_with_their_reason(tmp_path: Path) -> None:
     scores = scores_of(
         before=forget_entry(0.9, forget_quality=None), after=forget_entry(0.5, forget_quality=None)

@@ -1,0 +1,123 @@
+"""How far off a score may be because few rows were scored: 95 % bootstrap intervals over rows.
+
+Rows of each set are drawn with replacement, the same ones for every model, so that the interval of
+a difference knows what a row is to both (the percentile interval of Efron and Tibshirani 1993, An
+Introduction to the Bootstrap, ch. 13). It says nothing of other seeds of training: several oracles
+and their spread do.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from pipelines.evaluation.metrics.sample import Sample
+from pipelines.evaluation.metrics.summary import Scores
+from pipelines.evaluation.scored_model import ScoredModel, is_oracle
+
+if TYPE_CHECKING:
+    from pipelines.evaluation.scorer import Samples
+
+    SamplesByModel = Mapping[ScoredModel, Samples]
+
+RESAMPLES = 200
+TAILS = (2.5, 97.5)  # percent
+# Of the resamples that give a number: with fewer, a score is rather one of few of its rows.
+MIN_FINITE = 0.9
+
+Intervals = dict[str, dict[str, tuple[float, float]]]  # by model or difference, then by score
+
+
+def intervals_of(
+    samples: "SamplesByModel", entries_of: Callable[["SamplesByModel"], dict[str, Scores]]
+) -> Intervals:
+    """Return the interval of each score of each model, and of its difference from the oracle's.
+
+    A difference goes by the name `after - oracle`.
+
+    Args:
+        entries_of: the entries that some samples make, by model, among them `oracle` where any is.
+    """
+    generator = np.random.default_rng(0)
+    keys = _keys_by_set(samples)
+    values: dict[str, dict[str, list[float]]] = {}
+    for _ in range(RESAMPLES):
+        drawn: list[tuple[str, int]] = []
+        for of_set in keys.values():
+            drawn += [of_set[index] for index in generator.integers(len(of_set), size=len(of_set))]
+        entries = entries_of(_resampled(samples, drawn))
+        for name in [name for name in entries if not is_oracle(name) and "oracle" in entries]:
+            entries[f"{name} - oracle"] = _difference(entries[name], entries["oracle"])
+        for name, entry in entries.items():
+            for score, value in entry.items():
+                if value is not None:
+                    values.setdefault(name, {}).setdefault(score, []).append(value)
+    intervals: Intervals = {}
+    for name, entry in values.items():
+        intervals[name] = {}
+        for score, drawn_values in entry.items():
+            if len(drawn_values) >= MIN_FINITE * RESAMPLES:
+                low, high = np.percentile(drawn_values, TAILS)
+                intervals[name][score] = (round(float(low), 4), round(float(high), 4))
+    return intervals
+
+
+class Chance(NamedTuple):
+    """What chance alone may do to the differences from the oracle, with the rows that were scored."""
+
+    intervals: Mapping[str, Sequence[float]]  # of each difference
+    rows: int  # of the forget set
+
+    @classmethod
+    def of(cls, scores: Mapping[str, Any]) -> "Chance":
+        """Read it off the content of a scores.json. An older one has no intervals."""
+        intervals = scores.get("intervals", {}).get("after - oracle", {})
+        return cls(intervals, scores.get("rows", {}).get("forget", 0))
+
+    def explains(self, score: str) -> bool:
+        """Return whether no difference lies within the interval of a score's difference."""
+        if score not in self.intervals:
+            return False
+        low, high = self.intervals[score]
+        return low <= 0 <= high
+
+    def deciding_rows(self, score: str, difference: float) -> int:
+        """Return how many forget rows would tell a difference from none, if it stays what it is.
+
+        An interval is as wide as 1 / sqrt(rows).
+        """
+        low, high = self.intervals[score]
+        wanted = self.rows * ((high - low) / 2 / difference) ** 2
+        return max(self.rows + 1, round(wanted))
+
+
+def _keys_by_set(samples: "SamplesByModel") -> dict[str, list[tuple[str, int]]]:
+    """Return the rows that the models themselves were scored on, by set."""
+    keys: dict[str, set[tuple[str, int]]] = {}
+    for model, rows in samples.items():
+        if model.change is None:
+            for key in rows:
+                keys.setdefault(key[0], set()).add(key)
+    return {name: sorted(of_set) for name, of_set in keys.items()}
+
+
+def _resampled(
+    samples: "SamplesByModel", drawn: Sequence[tuple[str, int]]
+) -> dict[ScoredModel, "Samples"]:
+    """Return each model's samples of the drawn rows, each draw as a row of its own."""
+    resampled: dict[ScoredModel, dict[tuple[str, int], Sample]] = {}
+    for model, rows in samples.items():
+        own = resampled[model] = {}
+        for index, key in enumerate(drawn):
+            if key in rows:
+                own[key[0], index] = rows[key]
+    return resampled
+
+
+def _difference(entry: Scores, oracle: Scores) -> Scores:
+    difference: Scores = {}
+    for score, value in entry.items():
+        target = oracle.get(score)
+        if value is not None and target is not None:
+            difference[score] = value - target
+    return difference
