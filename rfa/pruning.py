@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rfa.adapters import ending
 from rfa.blocks import hook_scope
+from rfa.prunable import refuse_fused, refuse_shared
 
 Method = Literal["rows", "magnitude", "wanda"]
 Layer = nn.Linear | Conv1D | nn.Conv2d
@@ -49,12 +50,15 @@ def prune_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
     out the head (the part of a transformers model above its base model). Its name chooses it.
 
     Raises:
-        ValueError: a target matches nothing, or a layer shares its weight with another module.
+        ValueError: a target matches nothing, a group leaves out experts, or a layer shares its
+            weight with another module.
     """
     layers = _layers(model)
     chosen: set[str] = set()
     for target in targets:
         matched = _matches(model, layers, target)
+        if target in ("all", "linear"):
+            refuse_fused(model, target, layers)
         if not matched:
             groups = [group for group in GROUPS if _matches(model, layers, group)]
             endings = {ending(name) for name in layers}
@@ -64,7 +68,7 @@ def prune_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
             )
         chosen |= matched
     names = [name for name in layers if name in chosen]
-    _refuse_shared(model, {name: layers[name] for name in names})
+    refuse_shared(model, {name: layers[name] for name in names})
     return names
 
 
@@ -257,23 +261,6 @@ def _matches(model: nn.Module, layers: Mapping[str, Layer], target: str) -> set[
         if isinstance(layer, GROUPS[target]) and layer is not head and name.startswith(inside):
             names.add(name)
     return names
-
-
-def _refuse_shared(model: nn.Module, layers: Mapping[str, Layer]) -> None:
-    """Raise if a layer shares its weight with another module."""
-    # Pruning a tied output head would also zero the embeddings of the same tokens.
-    owners: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(module)
-    for name, layer in layers.items():
-        if len(owners[id(layer.weight)]) > 1:
-            others = owners[id(layer.weight)]
-            kinds = ", ".join(type(other).__name__ for other in others if other is not layer)
-            raise ValueError(
-                f"prune.targets: '{name}' shares its weight with another module ({kinds}); "
-                "leave it out"
-            )
 
 
 def _width(name: str, layer: Layer) -> int:

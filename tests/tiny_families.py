@@ -1,9 +1,14 @@
-"""A tiny random model of every family of language models that people use, with a tokenizer's vocabulary of any size."""
+"""A tiny random model of every family of language models that people use."""
 
+import shutil
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from rfa.adapters import _ADAPTABLE, ending
+from rfa.blocks import find_blocks
 
 
 class Family(NamedTuple):
@@ -62,6 +67,7 @@ FAMILIES = {
     "qwen3_moe": Family(
         "qwen3_moe", {**EXPERTS, "head_dim": 8, "moe_intermediate_size": 16}, ("o_proj",)
     ),
+    "gpt_oss": Family("gpt_oss", {**EXPERTS, "head_dim": 8, "sliding_window": 4}, ("o_proj",)),
     "deepseek_v3": Family(
         "deepseek_v3",
         {
@@ -108,3 +114,22 @@ def tiny_family(name: str, vocabulary: int = 128, end: int = 2) -> PreTrainedMod
             # Norms' weights and biases, which start at 1 and at 0.
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model
+
+
+def write_family(name: str, folder: Path, tokenizer_of: Path) -> Path:
+    """Write a family's model beside the tokenizer of another model folder."""
+    shutil.copytree(tokenizer_of, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tiny_family(name, len(tokenizer), tokenizer.eos_token_id).save_pretrained(folder)
+    return folder
+
+
+def endings(name: str) -> list[str]:
+    """The kinds of layers in the blocks of a family that could have an adapter."""
+    model = tiny_family(name)
+    prefix, _ = find_blocks(model)
+    found: set[str] = set()
+    for layer, module in model.named_modules():
+        if isinstance(module, _ADAPTABLE) and layer.startswith(f"{prefix}."):
+            found.add(ending(layer))
+    return sorted(found)

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from pipelines.data.rows import content_hash
 from pipelines.evaluation.metrics.relearning import STEPS
 from pipelines.model.answers import AnswerTraining
+from rfa.adapters import fused_weights
 from rfa.batch import Row, collate
 from rfa.blocks import find_blocks
 
@@ -49,10 +50,10 @@ def quantise_(weight_OI: Tensor, bits: int, group: int = GROUP) -> Tensor:
 
 
 def quantise_blocks_(model: nn.Module, bits: int) -> list[str]:
-    """Round the weights of all linear layers inside the blocks; embeddings, norms, head stay.
+    """Round the weights of all linear layers and experts in the blocks; embeddings, norms, head stay.
 
     Returns:
-        The names of the rounded layers.
+        The names of the rounded layers, and of the experts' fused weights.
     """
     prefix, blocks = find_blocks(model)
     names: list[str] = []
@@ -63,6 +64,12 @@ def quantise_blocks_(model: nn.Module, bits: int) -> list[str]:
                 weight_OI = weight_OI.T
             quantise_(weight_OI, bits)
             names.append(f"{prefix}.{name}")
+    for name, weight in fused_weights(blocks).items():
+        owner: Any = blocks.get_submodule(name.rpartition(".")[0])
+        transposed = getattr(owner, "is_transposed", False)  # as gpt-oss's: (experts, I, O)
+        for index in range(len(weight)):  # views of an iteration may not be changed in place
+            quantise_(weight[index].T if transposed else weight[index], bits)
+        names.append(f"{prefix}.{name}")
     assert names, "an adapted model has linear layers in its blocks"
     return names
 

@@ -64,8 +64,11 @@ def estimate(cfg: UnlearnConfig, model: PeftModel, shape: Any) -> tuple[int, flo
         outputs = getattr(text, "vocab_size", 0) if cfg.task == "causal_lm" else 0
         memory += COPIES_OF_LOGITS * FP32_BYTES * tokens * outputs
         head = outputs * getattr(text, "hidden_size", 0)
-    # A teacher's forward, a forward, the gradient of the features, and recomputation.
-    passes = 3 + shape.checkpointing if shape.backward else 1
+    passes = 1
+    if shape.backward:
+        # The gradient of the features costs a forward more, and so do a teacher and recomputation.
+        has_teacher = bool(weights.kl) or cfg.objective.residual == "drift"
+        passes = 2 + has_teacher + shape.checkpointing
     return memory, 2.0 * passes * tokens * (blocks.weights + head)
 
 

@@ -33,6 +33,7 @@ from rfa.pruning import (
     sparsity,
 )
 from tests.rfa.conftest import VOCABULARY, tiny_model
+from tests.tiny_families import tiny_family
 
 LAYERS = {
     "linear": lambda: nn.Linear(7, 10),
@@ -491,3 +492,15 @@ def test_errors_name_what_is_allowed_and_change_nothing() -> None:
     with pytest.raises(ValueError, match=r"masks: '0.weight' has \[2, 4\], this model \[4, 4\]"):
         apply_masks_(model, {"0.weight": torch.zeros(2, 4, dtype=torch.bool)})
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("group", ["linear", "all"])
+def test_a_group_that_would_leave_out_experts_is_refused(group: str) -> None:
+    model = tiny_family("mixtral")
+    expected = (
+        rf"prune.targets: '{group}' leaves out the fused weights of experts \(.*gate_up_proj, ...\), "
+        r"\d\d% of the model; allowed: k_proj, lm_head, o_proj, q_proj, v_proj"
+    )
+    with pytest.raises(ValueError, match=expected):
+        prune_targets(model, [group])
+    assert len(prune_targets(model, ["o_proj"])) == 4

@@ -25,6 +25,7 @@ from pipelines.evaluation.text_scorer import TextScorer
 from pipelines.model.answers import AnswerTraining
 from pipelines.model.load import load_base
 from rfa.batch import Row, collate
+from tests.tiny_families import tiny_family
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,21 @@ def test_layers_that_hold_their_weight_transposed_are_rounded_along_their_inputs
     quantise_(expected_OI, bits=4)
     assert "transformer.h.0.mlp.c_fc" in quantise_blocks_(model, bits=4)
     assert torch.equal(layer.weight, expected_OI.T)
+
+
+@pytest.mark.parametrize(("name", "transposed"), [("mixtral", False), ("gpt_oss", True)])
+def test_the_fused_weights_of_experts_are_rounded_along_their_inputs(
+    name: str, transposed: bool
+) -> None:
+    model = tiny_family(name)
+    experts: Any = model.get_submodule("model.layers.0.mlp.experts")
+    expected_OI = experts.down_proj[1].detach().clone()
+    if transposed:
+        expected_OI = expected_OI.T.clone()
+    quantise_(expected_OI, bits=4)
+    assert "model.layers.0.mlp.experts.down_proj" in quantise_blocks_(model, bits=4)
+    found_OI = experts.down_proj[1].T if transposed else experts.down_proj[1]
+    assert torch.equal(found_OI, expected_OI)
 
 
 def test_a_model_is_rounded_after_it_is_loaded(

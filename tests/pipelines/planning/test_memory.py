@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 from pipelines.__main__ import app
 from pipelines.config.load import load_config
 from pipelines.model.load import blank_model
+from pipelines.planning import step
 from pipelines.planning.check import plan_run
-from pipelines.planning.devices import planned_device
+from pipelines.planning.devices import Device, planned_device
 from pipelines.planning.memory import Planner
 from pipelines.planning.plan import Layout, Parts
 from pipelines.planning.step import Tally
@@ -131,6 +132,34 @@ def test_rounds_of_the_token_solver_need_the_memory_of_a_backward_pass() -> None
         cfg = load_config("quick", ["train.steps=0", f"solve.mode={mode}"])
         parts[mode] = Planner(cfg, blank(cfg, SMALL), 1).parts(Layout.of(cfg, 0))
     assert parts["per_token"].activations > 2 * parts["blockwise"].activations
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("model", [SMALL, WIDE], ids=["small", "wide"])
+def test_a_model_that_cannot_run_without_values_is_planned_by_formula(
+    model: dict[str, int], checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = [*STEPS, "adapter.layers=null", f"train.activation_checkpointing={checkpointing}"]
+    cfg = load_config("quick", changes)
+    device = Device("CPU", "CPU", 2**33, 1e10)
+    rows = {"retain": 9, "forget": 3}
+    traced = plan_run(cfg, blank(cfg, model), device, rows)
+
+    def fail(*_arguments: object) -> None:
+        raise RuntimeError("Tensor.item() cannot be called on meta tensors\nand more")
+
+    monkeypatch.setattr(step, "_trace", fail)
+    plan = plan_run(cfg, blank(cfg, model), device, rows)
+    for ours, theirs in zip(plan.stages, traced.stages, strict=True):
+        assert 1 <= ours.activations / theirs.activations < 4
+        assert ours.weights == theirs.weights
+    assert 0.5 < plan.seconds / traced.seconds < 2
+    table = dict(plan_rows(plan))
+    assert table["activations"] == (
+        "by formula, as the model does not run without weights (RuntimeError: Tensor.item() cannot "
+        "be called on meta tensors): rather too much than too little; time, too"
+    )
+    assert "activations" not in dict(plan_rows(traced))
 
 
 @pytest.mark.parametrize("steps", [0, 50])
