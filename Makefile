@@ -11,11 +11,11 @@ FINETUNE := model.path=$(MODEL) train.num_workers=1 train.cpus_per_worker=2 data
 demo: model            ## teach a real model fictitious authors, make it forget some, show the proof
 	@echo "Demo 1 of 4: write the data (seconds)"
 	$(BIN)/ray-unlearn make-data outputs/demo-data --authors 20 --questions 3 --forget 3 --seed 0
-	@echo "Demo 2 of 4: teach the model 20 authors (about 2 minutes)"
+	@echo "Demo 2 of 4: teach the model 20 authors (about 3 minutes)"
 	$(BIN)/ray-unlearn finetune demo $(FINETUNE) output_dir=outputs/demo-target
-	@echo "Demo 3 of 4: retrain without the 3 authors, for comparison (about 2 minutes)"
+	@echo "Demo 3 of 4: retrain without the 3 authors, for comparison (about 3 minutes)"
 	$(BIN)/ray-unlearn finetune demo $(FINETUNE) output_dir=outputs/demo-oracle "finetune.sets=[retain,utility]"
-	@echo "Demo 4 of 4: forget the 3 authors, attack the result, write the page (about 8 minutes)"
+	@echo "Demo 4 of 4: forget the 3 authors, attack the result, write the page (about 7 minutes)"
 	$(BIN)/ray-unlearn run demo
 
 test: .venv/.test model  ## everything CI checks

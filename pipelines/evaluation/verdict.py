@@ -245,17 +245,17 @@ def _judge_by_tokens(
     `floor` is the distance of several oracles to each other.
     """
     level, head, evidence = by_counts
-    nats = f"{after:.2f} nats a token, the original {before:.2f}"
     oracle = "the oracle"
     if floor is not None:
-        oracle = f"the oracles, which lie {floor:.2f} from each other"
+        oracle = f"the oracles (these from each other {floor:.2f})"
+    lies = f"{after:.2f} nats from {oracle}, the original {before:.2f}"
     if floor is not None and after <= RULE.floor * floor:
-        evidence += f"; token by token it lies {nats} from {oracle}: "
+        evidence += f"; token by token it lies {lies}: "
         return level, head, f"{evidence}its tokens cannot be told from a retrained model's"
     if after >= before:
-        evidence = f"token by token the model is no nearer to the retrained oracle ({nats})"
+        evidence = f"token by token the model has come no nearer: it lies {lies}"
         return "not_forgotten", "Not forgotten", evidence
-    evidence += f"; token by token it lies {nats} from {oracle}"
+    evidence += f"; token by token it lies {lies}"
     least = floor or 0.0
     if level == "forgotten" and after - least > RULE.token_distance * (before - least):
         return "partly", "Partly forgotten", evidence

@@ -139,9 +139,9 @@ def test_one_attack_that_is_far_from_the_oracles_decides(
 @pytest.mark.parametrize(
     ("distance", "level", "words"),
     [
-        (0.42, "forgotten", "token by token it lies 0.42 nats a token, the original 0.72 from"),
-        (0.45, "partly", "token by token it lies 0.45 nats a token, the original 0.72 from"),
-        (0.98, "not_forgotten", "token by token the model is no nearer to the retrained oracle"),
+        (0.42, "forgotten", "token by token it lies 0.42 nats from the oracle, the original 0.72"),
+        (0.45, "partly", "token by token it lies 0.45 nats from the oracle, the original 0.72"),
+        (0.98, "not_forgotten", "token by token the model has come no nearer: it lies "),
     ],
 )
 def test_scores_at_the_oracles_prove_nothing_while_the_tokens_are_elsewhere(
@@ -226,10 +226,10 @@ def test_no_scores_at_all_are_undecided() -> None:
 @pytest.mark.parametrize(
     ("distance", "level", "words"),
     [
-        (0.11, "forgotten", "0.10 from each other: its tokens cannot be told from a retrained"),
-        (0.46, "forgotten", "the original 0.72 from the oracles, which lie 0.10 from each other;"),
-        (0.48, "partly", "the original 0.72 from the oracles, which lie 0.10 from each other;"),
-        (0.73, "not_forgotten", "token by token the model is no nearer to the retrained oracle"),
+        (0.11, "forgotten", "from each other 0.10), the original 0.72: its tokens cannot be told from a retrained"),
+        (0.46, "forgotten", "nats from the oracles (these from each other 0.10), the original 0.72;"),
+        (0.48, "partly", "nats from the oracles (these from each other 0.10), the original 0.72;"),
+        (0.73, "not_forgotten", "token by token the model has come no nearer: it lies "),
     ],
 )
 def test_the_floor_is_no_distance_that_a_model_is_asked_to_remove(
