@@ -151,10 +151,10 @@ class Bar:
         """Say how far it has come and how long the rest will take, if there was no line lately."""
         task, now_s = self._progress.tasks[self._task], time.monotonic()
         since_s, done, total = self._since
-        # Another phase, or a run that goes on where it was: what came before says nothing of it.
+        # The first step, another phase, or a run that goes on where it was: what came before (the
+        # workers' start, too) says nothing of it.
         if total != task.total or task.completed < done:
-            began_here = total is None and task.completed <= 1
-            since_s, done = (since_s, 0.0) if began_here else (now_s, task.completed)
+            since_s, done = now_s, task.completed
             self._since = (since_s, done, task.total)
         if self._say is None or now_s - self._said_s < LINE_S or not task.total:
             return

@@ -98,7 +98,7 @@ def test_a_file_gets_a_line_of_progress_with_the_time_left(
         bar.finish()
     told = capfd.readouterr().err
     # One step was too early for a line, and two came too soon after one.
-    assert "Fine-tuning ...\nFine-tuning: 2 of 8, about 36 s left (loss 0.500)\n" in told
+    assert "Fine-tuning ...\nFine-tuning: 2 of 8, about 48 s left (loss 0.500)\n" in told
     assert "Fine-tuning: 901 of 1000, about 990 s left\n" in told
     assert "Fine-tuning: 902 of 1000, about 980 s left\n" in told
 
