@@ -32,7 +32,7 @@ def sum_on(owner: int, moments: InputMoments) -> None:
     # In float64: float32 counts tokens exactly to 16.8 million only.
     totals = torch.tensor([moments.count, moments.trace], dtype=torch.float64, device=device)
     dist.reduce(totals, owner)
-    moments.count, moments.trace = int(totals[0]), float(totals[1])
+    moments.count, moments.trace = float(totals[0]), float(totals[1])
 
 
 def gather_on(owner: int, value: Value) -> list[Value]:

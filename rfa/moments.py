@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass
 class InputMoments:
-    """Second moments of the inputs of one module over the tokens of one set.
+    """Second moments of the inputs of one module over the tokens of one set, each with its weight.
 
     In the exact form `sum_DL` is sum x x^T, D x D. In the low-memory form, for wide inputs, it is
     sum x (x^T basis), D x L with a fixed random basis, from which Nystroem's approximation is made
@@ -26,7 +26,7 @@ class InputMoments:
 
     name: str
     sum_DL: Tensor
-    count: int = 0
+    count: float = 0.0  # the sum of the weights
     trace: float = 0.0
     _basis_DL: Tensor | None = field(default=None, repr=False, compare=False)
 
@@ -42,14 +42,16 @@ class InputMoments:
         """Whether the sums have the exact form."""
         return self.sum_DL.shape[0] == self.sum_DL.shape[1]
 
-    def add(self, input_ND: Tensor) -> None:
-        """Add the inputs of N tokens."""
+    def add(self, input_ND: Tensor, weight_N: Tensor | None = None) -> None:
+        """Add the inputs of N tokens, each of weight 1 unless `weight_N` is given."""
         input_ND = input_ND.detach().float()
+        self.count += len(input_ND) if weight_N is None else float(weight_N.sum())
+        if weight_N is not None:
+            input_ND = input_ND * weight_N.sqrt()[:, None]
         right_NL = input_ND
         if not self.is_exact:
             right_NL = input_ND @ self.basis().to(input_ND.device)
         self.sum_DL.addmm_(input_ND.T, right_NL)
-        self.count += len(input_ND)
         # In float64, as the low-memory solver subtracts a nearly equal number from it.
         self.trace += float(input_ND.square().sum(dtype=torch.float64))
 

@@ -94,7 +94,10 @@ class OnePassSolver:
                     device = self.layers[name].lora_A[ADAPTER].weight.device
                     self.sums[kind][name] = InputMoments.empty(name, width, columns, device)
                 if mask_BT.any():
-                    self.sums[kind][name].add(batch.select(input_BSD, mask_BT).feature_ND)
+                    selected = batch.select(input_BSD, mask_BT)
+                    # The objective weighs tokens alike, and of classified rows the rows.
+                    weight_N = selected.weight_N if batch.classified else None
+                    self.sums[kind][name].add(selected.feature_ND, weight_N)
 
         with self._observing(self.layers, add_input):
             features = self.alignment.feature_sums(batch, sample_tokens)
@@ -226,7 +229,7 @@ class OnePassSolver:
         feature_NO, index_N = output.feature_ND.float(), output.index_N
         target_NO = targets(name, feature_NO, batch.row_B[index_N], batch.label_B[index_N])
         input_ND = batch.select(input_BSD, tokens_BT).feature_ND
-        weight_N = torch.ones(len(input_ND))
+        weight_N = output.weight_N.cpu()
         # A classified row has one label and no words, so that no token carries more of a fact.
         if not batch.classified:
             weight_N[batch.fact_BT[tokens_BT].cpu()] = self.settings.fact_weight

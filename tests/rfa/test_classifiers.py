@@ -171,10 +171,20 @@ def residual_errors(
     return found[0].flatten(0, 1), base[name].flatten(0, 1), added.flatten(0, 1)
 
 
-@pytest.mark.parametrize("kind", ["vit", "resnet"])
-def test_the_solver_finds_least_squares_at_full_rank_also_for_convolutions(kind: str) -> None:
+def weights_of(batch: UnlearnBatch, positions: int) -> Tensor:
+    """Weights of all positions of one module: each row weighs 1, padding nothing."""
+    if batch.pixels_BCHW is not None:
+        return torch.full((positions,), len(batch.row_B) / positions)
+    real_BT = batch.attention_BT.float()
+    return (real_BT / real_BT.sum(1, keepdim=True)).flatten()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_solver_finds_least_squares_at_full_rank_also_for_convolutions_and_long_texts(
+    kind: str,
+) -> None:
     alignment = build(kind, Objective(), rank=120)
-    one_pass = OnePassSolver(alignment, SolveSettings(mode="one_pass", ridge=1e-6))
+    one_pass = OnePassSolver(alignment, SolveSettings(mode="one_pass", ridge=1e-3))
     kept, forget = collate(rows(kind, 30, 6), [], 0), collate([], rows(kind, 4, 7), 0)
     one_pass.collect(kept)
     one_pass.reduce()
@@ -184,7 +194,9 @@ def test_the_solver_finds_least_squares_at_full_rank_also_for_convolutions(kind:
     name = next(
         name
         for name in one_pass.layers
-        if name.endswith(("stages.1.layers.0.layer.1.convolution", "2.mlp.fc2"))
+        if name.endswith(
+            ("stages.1.layers.0.layer.1.convolution", "2.mlp.fc2", "2.attention.output.dense")
+        )
     )
     layer = one_pass.layers[name]
     a_KD, b_OK = (
@@ -198,11 +210,13 @@ def test_the_solver_finds_least_squares_at_full_rank_also_for_convolutions(kind:
         targets(name, base_NO, torch.zeros(len(base_NO)), torch.zeros(len(base_NO))) - base_NO
     )
     kept_ND, forget_ND, shift_NO = kept_ND.double(), forget_ND.double(), shift_NO.double()
-    second_DD = kept_ND.T @ kept_ND / len(kept_ND)
-    second_DD += 1e-6 * second_DD.diagonal().mean() * torch.eye(len(second_DD))
-    weight = 2.0 / len(forget_ND)
+    kept_N1 = weights_of(kept, len(kept_ND)).double()[:, None]
+    forget_N1 = weights_of(forget, len(forget_ND)).double()[:, None]
+    second_DD = kept_ND.T @ (kept_N1 * kept_ND) / kept_N1.sum()
+    second_DD += 1e-3 * second_DD.diagonal().mean() * torch.eye(len(second_DD))
+    weight_N1 = 2.0 / forget_N1.sum() * forget_N1
     expected_OD = torch.linalg.solve(
-        weight * forget_ND.T @ forget_ND + second_DD, weight * forget_ND.T @ shift_NO
+        forget_ND.T @ (weight_N1 * forget_ND) + second_DD, forget_ND.T @ (weight_N1 * shift_NO)
     ).T
     torch.testing.assert_close(
         b_OK @ a_KD * layer.scaling[ADAPTER], expected_OD, rtol=1e-3, atol=1e-5

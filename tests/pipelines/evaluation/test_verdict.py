@@ -226,8 +226,16 @@ def test_no_scores_at_all_are_undecided() -> None:
 @pytest.mark.parametrize(
     ("distance", "level", "words"),
     [
-        (0.11, "forgotten", "from each other 0.10), the original 0.72: its tokens cannot be told from a retrained"),
-        (0.46, "forgotten", "nats from the oracles (these from each other 0.10), the original 0.72;"),
+        (
+            0.11,
+            "forgotten",
+            "from each other 0.10), the original 0.72: its tokens cannot be told from a retrained",
+        ),
+        (
+            0.46,
+            "forgotten",
+            "nats from the oracles (these from each other 0.10), the original 0.72;",
+        ),
         (0.48, "partly", "nats from the oracles (these from each other 0.10), the original 0.72;"),
         (0.73, "not_forgotten", "token by token the model has come no nearer: it lies "),
     ],
