@@ -60,6 +60,13 @@ def load_model_config(
             f"{key}: the weights of {model.path} are quantised ({method}), and an adapter could "
             "not be merged into them; give the model in 16 or 32 bits, dequantised if need be"
         )
+    attention = getattr(config, "_attn_implementation", None)
+    # transformers would fetch such a kernel from the hub, on every worker and in the middle of a run.
+    if isinstance(attention, str) and "/" in attention:
+        raise ConfigError(
+            f"{key}: the config.json of {model.path} asks for an attention kernel of the hub "
+            f"(attn_implementation: '{attention}'), allowed: eager or sdpa, or without the entry"
+        )
     return config
 
 

@@ -161,6 +161,12 @@ def test_an_adapter_beside_the_weights_is_refused(folder: Path) -> None:
         load_model_config(ModelConfig(path=str(folder)))
 
 
+def test_an_attention_kernel_of_the_hub_is_refused(folder: Path) -> None:
+    change(folder / "config.json", attn_implementation="kernels-community/flash-attn")
+    with pytest.raises(ConfigError, match=r"attention kernel of the hub .*flash-attn.* sdpa"):
+        load_model_config(ModelConfig(path=str(folder)))
+
+
 @pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "bitsandbytes"])
 def test_quantised_weights_are_refused_with_what_to_give_instead(folder: Path, method: str) -> None:
     change(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
