@@ -5,7 +5,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -46,6 +46,7 @@ def session(
             # Its watcher saves work from a node that is about to go: a lone node has no other.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             ray.init(include_dashboard=False, runtime_env={"env_vars": worker_environment(train)})
+            hide_token()
         context = DataContext.get_current()
         context.enable_progress_bars = False
         # A run must read the same rows in the same order, however its tasks are scheduled.
@@ -56,6 +57,15 @@ def session(
         finally:
             if started_here:
                 ray.shutdown()
+
+
+def hide_token() -> None:
+    """Let only this user read the token file that Ray makes at its first start.
+
+    Ray listens on all interfaces, and writes what keeps others out for everybody to read.
+    """
+    with suppress(OSError):
+        (Path.home() / ".ray" / "auth_token").chmod(0o600)
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """What a command's session leaves behind."""
 
+from pathlib import Path
+
 import pytest
 
-from pipelines.cluster.session import temporary_log
+from pipelines.cluster.session import hide_token, temporary_log
 from pipelines.config.schema import ConfigError
 
 
@@ -23,3 +25,16 @@ def test_a_log_without_a_run_folder_is_removed_at_a_good_end() -> None:
     with temporary_log() as log:
         assert log.exists()
     assert not log.exists()
+
+
+def test_rays_token_is_hidden_from_other_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    hide_token()  # there is none yet
+    token = tmp_path / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text("secret")
+    token.chmod(0o644)
+    hide_token()
+    assert token.stat().st_mode & 0o777 == 0o600
