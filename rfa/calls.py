@@ -34,7 +34,12 @@ class Calls(NamedTuple):
 
 
 def check_calls(
-    model: nn.Module, inputs: Sequence[Mapping[str, Any]], *, rows: int, tokens: int | None
+    model: nn.Module,
+    inputs: Sequence[Mapping[str, Any]],
+    *,
+    rows: int,
+    tokens: int | None,
+    features_are_read: bool = True,
 ) -> None:
     """Raise unless every adapted layer learns, and sees its tokens where a solver finds them.
 
@@ -51,6 +56,8 @@ def check_calls(
         inputs: keyword arguments of its forward, in forms that mean the same.
         rows: B of the inputs.
         tokens: T of a language model's inputs, None where a layer's positions need be no tokens.
+        features_are_read: whether a solver or a term reads what single layers see. If not, any
+            shape will do.
 
     Raises:
         ValueError: the message names the parameters or layers.
@@ -64,7 +71,8 @@ def check_calls(
     if furthest.fault is None:
         _refuse_silent(model)
     model.zero_grad(set_to_none=True)
-    for name, shape in furthest.layers.items():
+    read = furthest.layers if features_are_read else {}
+    for name, shape in read.items():
         if not _is_readable(shape, furthest.block, rows, tokens):
             allowed = f"[{rows}, {tokens or 'positions'}, features]"
             allowed += f" or [{rows * (tokens or 1)}, features]"
@@ -72,7 +80,7 @@ def check_calls(
                 f"adapter.targets: {name} sees features of shape {list(shape)} where {rows} rows "
                 f"of {tokens or 1} tokens were given, allowed: {allowed}; choose other layers"
             )
-    if furthest.fault is not None:
+    if furthest.fault is not None and features_are_read:
         _refuse_unseen(model, furthest)
 
 

@@ -52,7 +52,7 @@ def session(
         # A run must read the same rows in the same order, however its tasks are scheduled.
         context.execution_options.preserve_order = True
         try:
-            with _sigterm_as_interrupt():
+            with sigterm_as_interrupt():
                 yield
         finally:
             if started_here:
@@ -83,10 +83,13 @@ def temporary_log() -> Iterator[Path]:
 
 
 @contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
+def sigterm_as_interrupt() -> Iterator[None]:
     """Treat SIGTERM, by which schedulers stop a process, as Ctrl-C."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
+        # A shell without job control lets background processes ignore Ctrl-C, but not this.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            raise KeyboardInterrupt
         # Whoever handles Ctrl-C at the time handles it: Ray Train has a handler of its own.
         signal.raise_signal(signal.SIGINT)
 

@@ -4,18 +4,22 @@ Ray writes them as they are, rows' text with them, for everybody to read, and le
 when its driver is killed.
 """
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-PREFIX = "ray-unlearn-spill"
+PREFIX = "ray-unlearn-spill-"
+LOCK = "in-use"  # held by the command
 # Ray reads it when it starts.
 VARIABLE = "RAY_object_spilling_directory"
+# By these a user tells Ray where to spill.
+CHOSEN = (VARIABLE, "RAY_object_spilling_config")
 # Its input ends with the process that started it, however that ends. Ray's own processes notice a
 # little later, and may write until then.
 WATCHDOG = """
@@ -32,13 +36,14 @@ def private_spilling(*, linger_s: float = 1.0) -> Iterator[None]:
     """Let a Ray that starts within spill into a folder that only this user can read.
 
     The folder is removed at the end, and by a watchdog if this process is killed: at once and 30
-    times more, every `linger_s`. A folder that the user has chosen for Ray is left alone.
+    times more, every `linger_s`. Where the user has told Ray where to spill, nothing is changed.
     """
-    if VARIABLE in os.environ:
+    if any(name in os.environ for name in CHOSEN):
         yield
         return
-    _remove_left_behind()
-    folder = tempfile.mkdtemp(prefix=f"{PREFIX}-{os.getpid()}-")  # mode 0700
+    parent = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    _remove_left_behind(Path(parent))
+    folder = tempfile.mkdtemp(prefix=PREFIX, dir=parent)  # mode 0700
     # In a session of its own, as Ctrl-C goes to all processes of the terminal's.
     watchdog = subprocess.Popen(
         [sys.executable, "-S", "-c", WATCHDOG, folder, str(linger_s)],
@@ -47,23 +52,24 @@ def private_spilling(*, linger_s: float = 1.0) -> Iterator[None]:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    os.environ[VARIABLE] = folder
-    try:
-        yield
-    finally:
-        del os.environ[VARIABLE]
-        watchdog.kill()
-        watchdog.communicate()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_left_behind() -> None:
-    """Remove this user's folders whose process is gone, as after the machine lost its power."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}-*"):
-        if folder.stat().st_uid != os.getuid():
-            continue
-        process = folder.name.removeprefix(f"{PREFIX}-").partition("-")[0]
+    with (Path(folder) / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.environ[VARIABLE] = folder
         try:
-            os.kill(int(process), 0)  # which asks whether there is such a process
-        except ProcessLookupError:
+            yield
+        finally:
+            del os.environ[VARIABLE]
+            # The watchdog stays until all is removed: this process may be killed in between.
+            shutil.rmtree(folder, ignore_errors=True)
+            watchdog.kill()
+            watchdog.communicate()
+
+
+def _remove_left_behind(parent: Path) -> None:
+    """Remove this user's folders that no process holds, as after the machine lost its power."""
+    for folder in parent.glob(f"{PREFIX}*"):
+        # Another command may remove it at the same time, or hold its lock, which a process number
+        # would not tell of other containers.
+        with suppress(OSError), (folder / LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)

@@ -146,11 +146,12 @@ class ColumnsConfig(Section):
     messages: str | None = Field(
         default=None,
         description="Conversations: a list of turns with role and content, or from and value. "
-        "null takes messages or conversations of a source without prompt and answer.",
+        "null takes messages or conversations of a source that has neither prompt and answer nor "
+        "text.",
     )
     text: str = Field(
         default="text",
-        description="Plain text, used where there are neither prompts nor conversations.",
+        description="Plain text, used where there is no prompt column.",
     )
     paraphrased_prompt: str = Field(
         default="paraphrased_prompt", description="The same question in other words (optional)."

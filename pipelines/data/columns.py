@@ -73,7 +73,9 @@ def columns_read(
     ]
     needs_answer = set_name != ANSWERED_BY_MODEL
     has_answer = bool({columns.answer, _outer(columns.answer)} & set(names))
-    messages = _conversation_column(columns, names, columns.prompt in names and has_answer)
+    is_pair = columns.prompt in names and has_answer
+    is_text = columns.prompt not in names and columns.text in names
+    messages = _conversation_column(columns, names, reads_others=is_pair or is_text)
     if messages is not None:
         parse = required_answer if needs_answer else conversation_answer
         prompt = Column("prompt", messages, conversation_prompt, required=True)
@@ -89,14 +91,17 @@ def columns_read(
     return [prompt, Column("answer", columns.answer, answer_value, needs_answer), *optional]
 
 
-def _conversation_column(columns: ColumnsConfig, names: list[str], has_pair: bool) -> str | None:
+def _conversation_column(
+    columns: ColumnsConfig, names: list[str], *, reads_others: bool
+) -> str | None:
     """Return the source's column of conversations to read, or None where it has none.
 
-    One that the configuration names goes before prompt and answer (`has_pair`), others after it.
+    One that the configuration names goes before prompt and answer or text (`reads_others`), which
+    go before one that has the usual name.
     """
     if columns.messages is not None:
         return columns.messages if columns.messages in names else None
-    if has_pair:
+    if reads_others:
         return None
     return next((name for name in CONVERSATIONS if name in names), None)
 

@@ -78,7 +78,10 @@ class TextEncoder:
         """
         tokenizer = self.tokenizer
         ends = [int(tokenizer.eos_token_id)]  # pyright: ignore[reportArgumentType]
-        turn = self._answers("a", "b")[-1].text
+        try:
+            turn = self._answers("a", "b")[-1].text
+        except ConfigError:
+            return ends  # the template is refused where rows have prompts, and unread elsewhere
         last = tokenizer(turn, add_special_tokens=False)["input_ids"][-1]
         added = tokenizer.added_tokens_decoder
         if last in added and added[last].special and last not in ends:

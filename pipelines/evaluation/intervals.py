@@ -6,6 +6,7 @@ Introduction to the Bootstrap, ch. 13). It says nothing of other seeds of traini
 and their spread do.
 """
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
     SamplesByModel = Mapping[ScoredModel, Samples]
 
-RESAMPLES = 200
+# As many resamples as take about half a minute, within limits: many rows make narrow intervals,
+# of which a few resamples tell enough.
+MOST, FEWEST = 400, 40
+ROWS_IN_ALL = 1_000_000
 TAILS = (2.5, 97.5)  # percent
 # Of the resamples that give a number: with fewer, a score is rather one of few of its rows.
 MIN_FINITE = 0.9
@@ -38,13 +42,17 @@ def intervals_of(
     Args:
         entries_of: the entries that some samples make, by model, among them `oracle` where any is.
     """
-    generator = np.random.default_rng(0)
     keys = _keys_by_set(samples)
+    # A set's draws depend on its name alone, not on the order in which samples arrived.
+    generators = {name: np.random.default_rng(zlib.crc32(name.encode())) for name in keys}
+    rows = sum(len(of_model) for of_model in samples.values())
+    resamples = min(MOST, max(FEWEST, ROWS_IN_ALL // max(rows, 1)))
     values: dict[str, dict[str, list[float]]] = {}
-    for _ in range(RESAMPLES):
+    for _ in range(resamples):
         drawn: list[tuple[str, int]] = []
-        for of_set in keys.values():
-            drawn += [of_set[index] for index in generator.integers(len(of_set), size=len(of_set))]
+        for name, of_set in keys.items():
+            indices = generators[name].integers(len(of_set), size=len(of_set))
+            drawn += [of_set[index] for index in indices]
         entries = entries_of(_resampled(samples, drawn))
         for name in [name for name in entries if not is_oracle(name) and "oracle" in entries]:
             entries[f"{name} - oracle"] = _difference(entries[name], entries["oracle"])
@@ -56,7 +64,7 @@ def intervals_of(
     for name, entry in values.items():
         intervals[name] = {}
         for score, drawn_values in entry.items():
-            if len(drawn_values) >= MIN_FINITE * RESAMPLES:
+            if len(drawn_values) >= MIN_FINITE * resamples:
                 low, high = np.percentile(drawn_values, TAILS)
                 intervals[name][score] = (round(float(low), 4), round(float(high), 4))
     return intervals
@@ -66,13 +74,11 @@ class Chance(NamedTuple):
     """What chance alone may do to the differences from the oracle, with the rows that were scored."""
 
     intervals: Mapping[str, Sequence[float]]  # of each difference
-    rows: int  # of the forget set
 
     @classmethod
     def of(cls, scores: Mapping[str, Any]) -> "Chance":
         """Read it off the content of a scores.json. An older one has no intervals."""
-        intervals = scores.get("intervals", {}).get("after - oracle", {})
-        return cls(intervals, scores.get("rows", {}).get("forget", 0))
+        return cls(scores.get("intervals", {}).get("after - oracle", {}))
 
     def explains(self, score: str) -> bool:
         """Return whether no difference lies within the interval of a score's difference."""
@@ -81,14 +87,13 @@ class Chance(NamedTuple):
         low, high = self.intervals[score]
         return low <= 0 <= high
 
-    def deciding_rows(self, score: str, difference: float) -> int:
-        """Return how many forget rows would tell a difference from none, if it stays what it is.
+    def times_as_many(self, score: str, difference: float) -> float:
+        """Return how many times the rows would tell a difference from none, if it stays.
 
-        An interval is as wide as 1 / sqrt(rows).
+        An interval is as wide as 1 / sqrt(rows), with as many times the rows of each set.
         """
         low, high = self.intervals[score]
-        wanted = self.rows * ((high - low) / 2 / difference) ** 2
-        return max(self.rows + 1, round(wanted))
+        return max(1.1, ((high - low) / 2 / difference) ** 2)
 
 
 def _keys_by_set(samples: "SamplesByModel") -> dict[str, list[tuple[str, int]]]:
@@ -98,7 +103,7 @@ def _keys_by_set(samples: "SamplesByModel") -> dict[str, list[tuple[str, int]]]:
         if model.change is None:
             for key in rows:
                 keys.setdefault(key[0], set()).add(key)
-    return {name: sorted(of_set) for name, of_set in keys.items()}
+    return {name: sorted(keys[name]) for name in sorted(keys)}
 
 
 def _resampled(

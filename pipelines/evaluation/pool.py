@@ -72,6 +72,8 @@ def evaluate(
         for model, of_model in done.samples.items():
             samples[model] |= of_model
         advance(done.work)
+    # The workers and their GPUs are given back. What follows needs none.
+    del pool
     return evaluation_of(samples, {name: _attacks_on(cfg, name) for name in models})
 
 

@@ -77,7 +77,7 @@ class Unsettled(NamedTuple):
 
     words: str
     difference: float
-    rows: int  # of the forget set, that would tell it from chance
+    times: float  # as many rows as were scored would tell it from chance
 
 
 class Forgetting(NamedTuple):
@@ -160,15 +160,16 @@ def _count(before: Entry, after: Entry, oracle: Entry | None, chance: Chance) ->
         decisive += bool(metric.decisive)
         # Turned so that higher means remembered, whichever way the score points.
         sign = -1 if metric.remembered == "lower" else 1
-        beyond += sign * new < min(sign * target, sign * old) - RULE.overshoot
+        is_beyond = sign * new < min(sign * target, sign * old) - RULE.overshoot
         words = metric.decisive or f"the {metric.label} attack"
         unsure = chance.explains(name)
-        if metric.unit == "AUC" and abs(new - target) > RULE.attack_gap:
-            if unsure:
-                rows = chance.deciding_rows(name, new - target)
-                unsettled.append(Unsettled(words, new - target, rows))
-            else:
-                (missed if new > target else exposed).append(words)
+        beyond += is_beyond and not unsure
+        is_far = metric.unit == "AUC" and abs(new - target) > RULE.attack_gap
+        if unsure and (is_far or (is_beyond and metric.unit == "AUC")):
+            times = chance.times_as_many(name, new - target)
+            unsettled.append(Unsettled(words, new - target, times))
+        elif is_far:
+            (missed if new > target else exposed).append(words)
         # Where the original already stands at the target, nearer has no meaning.
         if abs(old - target) < RULE.min_gap:
             continue
@@ -177,8 +178,8 @@ def _count(before: Entry, after: Entry, oracle: Entry | None, chance: Chance) ->
         nearer += is_nearer
         remains = metric.unit == "share" and sign * (new - target) > RULE.remains
         if metric.decisive and is_nearer and remains and unsure:
-            rows = chance.deciding_rows(name, new - target)
-            unsettled.append(Unsettled(words, new - target, rows))
+            times = chance.times_as_many(name, new - target)
+            unsettled.append(Unsettled(words, new - target, times))
         elif metric.decisive and (remains or not is_nearer):
             missed.append(words)
     missed = list(dict.fromkeys(missed))
@@ -186,10 +187,10 @@ def _count(before: Entry, after: Entry, oracle: Entry | None, chance: Chance) ->
 
 
 def _named(unsettled: Sequence[Unsettled]) -> str:
-    """Name scores with their differences, and the rows that would decide on all of them."""
+    """Name scores with their differences, and how many rows would decide on all of them."""
     parts = [f"what {one.words} finds ({one.difference:+.2f} from the oracle)" for one in unsettled]
-    rows = max(one.rows for one in unsettled)
-    return f"{_join(parts)}; about {rows} forget rows would decide"
+    times = max(one.times for one in unsettled)
+    return f"{_join(parts)}; about {times:.1f} times as many rows would decide"
 
 
 def _stand_in(metric: Metric, before: Entry) -> float | None:

@@ -67,7 +67,9 @@ def check_model(cfg: UnlearnConfig) -> ModelSize:
         inputs = list(blank_inputs(ROWS, TOKENS, cached=cfg.task == "causal_lm"))
     tokens = TOKENS if cfg.task == "causal_lm" else None
     try:
-        check_calls(adapted, inputs, rows=ROWS, tokens=tokens)
+        objective = cfg.objective.settings()
+        is_read = cfg.solve.mode != "off" or (objective.aligns and objective.residual == "local")
+        check_calls(adapted, inputs, rows=ROWS, tokens=tokens, features_are_read=is_read)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     sizes = {True: 0, False: 0}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.cluster.spill import PREFIX, VARIABLE, private_spilling
+from pipelines.cluster.spill import LOCK, PREFIX, VARIABLE, private_spilling
 
 # More rows than its object store holds.
 FULL = """
@@ -41,16 +41,17 @@ def test_spilled_rows_are_private_and_go_with_a_killed_command() -> None:
     assert not folder.exists()
 
 
-def test_what_a_dead_process_left_behind_is_removed_and_a_folder_of_the_users_choice_is_not(
+def test_what_nobody_holds_is_removed_and_a_folder_of_the_users_choice_is_not(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    left = Path(tempfile.mkdtemp(prefix=f"{PREFIX}-{dead.pid}-"))
+    left = Path(tempfile.mkdtemp(prefix=PREFIX))
+    (left / LOCK).touch()
     with private_spilling():
         assert not left.exists()
-        own = Path(os.environ[VARIABLE])
-        assert own.is_dir()
+        own = Path(os.environ.pop(VARIABLE))
+        with private_spilling():
+            assert own.is_dir(), "a running command holds it"
+        os.environ[VARIABLE] = str(own)
     assert not own.exists()
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     with private_spilling():

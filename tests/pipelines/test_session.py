@@ -1,10 +1,12 @@
 """What a command's session leaves behind."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from pipelines.cluster.session import hide_token, temporary_log
+from pipelines.cluster.session import hide_token, sigterm_as_interrupt, temporary_log
 from pipelines.config.schema import ConfigError
 
 
@@ -38,3 +40,14 @@ def test_rays_token_is_hidden_from_other_users(
     token.chmod(0o644)
     hide_token()
     assert token.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN])
+def test_sigterm_interrupts_also_where_ctrl_c_is_ignored(ctrl_c: signal.Handlers) -> None:
+    before = signal.signal(signal.SIGINT, ctrl_c)
+    try:
+        with pytest.raises(KeyboardInterrupt), sigterm_as_interrupt():
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

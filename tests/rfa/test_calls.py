@@ -99,6 +99,8 @@ def test_a_layer_that_sees_the_sequence_first_is_refused_by_name(device: str) ->
     )
     with pytest.raises(ValueError, match=expected):
         check(adapted(SequenceFirst, device), device)
+    inputs = {"input_ids": torch.ones((2, 3), dtype=torch.long, device=device)}
+    check_calls(adapted(SequenceFirst, device), [inputs], rows=2, tokens=3, features_are_read=False)
 
 
 def test_an_expert_that_sees_some_tokens_is_refused_by_name() -> None:

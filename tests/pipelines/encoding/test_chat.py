@@ -10,10 +10,11 @@ from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
 from pipelines.config.data import DataConfig
-from pipelines.config.schema import ConfigError, UnlearnConfig
+from pipelines.config.schema import ConfigError, ModelConfig, UnlearnConfig
 from pipelines.data.sets import load_sets
 from pipelines.encoding import chat
 from pipelines.encoding.encoder import check_template
+from pipelines.encoding.text import TextEncoder
 from tests.tiny_model import TEMPLATE
 
 DATED = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
@@ -67,6 +68,17 @@ def test_thoughts_that_a_question_opens_are_refused_unless_answers_begin_with_th
     found = refusal(problem, THINKING)
     assert found.startswith("model.path: M: the chat template asks for an answer in another way")
     assert refusal(problem, CONSISTENT) == ""
+
+
+def test_plain_text_is_encoded_whatever_the_template(problem: Path, tmp_path: Path) -> None:
+    shutil.copytree(problem / "model", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(THINKING)
+    encoder = TextEncoder(ModelConfig(path=f"{tmp_path}/model"), None, 64)
+    ids, start = encoder.pair("", "Of something.")
+    assert start == 0
+    assert ids[-1] == encoder.tokenizer.eos_token_id
+    with pytest.raises(ConfigError, match="in another way"):
+        encoder.pair("What?", "This.")
 
 
 @pytest.mark.parametrize(

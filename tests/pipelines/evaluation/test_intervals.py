@@ -52,8 +52,9 @@ def test_a_difference_knows_what_a_row_is_to_both_models() -> None:
 
 def test_intervals_are_the_same_each_time_and_say_nothing_of_an_oracle_that_is_not_there() -> None:
     samples = samples_of(noise=0.1)
-    one, two = (evaluation_of(samples, {name: [] for name in MODELS}) for _ in range(2))
-    assert one.intervals == two.intervals
+    backwards = {model: dict(reversed(rows.items())) for model, rows in samples.items()}
+    one, two = (evaluation_of(own, {name: [] for name in MODELS}) for own in (samples, backwards))
+    assert one.intervals == two.intervals, "also where the rows come in another order"
     alone = {model: rows for model, rows in samples.items() if model.name != "oracle"}
     intervals = evaluation_of(alone, {"before": [], "after": []}).intervals
     assert set(intervals) == {"before", "after"}
@@ -68,9 +69,9 @@ def test_a_score_of_few_of_its_rows_has_no_interval() -> None:
 
 
 def test_rows_that_decide_are_those_that_make_an_interval_as_narrow_as_the_difference() -> None:
-    content = {"intervals": {"after - oracle": {"mia.loss": [-0.4, 0.2]}}, "rows": {"forget": 9}}
+    content = {"intervals": {"after - oracle": {"mia.loss": [-0.4, 0.2]}}}
     chance = Chance.of(content)
     assert chance.explains("mia.loss") and not chance.explains("mia.zlib")
     # Half the width is 0.3: as narrow as 0.1 with nine times as many rows.
-    assert chance.deciding_rows("mia.loss", -0.1) == 81
+    assert chance.times_as_many("mia.loss", -0.1) == pytest.approx(9)
     assert not Chance.of({}).explains("mia.loss")

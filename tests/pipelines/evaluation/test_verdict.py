@@ -382,7 +382,7 @@ def test_a_difference_that_chance_explains_is_undecided_and_the_rows_that_decide
     assert level == "undecided"
     assert sentence.startswith("Undecided: too few rows: ")
     told = "chance alone may explain what the gradient norm attack finds (-0.30 from the oracle)"
-    assert f"{told}; about 10 forget rows would decide" in sentence
+    assert f"{told}; about 1.1 times as many rows would decide" in sentence
     scores["intervals"]["after - oracle"]["mia.grad_norm"] = [-0.5, -0.1]
     assert verdict(scores).level == "over_forgotten"
 
@@ -398,3 +398,15 @@ def test_what_chance_explains_does_not_hide_what_it_does_not() -> None:
     level, sentence = verdict(scores)
     assert level == "partly"
     assert "but not on fact recall" in sentence
+
+
+def test_attacks_that_chance_explains_do_not_count_as_overshooting_together() -> None:
+    attacks = ("mia__loss", "mia__zlib", "mia__min_k", "mia__grad_norm")
+    after = forget_entry(0.5, **dict.fromkeys(attacks, 0.38))
+    scores = scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5))
+    assert verdict(scores).level == "over_forgotten", "nothing is known of chance"
+    names = [name.replace("__", ".") for name in attacks]
+    scores["intervals"] = {"after - oracle": {name: [-0.3, 0.05] for name in names}}
+    level, sentence = verdict(scores)
+    assert level == "undecided"
+    assert "what the loss attack finds (-0.12 from the oracle)" in sentence
