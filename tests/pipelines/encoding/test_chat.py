@@ -75,7 +75,7 @@ def test_plain_text_is_encoded_whatever_the_template(problem: Path, tmp_path: Pa
     (tmp_path / "model" / "chat_template.jinja").write_text(THINKING)
     encoder = TextEncoder(ModelConfig(path=f"{tmp_path}/model"), None, 64)
     ids, start = encoder.pair("", "Of something.")
-    assert start == 0
+    assert start == 1  # nothing predicts the first
     assert ids[-1] == encoder.tokenizer.eos_token_id
     with pytest.raises(ConfigError, match="in another way"):
         encoder.pair("What?", "This.")
