@@ -55,7 +55,8 @@ def test_the_work_told_in_advance_is_the_work_done(cfg: UnlearnConfig, sets: Set
     evaluation = evaluate(cfg, models, sets, done.append)
     # Two models, five sets of three rows; each rounded on two sets; each relearned; one set compared.
     assert sum(done) == evaluation_work(cfg, models, sets) == 2 * 15 + 2 * 6 + 2 * STEPS[-1] + 3
-    assert set(evaluation.content()) == {"models", "versions", "tokens"}, "and no spread"
+    found = set(evaluation.content())
+    assert found == {"models", "versions", "tokens", "rows", "intervals"}, "and no spread"
     assert set(evaluation.tokens) == {"model", "oracle"}
     assert evaluation.tokens["model"] == pytest.approx(evaluation.tokens["oracle"], abs=0.002)
     for entry in evaluation.models.values():
@@ -77,7 +78,7 @@ def test_two_oracles_are_compared_with_every_model_and_with_each_other(
     models = {
         "before": cfg.model, "after": noisy_model, "oracle 1": cfg.model, "oracle 2": noisy_model
     }  # fmt: skip
-    scores, spread, tokens = evaluate(cfg, models, sets, done.append)
+    scores, spread, tokens, intervals, rows_scored = evaluate(cfg, models, sets, done.append)
     # Four models on five sets; three rounded on two sets; two beside two oracles, and each oracle
     # beside the other, on one set; one beside the original on three.
     work = 4 * 15 + 3 * 6 + (2 * 2 + 2) * 3 + 3 * 3
@@ -102,6 +103,9 @@ def test_two_oracles_are_compared_with_every_model_and_with_each_other(
         assert scores["oracle"][f"forget.{key}"] == pytest.approx(floor, rel=1e-3)
         apart = abs(distances["clean"] - distances["noisy"])
         assert spread[f"forget.{key}"] == pytest.approx(apart, abs=1e-5)
+    low, high = intervals["after"]["forget.token_distance"]
+    assert low <= scores["after"]["forget.token_distance"] <= high
+    assert set(rows_scored.values()) == {3}
     assert len(tokens["oracle"]) == len(tokens["after"]) > 3
     mean_of_both = (np.array(tokens["before"]) + tokens["after"]) / 2
     assert tokens["oracle"] == pytest.approx(mean_of_both, abs=0.002)
