@@ -38,6 +38,9 @@ def test_a_means_interval_is_that_of_its_standard_error() -> None:
     assert low == pytest.approx(np.mean(losses) - 1.96 * error, abs=0.3 * error)
     assert high == pytest.approx(np.mean(losses) + 1.96 * error, abs=0.3 * error)
     assert evaluation.rows == {"forget": ROWS, "holdout": ROWS}
+    # Both sets hold the same losses, but each is drawn from by itself.
+    low, high = evaluation.intervals["after"]["mia.loss"]
+    assert low < 0.45 and high > 0.55
 
 
 def test_a_difference_knows_what_a_row_is_to_both_models() -> None:
