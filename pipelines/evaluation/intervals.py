@@ -14,7 +14,7 @@ import numpy as np
 
 from pipelines.evaluation.metrics.sample import Sample
 from pipelines.evaluation.metrics.summary import Scores
-from pipelines.evaluation.scored_model import ScoredModel, is_oracle
+from pipelines.evaluation.scored_model import Beside, ScoredModel, is_oracle
 
 if TYPE_CHECKING:
     from pipelines.evaluation.scorer import Samples
@@ -42,10 +42,16 @@ def intervals_of(
     Args:
         entries_of: the entries that some samples make, by model, among them `oracle` where any is.
     """
-    keys = _keys_by_set(samples)
+    # Those of changed models, rounded or relearned, are in no entry here.
+    compared = {
+        model: rows
+        for model, rows in samples.items()
+        if model.change is None or isinstance(model.change, Beside)
+    }
+    keys = _keys_by_set(compared)
     # A set's draws depend on its name alone, not on the order in which samples arrived.
     generators = {name: np.random.default_rng(zlib.crc32(name.encode())) for name in keys}
-    rows = sum(len(of_model) for of_model in samples.values())
+    rows = sum(len(of_model) for of_model in compared.values())
     resamples = min(MOST, max(FEWEST, ROWS_IN_ALL // max(rows, 1)))
     values: dict[str, dict[str, list[float]]] = {}
     for _ in range(resamples):
@@ -53,9 +59,7 @@ def intervals_of(
         for name, of_set in keys.items():
             indices = generators[name].integers(len(of_set), size=len(of_set))
             drawn += [of_set[index] for index in indices]
-        entries = entries_of(_resampled(samples, drawn))
-        for name in [name for name in entries if not is_oracle(name) and "oracle" in entries]:
-            entries[f"{name} - oracle"] = _difference(entries[name], entries["oracle"])
+        entries = _with_differences(entries_of(_resampled(compared, drawn)))
         for name, entry in entries.items():
             for score, value in entry.items():
                 if value is not None:
@@ -71,7 +75,7 @@ def intervals_of(
 
 
 class Chance(NamedTuple):
-    """What chance alone may do to the differences from the oracle, with the rows that were scored."""
+    """What chance alone may do to the differences from the oracle."""
 
     intervals: Mapping[str, Sequence[float]]  # of each difference
 
@@ -119,10 +123,16 @@ def _resampled(
     return resampled
 
 
-def _difference(entry: Scores, oracle: Scores) -> Scores:
-    difference: Scores = {}
-    for score, value in entry.items():
-        target = oracle.get(score)
-        if value is not None and target is not None:
-            difference[score] = value - target
-    return difference
+def _with_differences(entries: Mapping[str, Scores]) -> dict[str, Scores]:
+    """Add what each model's scores differ from the oracle's by, where there is one."""
+    oracle = entries.get("oracle", {})
+    differences: dict[str, Scores] = {}
+    for name, entry in entries.items():
+        difference: Scores = {}
+        for score, value in entry.items():
+            target = oracle.get(score)
+            if value is not None and target is not None:
+                difference[score] = value - target
+        if difference and not is_oracle(name):
+            differences[f"{name} - oracle"] = difference
+    return {**entries, **differences}
