@@ -44,10 +44,12 @@ def test_rays_token_is_hidden_from_other_users(
 
 @pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN])
 def test_sigterm_interrupts_also_where_ctrl_c_is_ignored(ctrl_c: signal.Handlers) -> None:
-    before = signal.signal(signal.SIGINT, ctrl_c)
+    # Ray may have set a handler of its own in a test before this one.
+    sigterm = signal.getsignal(signal.SIGTERM)
+    sigint = signal.signal(signal.SIGINT, ctrl_c)
     try:
         with pytest.raises(KeyboardInterrupt), sigterm_as_interrupt():
             os.kill(os.getpid(), signal.SIGTERM)
     finally:
-        signal.signal(signal.SIGINT, before)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        signal.signal(signal.SIGINT, sigint)
+    assert signal.getsignal(signal.SIGTERM) is sigterm
