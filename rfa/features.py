@@ -1,8 +1,8 @@
 """Read residual features off a running model.
 
 There are two kinds of residual, and so two losses. `local` is what each adapted module's LoRA adds.
-`drift` is how far a block's output has moved from the base model's. They agree exactly at the
-lowest adapted module.
+`drift` is how far a block's output has moved from the base model's, at all adapted blocks or, as
+`last_drift`, at the last of them. They agree exactly at the lowest adapted module.
 
 Shapes: B rows, T tokens, S positions of a module, D features, C channels, H height, W width, N
 selected positions.
@@ -86,7 +86,10 @@ class DriftFeatures(NamedTuple):
 
 
 class FeatureHooks:
-    """Record the outputs of the aligned modules: adapted ones (`local`) or their blocks (`drift`).
+    """Record the outputs of the aligned modules.
+
+    These are the adapted modules (`local`), their blocks (`drift`) or the last of these blocks
+    (`last_drift`).
 
     The hooks change nothing, and outside of `recording` they do nothing either, as in a teacher
     pass or a recomputation by activation checkpointing. Call `close` to take them off a model that
@@ -113,7 +116,8 @@ class FeatureHooks:
                 self._watch(layer.base_layer, name, is_residual=False)
                 self._watch(layer.lora_B[ADAPTER], name, is_residual=True)
         else:
-            indices = range(self.first_block, self.last_block + 1)
+            lowest = self.first_block if residual == "drift" else self.last_block
+            indices = range(lowest, self.last_block + 1)
             self.names = [f"{prefix}.{index}" for index in indices]
             for name, index in zip(self.names, indices, strict=True):
                 self._watch(blocks[index], name, is_residual=False)
@@ -136,7 +140,7 @@ class FeatureHooks:
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, Tensor]]:
-        """Record the outputs of blocks (`drift`) or base layers (`local`) by name, [B, S, D]."""
+        """Record the outputs of blocks (drift) or base layers (`local`) by name, [B, S, D]."""
         self._base, self._added = {}, {}
         try:
             yield self._base

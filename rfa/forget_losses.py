@@ -36,6 +36,14 @@ class Answers(NamedTuple):
         """Return the log-probabilities of the labels in `log_NV`, [N]."""
         return log_NV.gather(1, self.label_N[:, None])[:, 0]
 
+    def with_label(self, log_NV: "Tensor", value_N: "Tensor") -> "Tensor":
+        """Return the log-probabilities [N, V] with the label's set to a value, normalised again."""
+        return log_NV.scatter(1, self.label_N[:, None], value_N[:, None]).log_softmax(1)
+
+    def cross_entropy_N(self, target_NV: "Tensor") -> "Tensor":
+        """Return the cross-entropy of the predictions to log-probabilities [N, V], [N]."""
+        return -(target_NV.exp() * self.log_NV).sum(1)
+
     def row_sums(self, value_N: "Tensor") -> "Tensor":
         """Sum a value over each row's tokens, [R]."""
         # Rows are counted without gaps, so the last index has their number. Of no rows there is no
@@ -84,6 +92,47 @@ def scrub(answers: Answers) -> "Tensor":
     """
     assert answers.teacher_NV is not None
     return -divergence(answers.teacher_NV, answers.log_NV)
+
+
+def undial(answers: Answers, *, beta: float) -> "Tensor":
+    """Return the cross-entropy to the base model's logits with the label's lowered by beta, [N].
+
+    This is UNDIAL (Dong et al. 2024, arXiv 2402.10052).
+    """
+    assert answers.teacher_NV is not None
+    lowered_N = answers.label_log_N(answers.teacher_NV) - beta
+    return answers.cross_entropy_N(answers.with_label(answers.teacher_NV, lowered_N))
+
+
+def ceu(answers: Answers) -> "Tensor":
+    """Return the cross-entropy to the model's own output without the label, [N].
+
+    This is CE-U (Yang 2025, arXiv 2503.01224). The author's code leaves out each answer's first
+    token, and here all tokens count.
+    """
+    log_NV = answers.log_NV.detach()
+    nothing_N = log_NV.new_full((len(log_NV),), -math.inf)
+    return answers.cross_entropy_N(answers.with_label(log_NV, nothing_N))
+
+
+def wga(answers: Answers, *, beta: float) -> "Tensor":
+    """Return p^beta log p of the label with a constant weight, [N].
+
+    This is weighted gradient ascent (Wang et al. 2025, arXiv 2502.19301).
+    """
+    log_N = answers.label_log_N(answers.log_NV)
+    return (beta * log_N.detach()).exp() * log_N
+
+
+def satimp(answers: Answers, *, beta1: float, beta2: float) -> "Tensor":
+    """Return p^beta1 (1 - p)^beta2 log p of the label with a constant weight, [N].
+
+    This is SatImp (Yang et al. 2025, arXiv 2505.11953): saturation times importance.
+    """
+    log_N = answers.label_log_N(answers.log_NV)
+    saturation_N = (beta1 * log_N.detach()).exp()
+    importance_N = (-log_N.detach().expm1()) ** beta2
+    return saturation_N * importance_N * log_N
 
 
 def npo(answers: Answers, *, beta: float) -> "Tensor":
@@ -152,6 +201,23 @@ FORGET_LOSSES: dict[str, ForgetLoss] = {
     "random_label": ForgetLoss(random_label, "another label is to be likely"),
     "bad_teacher": ForgetLoss(bad_teacher, "every label is to be as likely"),
     "scrub": ForgetLoss(scrub, "away from the base model's output", needs_teacher=True),
+    "undial": ForgetLoss(
+        undial,
+        "the base model's output with a lower score of the answer",
+        needs_teacher=True,
+        parameters={"beta": Parameter(10.0, 0, 1000)},
+    ),
+    "ceu": ForgetLoss(ceu, "what the model says without the answer"),
+    "wga": ForgetLoss(
+        wga,
+        "its cross-entropy is to rise, most where the answer is likely",
+        parameters={"beta": Parameter(1.0, 0, 100)},
+    ),
+    "satimp": ForgetLoss(
+        satimp,
+        "its cross-entropy is to rise, most where the answer is likely and not yet certain",
+        parameters={"beta1": Parameter(5.0, 0, 100), "beta2": Parameter(1.0, 0, 100)},
+    ),
     "npo": ForgetLoss(
         npo,
         "the answer is to be less likely than the base model has it",

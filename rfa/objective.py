@@ -173,11 +173,10 @@ class ResidualAlignment(nn.Module):
 
     def fit(self, sums: dict[str, FeatureSums]) -> None:
         """Fit the targets to the retain set's sums of all workers."""
-        kind, clusters = self.objective.target, self.objective.clusters
         modules: dict[str, ModuleTarget] = {}
         for name in self.hooks.names:
-            modules[name] = fit_target(kind, sums[name], clusters=clusters, seed=self.seed)
-        self.targets = Targets(kind, modules, self.seed)
+            modules[name] = fit_target(self.objective, sums[name], seed=self.seed)
+        self.targets = Targets(self.objective.target, modules, self.seed)
 
     def forward(self, batch: UnlearnBatch, counts: TokenCounts | None = None) -> LossOutput:
         """Return the loss of a batch. `counts` are those of the step, by default of this batch."""
@@ -243,7 +242,7 @@ class ResidualAlignment(nn.Module):
         # Forget rows are compared only where a target or a loss reads the base model's view of
         # them.
         all_rows = objective.compares_answers
-        if objective.residual == "drift" and objective.aligns:
+        if objective.residual != "local" and objective.aligns:
             assert self.targets is not None
             all_rows |= self.targets.looks_at_sample
         rows_B = torch.ones_like(batch.forget_B) if all_rows else ~batch.forget_B

@@ -10,8 +10,10 @@ from typing import Literal, NamedTuple
 
 from rfa.forget_losses import FORGET_LOSSES
 
-ResidualKind = Literal["local", "drift"]
-TargetKind = Literal["retain_mean", "class_mean", "cluster_mean", "balanced_mean", "gaussian"]
+ResidualKind = Literal["local", "drift", "last_drift"]
+TargetKind = Literal[
+    "retain_mean", "class_mean", "cluster_mean", "balanced_mean", "gaussian", "steering"
+]
 DistanceKind = Literal["squared", "smooth_l1", "cosine"]
 TokenKind = Literal["answer", "all"]
 SolveMode = Literal["off", "one_pass", "blockwise", "per_token"]
@@ -30,7 +32,8 @@ class Weights(NamedTuple):
 class Objective(NamedTuple):
     """The features that are aligned, their target, and the distance to it.
 
-    `clusters` is the number of centroids of the target `cluster_mean`. `output` names a row of
+    `clusters` is the number of centroids of the target `cluster_mean`, and `steering` the length of
+    the random vector of the target `steering`. `output` names a row of
     `FORGET_LOSSES`, and `output_parameters` has that loss's parameters by name.
     """
 
@@ -39,6 +42,7 @@ class Objective(NamedTuple):
     distance: DistanceKind = "squared"
     tokens: TokenKind = "all"
     clusters: int = 32
+    steering: float = 6.5
     output: str = "unlikelihood"
     output_parameters: Mapping[str, float] = {}
     weights: Weights = Weights()
@@ -66,7 +70,7 @@ class Objective(NamedTuple):
     @property
     def needs_teacher(self) -> bool:
         """Whether the base model must be run beside the adapted one."""
-        drifts = self.residual == "drift" and self.aligns
+        drifts = self.residual != "local" and self.aligns
         return drifts or self.weights.kl > 0 or self.compares_answers
 
 

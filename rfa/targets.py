@@ -1,8 +1,8 @@
 """The targets that the forget set's features are shifted to.
 
-There are five kinds, fitted on the retain set's base features. `retain_mean` is the target of Qin
-et al. 2024 (arXiv 2411.08443) as this project reconstructs it. The other four answer its weakness
-on imbalanced or multi-modal data and are this project's.
+There are six kinds. `retain_mean` is the target of Qin et al. 2024 (arXiv 2411.08443) as this
+project reconstructs it. Four others answer its weakness on imbalanced or multi-modal data and are
+this project's. `steering` is that of RMU (Li et al. 2024, arXiv 2403.03218).
 
 Shapes: N tokens, D features, K centres.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rfa.settings import TargetKind
+from rfa.settings import Objective, TargetKind
 
 # The retain features that k-means sees per aligned module. It bounds memory.
 SAMPLE_TOKENS = 2048
@@ -72,7 +72,7 @@ class ModuleTarget:
     spread_D: Tensor | None = None
 
 
-def fit_target(kind: TargetKind, sums: FeatureSums, *, clusters: int, seed: int) -> ModuleTarget:
+def fit_target(objective: Objective, sums: FeatureSums, *, seed: int) -> ModuleTarget:
     """Fit the target of one module to its retain sums.
 
     Raises:
@@ -81,6 +81,7 @@ def fit_target(kind: TargetKind, sums: FeatureSums, *, clusters: int, seed: int)
     """
     assert isinstance(sums.sum_D, Tensor)
     assert isinstance(sums.square_D, Tensor)
+    kind = objective.target
     mean_D = sums.sum_D / sums.count
     energy = float(sums.square_D.sum() / sums.count)
     if kind in ("class_mean", "balanced_mean") and not sums.by_label:
@@ -90,6 +91,11 @@ def fit_target(kind: TargetKind, sums: FeatureSums, *, clusters: int, seed: int)
         )
     if kind == "retain_mean":
         return ModuleTarget(energy, mean_D[None].float())
+    if kind == "steering":
+        # No component is negative, as in the authors' code.
+        vector_D = torch.rand(len(mean_D), generator=torch.Generator().manual_seed(seed))
+        vector_D *= objective.steering / vector_D.norm()
+        return ModuleTarget(energy, vector_D[None])
     if kind == "gaussian":
         # Rounding can leave a difference of equal numbers below 0, and its root would be NaN.
         variance_D = (sums.square_D / sums.count - mean_D.square()).clamp_min(0)
@@ -102,7 +108,7 @@ def fit_target(kind: TargetKind, sums: FeatureSums, *, clusters: int, seed: int)
         # By the row's number, as k-means depends on the order of its points.
         sample_ND = torch.cat([sums.sample[row] for row in sorted(sums.sample)]).double().numpy()
         fitted = KMeans(
-            min(clusters, len(sample_ND)),
+            min(objective.clusters, len(sample_ND)),
             n_init=1,  # pyright: ignore[reportArgumentType]
             max_iter=25,
             random_state=seed,

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from rfa.forget_losses import FORGET_LOSSES
+from rfa.methods import METHODS
+from rfa.settings import Weights
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,12 +34,26 @@ def test_the_notebook_example_forgets_one_fact_and_keeps_the_others(
 
 def test_every_forget_loss_has_a_line_with_its_parameters_and_their_defaults() -> None:
     page = (ROOT / "docs" / "objective.md").read_text(encoding="utf-8")
+    losses = page.partition("## Methods by name")[0]
     for name, loss in FORGET_LOSSES.items():
-        (line,) = re.findall(rf"^\| `{name}` \| .*$", page, re.MULTILINE)
+        (line,) = re.findall(rf"^\| `{name}` \| .*$", losses, re.MULTILINE)
         for parameter, (default, _, _) in loss.parameters.items():
             assert re.search(
                 rf"`(objective\.output_parameters\.)?{parameter}`, {default:g}\b", line
             )
+
+
+def test_every_method_has_a_line_with_its_weights() -> None:
+    page = (ROOT / "docs" / "objective.md").read_text(encoding="utf-8")
+    methods = page.partition("## Methods by name")[2]
+    for name, method in METHODS.items():
+        (line,) = re.findall(rf"^\| `{name}` \|(.*)\|$", methods, re.MULTILINE)
+        loss, settings = line.split("|")
+        assert loss.strip("` ") == method.settings.get("output", "")
+        weights = dict(re.findall(r"(retain|forget|kl|task|output) ([\d.]+)", settings))
+        assert Weights(0, 0)._replace(**{key: float(weights[key]) for key in weights}) == (
+            method.weights
+        )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -22,6 +22,7 @@ import yaml
 from pipelines.config.load import describe, with_values
 from pipelines.config.schema import ConfigError, UnlearnConfig
 from pipelines.config.text import parse_yaml
+from rfa.forget_losses import FORGET_LOSSES
 
 
 class Range(NamedTuple):
@@ -39,6 +40,7 @@ RANGES = {
 }
 KINDS = ("choice", *RANGES)
 SEARCHED = ("adapter.", "objective.", "solve.", "prune.")
+LOSS_PARAMETERS = "objective.output_parameters."
 SEARCHED_KEYS = ("train.steps", "train.learning_rate", "train.warmup_steps", "train.clip_norm")
 
 
@@ -173,11 +175,15 @@ def read_space(tree: Any, cfg: UnlearnConfig, source: str) -> Space:
 
 def _dimension(key: str, entry: Any, before: list[str], source: str) -> Dimension:
     """Check one key's entry. `before` are the keys that a condition may name."""
-    if not any(key == known for known, _, _ in describe()):
+    is_known = any(key == known for known, _, _ in describe())
+    # Which parameters a loss has, its configuration checks.
+    if not is_known and not key.startswith(LOSS_PARAMETERS):
         raise ConfigError(
             f"{source}: {key}: unknown key, allowed: keys that `ray-unlearn run --help` lists"
         )
-    if not key.startswith(SEARCHED) and key not in SEARCHED_KEYS:
+    # A configuration has all keys that its method would set, so another method would change none.
+    is_method = key == "objective.method"
+    if is_method or (not key.startswith(SEARCHED) and key not in SEARCHED_KEYS):
         patterns = [f"{prefix}*" for prefix in SEARCHED]
         allowed = ", ".join([*patterns, *SEARCHED_KEYS])
         raise ConfigError(f"{source}: {key}: not a key to search over, allowed: {allowed}")
@@ -235,7 +241,7 @@ def default_space(cfg: UnlearnConfig, depth: int) -> dict[str, Any]:
     trains_to_targets = cfg.train.steps > 0 and cfg.objective.weights.forget > 0
     if reads_text and (shifts_to_targets or cfg.train.steps > 0):
         choices["objective.tokens"] = ["answer", "all"]
-    if shifts_to_targets or trains_to_targets:
+    if cfg.objective.method is None and (shifts_to_targets or trains_to_targets):
         targets = _distinct(cfg.objective.target, "cluster_mean", "retain_mean")
         choices["objective.target"] = targets
     if cfg.solve.mode != "off":
@@ -277,13 +283,26 @@ def _of_gradient_steps(cfg: UnlearnConfig) -> dict[str, Any]:
         tree["adapter.targets"] = {"choice": [list(targets), *single]}
     tree["adapter.alpha"] = {"choice": [8, 16, 32, 64]}
     tree["train.learning_rate"] = {"loguniform": [1e-4, 3e-2]}
-    # With pruning only the terms of the configuration are weighed, in PruneLoRA a single one.
-    prunes = cfg.prune.method != "none"
-    weights = [name for name, value in cfg.objective.weights if value > 0 or not prunes]
+    objective = cfg.objective
+    if objective.target == "steering" and objective.weights.forget > 0:
+        tree["objective.steering"] = _around(objective.steering)
+    if objective.weights.output > 0:
+        for name, parameter in FORGET_LOSSES[objective.output].parameters.items():
+            value = objective.output_parameters.get(name, parameter.default)
+            if value > 0:
+                tree[LOSS_PARAMETERS + name] = _around(value, parameter.low, parameter.high)
+    # A method and PruneLoRA weigh their own terms alone.
+    has_own_terms = objective.method is not None or cfg.prune.method != "none"
+    weights = {name: value for name, value in objective.weights if value > 0 or not has_own_terms}
     if len(weights) > 1:
-        for name in weights:
-            tree[f"objective.weights.{name}"] = {"loguniform": [0.1, 10.0]}
+        for name, value in weights.items():
+            tree[f"objective.weights.{name}"] = _around(value or 1.0)
     return tree
+
+
+def _around(value: float, low: float = 0.0, high: float = math.inf) -> dict[str, list[float]]:
+    """Return a range of a tenth to ten times a value, within bounds."""
+    return {"loguniform": [max(value / 10, low), min(value * 10, high)]}
 
 
 def _distinct(*values: Any) -> list[Any]:

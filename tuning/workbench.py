@@ -245,13 +245,12 @@ class Workbench:
         settings = cfg.objective
         module_targets: dict[str, ModuleTarget] = {}
         for name in alignment.hooks.names:
-            key = name, settings.target, settings.clusters, settings.tokens
+            key = name, settings.target, settings.clusters, settings.steering, settings.tokens
             if key not in self._fitted:
                 sums = self._statistics.features[settings.tokens][name]
                 # The seed is the search's, as no trial changes it.
-                self._fitted[key] = fit_target(
-                    settings.target, sums, clusters=settings.clusters, seed=self.shared.cfg.seed
-                )
+                seed = self.shared.cfg.seed
+                self._fitted[key] = fit_target(settings.settings(), sums, seed=seed)
             module_targets[name] = self._fitted[key]
         return Targets(settings.target, module_targets, cfg.seed)
 

@@ -1,31 +1,17 @@
 """The configuration tree: every key with its meaning, unit and range."""
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipelines.config.data import ConfigError as ConfigError
 from pipelines.config.data import DataConfig, Section, Task
 from pipelines.config.evaluation import EvaluationConfig
+from pipelines.config.objective import ObjectiveConfig, Weight
 from pipelines.config.train import FinetuneConfig, TrainConfig
-from rfa.forget_losses import FORGET_LOSSES, describe_losses, describe_parameters
-from rfa.settings import (
-    DistanceKind,
-    Objective,
-    ResidualKind,
-    SolveMode,
-    SolveSettings,
-    TargetKind,
-    TokenKind,
-    Weights,
-)
+from rfa.settings import SolveMode, SolveSettings
 
-Weight = Annotated[float, Field(ge=0)]
-OBJECTIVE, SOLVE = Objective(), SolveSettings()
-if TYPE_CHECKING:
-    ForgetLossName = str
-else:
-    ForgetLossName = Literal[tuple(FORGET_LOSSES)]
+SOLVE = SolveSettings()
 
 
 class ModelConfig(Section):
@@ -86,105 +72,6 @@ class PruneConfig(Section):
         default=True,
         description="Keep what is pruned at zero in the merged model; merging alone would fill it.",
     )
-
-
-class WeightsConfig(Section):
-    """Weights of the objective's terms. A term of weight 0 is not computed."""
-
-    retain: Weight = Field(
-        default=OBJECTIVE.weights.retain, description="Zero residual features on the retain set."
-    )
-    forget: Weight = Field(
-        default=OBJECTIVE.weights.forget, description="Shifted residual features on the forget set."
-    )
-    kl: Weight = Field(
-        default=OBJECTIVE.weights.kl,
-        description="KL(base || adapted) of next-token distributions on the retain set.",
-    )
-    task: Weight = Field(
-        default=OBJECTIVE.weights.task, description="Cross-entropy on the retain set's answers."
-    )
-    output: Weight = Field(
-        default=OBJECTIVE.weights.output,
-        description="What objective.output asks of the forget set's answers.",
-    )
-
-
-class ObjectiveConfig(Section):
-    """Residual feature alignment, reconstructed after Qin et al. 2024 (arXiv 2411.08443)."""
-
-    residual: ResidualKind = Field(
-        default=OBJECTIVE.residual,
-        description="local: what each adapted module adds; drift: how far a block's output moved "
-        "from the base's.",
-    )
-    target: TargetKind = Field(
-        default=OBJECTIVE.target, description="Where the forget set's features are shifted to."
-    )
-    distance: DistanceKind = Field(
-        default=OBJECTIVE.distance, description="Distance between features."
-    )
-    tokens: TokenKind = Field(
-        default=OBJECTIVE.tokens, description="Which tokens of the forget set are shifted."
-    )
-    clusters: int = Field(
-        default=OBJECTIVE.clusters,
-        ge=1,
-        le=4096,
-        description="Number of centroids for cluster_mean.",
-    )
-    target_rows: int = Field(
-        default=512,
-        ge=1,
-        description="Rows of the retain set that the targets are fitted on, at most.",
-    )
-    output: ForgetLossName = Field(
-        default=OBJECTIVE.output,
-        description=f"What weights.output pushes on the forget set. {describe_losses()}.",
-    )
-    output_parameters: dict[str, float] = Field(
-        default={},
-        description=f"Parameters of objective.output, by name: {describe_parameters()}.",
-    )
-    weights: WeightsConfig = WeightsConfig()
-
-    @model_validator(mode="after")
-    def _something_pushes(self) -> "ObjectiveConfig":
-        if self.weights.forget == self.weights.output == self.weights.task == 0:
-            raise ValueError(
-                "weights.forget, weights.output and weights.task are all 0: nothing would be "
-                "learned or forgotten; allowed: one above 0"
-            )
-        return self
-
-    @field_validator("output_parameters")
-    @classmethod
-    def _parameters_fit_the_loss(
-        cls, values: dict[str, float], info: ValidationInfo
-    ) -> dict[str, float]:
-        loss = info.data.get("output", OBJECTIVE.output)
-        allowed = FORGET_LOSSES[loss].parameters
-        for name, value in values.items():
-            if name not in allowed:
-                names = ", ".join(allowed) or "none"
-                raise ValueError(f"found {name}, allowed with objective.output={loss}: {names}")
-            low, high = allowed[name].low, allowed[name].high
-            if not low <= value <= high:
-                raise ValueError(f"found {name}={value:g}, allowed: {low:g} to {high:g}")
-        return values
-
-    def read_by_steps_alone(self) -> str:
-        """Return the first key that is not at its default and that no solver reads, or ''."""
-        default = ObjectiveConfig()
-        for name in ("weights", "distance", "output", "output_parameters"):
-            if getattr(self, name) != getattr(default, name):
-                return name
-        return ""
-
-    def settings(self) -> Objective:
-        """Return the settings of the method."""
-        values = self.model_dump(exclude={"target_rows", "weights"})
-        return Objective(**values, weights=Weights(**self.weights.model_dump()))
 
 
 class SolveConfig(Section):

@@ -67,7 +67,7 @@ def estimate(cfg: UnlearnConfig, model: PeftModel, shape: Any) -> tuple[int, flo
     passes = 1
     if shape.backward:
         # The gradient of the features costs a forward more, and so do a teacher and recomputation.
-        has_teacher = bool(weights.kl) or cfg.objective.residual == "drift"
+        has_teacher = cfg.objective.settings().needs_teacher
         passes = 2 + has_teacher + shape.checkpointing
     return memory, 2.0 * passes * tokens * (blocks.weights + head)
 

@@ -9,7 +9,8 @@ from itertools import product
 
 from peft import PeftModel
 
-from pipelines.config.schema import UnlearnConfig, WeightsConfig
+from pipelines.config.objective import WeightsConfig
+from pipelines.config.schema import UnlearnConfig
 from pipelines.model.engine import LIVE_PARAMETERS, PERSISTENT_PARAMETER, REDUCE_BUCKET
 from pipelines.planning.plan import ASSUMED_ROWS, Layout, Parts
 from pipelines.planning.step import Step, StepShape, run_meta_step, use_fused_attention

@@ -60,6 +60,49 @@ def test_simnpo_by_hand() -> None:
         assert value("simnpo", beta=beta, gamma=gamma) == pytest.approx(expected, rel=1e-5)
 
 
+def test_weighted_ascents_by_hand() -> None:
+    probabilities = (0.5, 0.7, 0.4)
+    for beta in (1.0, 3.0):
+        expected = [p**beta * math.log(p) for p in probabilities]
+        assert value("wga", beta=beta) == pytest.approx(expected, rel=1e-5)
+    expected = [p**5 * (1 - p) * math.log(p) for p in probabilities]
+    assert value("satimp") == pytest.approx(expected, rel=1e-5)
+    expected = [p**2 * (1 - p) ** 3 * math.log(p) for p in probabilities]
+    assert value("satimp", beta1=2, beta2=3) == pytest.approx(expected, rel=1e-5)
+
+
+def test_undial_and_ceu_are_torchs_cross_entropy_to_the_published_targets() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits_NV, teacher_NV = 5 * torch.randn(2, 40, 97, generator=generator)
+    label_N = torch.randint(97, (40,), generator=generator)
+    index_N = torch.arange(40)
+    given = Answers(logits_NV.log_softmax(1), label_N, index_N, index_N, teacher_NV.log_softmax(1))
+    is_label_NV = F.one_hot(label_N, 97).bool()
+    for beta in (1.0, 10.0):
+        target_NV = (teacher_NV - beta * is_label_NV).softmax(1)
+        expected_N = F.cross_entropy(logits_NV, target_NV, reduction="none")
+        torch.testing.assert_close(FORGET_LOSSES["undial"](given, {"beta": beta}), expected_N)
+    target_NV = logits_NV.masked_fill(is_label_NV, -math.inf).softmax(1)
+    expected_N = F.cross_entropy(logits_NV, target_NV, reduction="none")
+    torch.testing.assert_close(FORGET_LOSSES["ceu"](given), expected_N)
+
+
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [("wga", lambda p: p), ("satimp", lambda p: p**5 * (1 - p)), ("ceu", lambda p: p)],
+)
+def test_weights_and_own_targets_carry_no_gradient(name: str, weight: Any) -> None:
+    """At the label, log p of weight w has the gradient w (1 - p), and CE-U that of p - 0."""
+    logits_NV = PROBABILITY_NV.log().requires_grad_()
+    given = answers()._replace(log_NV=logits_NV.log_softmax(1))
+    FORGET_LOSSES[name](given).sum().backward()
+    assert logits_NV.grad is not None
+    found = logits_NV.grad.gather(1, LABEL_N[:, None])[:, 0].tolist()
+    for gradient, p in zip(found, (0.5, 0.7, 0.4), strict=True):
+        scale = 1 if name == "ceu" else 1 - p
+        assert gradient == pytest.approx(weight(p) * scale, rel=1e-4)
+
+
 def test_unlikelihood_keeps_its_gradient_where_the_answer_is_certain() -> None:
     logits_NV = torch.tensor([[30.0, 0.0, 0.0]], requires_grad=True)
     certain = answers()._replace(log_NV=logits_NV.log_softmax(1), label_N=torch.tensor([0]))

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from rfa.adapters import adapters_off
 from rfa.batch import Row, TokenCounts, UnlearnBatch, collate
+from rfa.methods import METHODS
 from rfa.objective import LossOutput, ResidualAlignment, distance
 from rfa.settings import Objective, Weights
 from tests.rfa.conftest import FAMILIES, tiny_rows
 
 Build = Callable[..., ResidualAlignment]
 ALL_TERMS = Weights(1.0, 1.0, 0.5, 0.5, 0.5)
-TARGETS = ("retain_mean", "class_mean", "cluster_mean", "balanced_mean", "gaussian")
+TARGETS = ("retain_mean", "class_mean", "cluster_mean", "balanced_mean", "gaussian", "steering")
 
 
 def objective(residual: str = "local", **changes: object) -> Objective:
@@ -66,7 +67,7 @@ def test_recomputed_activations_give_the_same_gradients(
 def test_every_adapter_gets_a_finite_gradient_at_the_start(
     build: Build, batch: UnlearnBatch, distance_name: str
 ) -> None:
-    for residual, target in itertools.product(("local", "drift"), TARGETS):
+    for residual, target in itertools.product(("local", "drift", "last_drift"), TARGETS):
         alignment = build(objective(residual, target=target, distance=distance_name))
         found = gradients(alignment, alignment(batch).total)
         assert set(found) == {name for name, p in alignment.named_parameters() if p.requires_grad}
@@ -92,6 +93,37 @@ def test_local_and_drift_differ_above_it(build: Build, batch: UnlearnBatch) -> N
         float(build(objective(r), warm=True)(batch).retain.detach()) for r in ("local", "drift")
     ]
     assert totals[0] != pytest.approx(totals[1], rel=0.01)
+
+
+def test_rmu_is_the_published_loss(build: Build, batch: UnlearnBatch) -> None:
+    """Mean squared errors at one block's output: to a random vector, and to the base model's.
+
+    The objective divides both by the retained features' mean square, and the optimizer's steps do not depend on that.
+    """
+    method = METHODS["rmu"]
+    settings = Objective(**method.settings, weights=method.weights, tokens="answer")
+    alignment = build(settings, warm=True)
+    model, ids_BT = alignment.model, batch.input_ids_BT
+    assert alignment.targets is not None
+    [name] = alignment.hooks.names
+    assert name.endswith("layers.2"), "the last adapted block alone is read"
+    vector_D = alignment.targets.modules[name].centre_KD[0]
+    assert float(vector_D.norm()) == pytest.approx(6.5)
+    block = alignment.runner.blocks[2]
+    seen: list[Tensor] = []
+    hook = block.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    with torch.no_grad():
+        model(input_ids=ids_BT, attention_mask=batch.attention_BT.long())
+        with model.disable_adapter():
+            model(input_ids=ids_BT, attention_mask=batch.attention_BT.long())
+    hook.remove()
+    adapted_BTD, base_BTD = seen
+    forget_BT, retain_BT = batch.forget_tokens_BT("answer"), batch.retain_tokens_BT()
+    to_vector_ND = adapted_BTD[forget_BT] - vector_D
+    to_base_ND = adapted_BTD[retain_BT] - base_BTD[retain_BT]
+    published = float(to_vector_ND.square().mean() + 1200 * to_base_ND.square().mean())
+    unit = alignment.targets.energy(name) / len(vector_D)
+    assert float(alignment(batch).total.detach()) * unit == pytest.approx(published, rel=1e-5)
 
 
 @pytest.mark.parametrize("residual", ["local", "drift"])

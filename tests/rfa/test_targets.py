@@ -1,8 +1,9 @@
-"""The five targets, by hand."""
+"""The targets, by hand."""
 
 import pytest
 import torch
 
+from rfa.settings import Objective
 from rfa.targets import FeatureSums, Targets, fit_target
 
 
@@ -18,7 +19,7 @@ ROWS = [([[0.0, 0.0], [0.0, 3.0]], 7), ([[0.0, 0.0]], 7), ([[6.0, 0.0]], 9)]
 
 
 def target(kind: str, feature: list[list[float]], label: int = -1) -> list[list[float]]:
-    place = fit_target(kind, sums_of(ROWS), clusters=3, seed=0)
+    place = fit_target(Objective(target=kind, clusters=3), sums_of(ROWS), seed=0)
     tokens = len(feature)
     zeros = torch.zeros(tokens, dtype=torch.long)
     return Targets(kind, {"place": place}, seed=0)(
@@ -27,9 +28,9 @@ def target(kind: str, feature: list[list[float]], label: int = -1) -> list[list[
 
 
 def test_energy_is_the_mean_squared_norm() -> None:
-    assert fit_target("retain_mean", sums_of(ROWS), clusters=1, seed=0).energy == pytest.approx(
-        (9 + 36) / 4
-    )
+    assert fit_target(
+        Objective(target="retain_mean", clusters=1), sums_of(ROWS), seed=0
+    ).energy == pytest.approx((9 + 36) / 4)
 
 
 def test_retain_mean_is_the_mean_over_tokens() -> None:
@@ -51,7 +52,7 @@ def test_cluster_mean_is_the_nearest_centroid() -> None:
 
 
 def test_gaussian_draws_have_the_retain_sets_mean_and_spread() -> None:
-    place = fit_target("gaussian", sums_of(ROWS), clusters=1, seed=0)
+    place = fit_target(Objective(target="gaussian", clusters=1), sums_of(ROWS), seed=0)
     tokens = 20_000
     zeros = torch.zeros(tokens, dtype=torch.long)
     draws = Targets("gaussian", {"p": place}, seed=0)("p", torch.zeros(tokens, 2), zeros, zeros)
@@ -63,12 +64,25 @@ def test_gaussian_draws_have_the_retain_sets_mean_and_spread() -> None:
 
 def test_gaussian_draws_depend_on_the_row_alone() -> None:
     targets = Targets(
-        "gaussian", {"p": fit_target("gaussian", sums_of(ROWS), clusters=1, seed=0)}, seed=0
+        "gaussian",
+        {"p": fit_target(Objective(target="gaussian", clusters=1), sums_of(ROWS), seed=0)},
+        seed=0,
     )
     both = targets("p", torch.zeros(4, 2), torch.tensor([5, 5, 6, 6]), torch.zeros(4))
     alone = targets("p", torch.zeros(2, 2), torch.tensor([6, 6]), torch.zeros(2))
     assert both[2:].tolist() == alone.tolist()
     assert both[:2].tolist() != alone.tolist()
+
+
+def test_steering_is_one_random_direction_of_a_given_length() -> None:
+    sums = sums_of(ROWS)
+    vectors = []
+    for seed in (0, 0, 1):
+        fitted = fit_target(Objective(target="steering", steering=5.0), sums, seed=seed)
+        vectors.append(fitted.centre_KD)
+        assert float(fitted.centre_KD.norm()) == pytest.approx(5.0)
+        assert float(fitted.centre_KD.min()) >= 0
+    assert vectors[0].tolist() == vectors[1].tolist() != vectors[2].tolist()
 
 
 def test_sums_of_shards_add_up() -> None:
@@ -77,7 +91,9 @@ def test_sums_of_shards_add_up() -> None:
         (first if row != 1 else second).add(torch.tensor(tokens), row, label, sample_tokens=8)
     second.merge(first)
     for kind in ("retain_mean", "balanced_mean", "gaussian", "cluster_mean", "class_mean"):
-        ours, theirs = (fit_target(kind, sums, clusters=2, seed=0) for sums in (second, whole))
+        ours, theirs = (
+            fit_target(Objective(target=kind, clusters=2), sums, seed=0) for sums in (second, whole)
+        )
         assert ours.energy == pytest.approx(theirs.energy)
         assert ours.centre_KD.tolist() == theirs.centre_KD.tolist()
 
@@ -85,6 +101,6 @@ def test_sums_of_shards_add_up() -> None:
 def test_targets_by_class_need_labels() -> None:
     unlabelled = sums_of([([[1.0, 2.0]], -1)])
     with pytest.raises(ValueError, match="needs a label column"):
-        fit_target("class_mean", unlabelled, clusters=1, seed=0)
+        fit_target(Objective(target="class_mean", clusters=1), unlabelled, seed=0)
     with pytest.raises(ValueError, match="at least two labels"):
-        fit_target("class_mean", sums_of([([[1.0, 2.0]], 4)]), clusters=1, seed=0)
+        fit_target(Objective(target="class_mean", clusters=1), sums_of([([[1.0, 2.0]], 4)]), seed=0)

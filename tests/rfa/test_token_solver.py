@@ -82,8 +82,10 @@ def log_p(alignment: ResidualAlignment, batch: UnlearnBatch) -> Tensor:
 
 
 def test_pushed_tokens_come_down_to_their_aims_and_the_rest_stays(
-    learned: dict[str, Tensor],
+    learned: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Eight nats are as many rounds, and how many more depends on the kernels that trained the model.
+    monkeypatch.setattr(token_solver, "ROUNDS", 30)
     tokens = build_solver(learned)
     forget, unseen = batches(50)
     kept = collate(RETAIN, [], 0)

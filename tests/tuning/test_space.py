@@ -86,6 +86,8 @@ def test_a_space_survives_being_written(read: Callable[[Any], Space]) -> None:
         ({"adapter.rnk": {"choice": [8]}}, "adapter.rnk: unknown key"),
         ({"model.path": {"choice": ["a"]}}, "model.path: not a key to search over"),
         ({"data.max_tokens": {"int": [8, 9]}}, "data.max_tokens: not a key to search over"),
+        ({"objective.method": {"choice": ["npo"]}}, "objective.method: not a key to search over"),
+        ({"objective.output_parameters.beta": {"choice": [1]}}, "found beta, allowed with"),
         ({"adapter.rank": [8]}, "adapter.rank: found"),
         ({"adapter.rank": {"choice": [8], "int": [1, 2]}}, "allowed: one of choice, uniform"),
         ({"adapter.rank": {"choice": []}}, "found no choice"),
@@ -130,6 +132,16 @@ def test_the_default_space_searches_what_a_configuration_uses(cfg: UnlearnConfig
         f"objective.weights.{name}" for name in ("retain", "forget", "kl", "task", "output")
     } <= set(rfa)
     assert rfa["adapter.targets"]["choice"] == [["o_proj", "down_proj"], ["o_proj"], ["down_proj"]]
+    simnpo = ["objective.method=simnpo", "solve.mode=off", "train.steps=9"]
+    weighed = default_space(load_config("quick", simnpo), 4)
+    assert weighed["objective.output_parameters.beta"] == {"loguniform": [0.25, 25.0]}
+    assert weighed["objective.weights.output"] == {"loguniform": [0.0125, 1.25]}
+    assert "objective.weights.kl" not in weighed, "a method has its own terms"
+    rmu = load_config("quick", ["objective.method=rmu", "solve.mode=off", "train.steps=9"])
+    steered = default_space(rmu, 4)
+    assert steered["objective.steering"] == {"loguniform": [0.65, 65.0]}
+    assert "objective.target" not in steered
+    read_space(weighed, load_config("quick", simnpo), "the default space")
     solved = load_config("rfa_image", ["model.path=none"])
     assert "adapter.layers" not in default_space(solved, 0), "a head lies outside the blocks"
     for own in (prunelora, solved):

@@ -14,9 +14,11 @@ from pipelines.config.load import (
     to_yaml,
     with_values,
 )
-from pipelines.config.schema import ConfigError, ObjectiveConfig, SolveConfig, UnlearnConfig
+from pipelines.config.objective import ObjectiveConfig
+from pipelines.config.schema import ConfigError, SolveConfig, UnlearnConfig
 from pipelines.preflight import check_holdout, check_passwords, oracles_of
-from rfa.settings import Objective, SolveSettings
+from rfa.methods import METHODS
+from rfa.settings import Objective, SolveSettings, Weights
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -86,7 +88,7 @@ def test_every_key_is_described() -> None:
     keys = {key: (default, meaning) for key, default, meaning in describe()}
     assert all(meaning and "None" not in meaning for _, meaning in keys.values())
     assert keys["seed"] == ("0", "Seed of everything random. (>= 0, < 4.29497e+09)")
-    assert keys["objective.residual"][1].endswith("(one of local, drift)")
+    assert keys["objective.residual"][1].endswith("(one of local, drift, last_drift)")
     assert keys["data.{forget,retain,utility,holdout,general}.path"][0] == "required"
     assert not [key for key in keys if key.startswith("data.retain.")]
 
@@ -192,6 +194,34 @@ def test_parameters_of_a_forget_loss_are_set_by_name() -> None:
 def test_wrong_parameters_of_a_forget_loss_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_config("quick", overrides)
+
+
+def test_a_method_sets_what_is_not_given(tmp_path: Path) -> None:
+    by_gradient = ["solve.mode=off", "train.steps=5"]
+    settings = load_config("quick", ["objective.method=simnpo", *by_gradient]).objective.settings()
+    assert settings == Objective(output="simnpo", weights=Weights(0, 0, 0, 1, 0.125))
+    changed = ["objective.method=simnpo", "objective.weights.task=2", "objective.distance=cosine"]
+    cfg = load_config("quick", [*changed, *by_gradient])
+    assert cfg.objective.weights.model_dump() == Weights(0, 0, 0, 2, 0.125)._asdict()
+    assert cfg.objective.distance == "cosine"
+    (tmp_path / "config.yaml").write_text(to_yaml(cfg))
+    assert load_config(str(tmp_path / "config.yaml")) == cfg
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_a_configuration(name: str) -> None:
+    overrides = [f"objective.method={name}", "solve.mode=off", "train.steps=5"]
+    settings = load_config("quick", overrides).objective.settings()
+    assert settings.weights == METHODS[name].weights
+    for key, value in METHODS[name].settings.items():
+        assert getattr(settings, key) == value
+
+
+def test_an_unknown_method_and_wrong_weights_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^objective.method: found 'NPO', .*'npo'"):
+        load_config("quick", ["objective.method=NPO"])
+    with pytest.raises(ConfigError, match=r"^objective.weights: found 3, "):
+        load_config("quick", ["objective.method=npo", "objective.weights=3"])
 
 
 def test_the_methods_defaults_are_the_configurations() -> None:
