@@ -164,7 +164,8 @@ def test_bf16_trains_adapters_in_fp32(ray_session: None, quick: Quick, tmp_path:
         quick(
             "train.precision=bf16",
             "solve.mode=off",
-            "objective.residual=drift",
+            "objective.method=rmu",
+            "train.deepspeed.stage=3",
             "train.steps=2",
             f"output_dir={tmp_path}",
         )
