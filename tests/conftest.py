@@ -2,6 +2,8 @@
 
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,8 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = (
     "1"  # before Ray starts its workers: no test waits for a hub that is not there
 )
+# Scores are cached: for the tests of one session, and not for their user.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
 
 import pytest
 import ray
@@ -23,6 +27,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(tests).parts[0]
         if folder in STARTS_RAY or "ray_session" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache() -> Iterator[None]:
+    """Remove the session's cache at its end."""
+    folder = os.environ["XDG_CACHE_HOME"]
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

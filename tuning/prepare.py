@@ -51,7 +51,7 @@ def share_work(cfg: UnlearnConfig, space: Space, sets: Sets, terminal: Terminal)
         kept_rows=rows_of(kept, cfg.train.retain_batch_size),
         forget_rows=rows_of(sets.forget, forget_batch_size),
         holdout_rows=holdout,
-        scored_rows=list(chain(*scored.values())),
+        scored_rows=[piece.rows for piece in chain(*scored.values())],
     )
     return shared._replace(statistics=_collect_on_workers(shared, terminal))
 

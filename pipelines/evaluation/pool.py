@@ -5,9 +5,9 @@ a time. Rows leave the workers as numbers; no text comes back.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
@@ -17,6 +17,7 @@ from pipelines.cluster.resources import worker_environment, workers_now
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.data.sets import Sets
 from pipelines.evaluation.entries import Evaluation, evaluation_of
+from pipelines.evaluation.score_cache import Piece, ScoreCache, Task, digest_of
 from pipelines.evaluation.scored_model import (
     CHANGES,
     QUANTISED_SETS,
@@ -38,43 +39,54 @@ FORGOTTEN_SETS = ("forget",)
 KEPT_SETS = ("retain", "utility", "general")
 
 
-class Task(NamedTuple):
-    """A model, and references to tables of rows that a worker scores under it at a stretch."""
-
-    model: ScoredModel
-    rows: list[Any]
-
-
-class Done(NamedTuple):
-    """The samples that a task gives, and how much of `evaluation_work` it was."""
-
-    samples: "dict[ScoredModel, Samples]"
-    work: int
-
-
 def evaluate(
     cfg: UnlearnConfig, models: dict[str, ModelConfig], sets: Sets, advance: Callable[[int], None]
 ) -> Evaluation:
     """Return the scores of each model; call `advance` with the work that has been done.
 
     With models named as `oracle_names` has it, the metrics that compare with an oracle are there
-    for all others.
+    for all others. What was scored before is read from the user's cache.
     """
-
-    def start(worker: Any, task: Task) -> Any:
-        return worker.score.remote(task.model, *task.rows)
-
     # Cutting the sets needs CPUs, and the workers take all there are: sets first.
     tasks = _tasks(cfg, models, pieces_of(cfg, sets))
-    pool: Any = ActorPool(start_workers(cfg, models))
+    cache = ScoreCache(cfg, models)
     samples: defaultdict[ScoredModel, Samples] = defaultdict(dict)
-    for done in pool.map_unordered(start, tasks):
-        for model, of_model in done.samples.items():
+    waiting: list[Task] = []
+
+    def add(task: Task, of_task: "dict[ScoredModel, Samples]") -> None:
+        for model, of_model in of_task.items():
             samples[model] |= of_model
-        advance(done.work)
-    # The workers and their GPUs are given back. What follows needs none.
-    del pool
+        advance(task.work)
+
+    for task in tasks:
+        known = cache.load(task)
+        if known is None:
+            waiting.append(task)
+        else:
+            add(task, known)
+    for index, of_task in _scored(cfg, models, waiting):
+        cache.save(waiting[index], of_task)
+        add(waiting[index], of_task)
+    for task in tasks:
+        if task.reads_forget_set:
+            cache.drop(task)
     return evaluation_of(samples, {name: _attacks_on(cfg, name) for name in models})
+
+
+def _scored(
+    cfg: UnlearnConfig, models: dict[str, ModelConfig], tasks: list[Task]
+) -> "Iterator[tuple[int, dict[ScoredModel, Samples]]]":
+    """Yield each task's index and samples as workers finish it."""
+    if not tasks:
+        return
+
+    def start(worker: Any, index: int) -> Any:
+        rows = [piece.rows for piece in tasks[index].pieces]
+        return worker.score.remote(index, tasks[index].model, *rows)
+
+    pool: Any = ActorPool(start_workers(cfg, models))
+    yield from pool.map_unordered(start, range(len(tasks)))
+    # At the end of the pool the workers and their GPUs are given back. What follows needs none.
 
 
 def evaluation_work(cfg: UnlearnConfig, models: Collection[str], sets: Sets) -> int:
@@ -120,11 +132,13 @@ class _Worker:
         scorer = TextScorer if cfg.task == "causal_lm" else ClassScorer
         self._scorer: Scorer = scorer(cfg, models)
 
-    def score(self, model: ScoredModel, *pieces: pa.Table) -> Done:
+    def score(
+        self, index: int, model: ScoredModel, *pieces: pa.Table
+    ) -> "tuple[int, dict[ScoredModel, Samples]]":
         rows = pa.concat_tables(pieces)
         if isinstance(model.change, Relearned):
-            return Done(self._scorer.relearn(model.name, rows), work=model.change.steps)
-        return Done({model: self._scorer.score(model, rows)}, work=rows.num_rows)
+            return index, self._scorer.relearn(model.name, rows)
+        return index, {model: self._scorer.score(model, rows)}
 
     def answers(
         self, name: str, questions: pa.Table, start: int, limit: int
@@ -160,21 +174,21 @@ def _sets_of(change: Change) -> tuple[str, ...]:
 
 
 def _tasks(
-    cfg: UnlearnConfig, models: Collection[str], pieces: Mapping[str, list[Any]]
+    cfg: UnlearnConfig, models: Collection[str], pieces: Mapping[str, list[Piece]]
 ) -> list[Task]:
     """Return the longest tasks first, then model after model, so that a worker loads each once."""
     # A relearning is one task of many steps. Begun last, it would keep one worker busy alone.
     relearnings: list[Task] = []
     tasks: list[Task] = []
     for name in models:
-        tasks += [Task(ScoredModel(name), [rows]) for rows in chain(*pieces.values())]
+        tasks += [Task(ScoredModel(name), [piece]) for piece in chain(*pieces.values())]
         for change in _changes_of(cfg, name, models):
             model = ScoredModel(name, change)
             if isinstance(change, Relearned):
                 relearnings.append(Task(model, pieces["forget"]))
                 continue
             for set_name in _sets_of(change):
-                tasks += [Task(model, [rows]) for rows in pieces.get(set_name, [])]
+                tasks += [Task(model, [piece]) for piece in pieces.get(set_name, [])]
     return relearnings + tasks
 
 
@@ -182,23 +196,27 @@ def _rows_scored(cfg: UnlearnConfig, sets: Sets, name: str) -> int:
     return min(sets.counts[name], cfg.evaluation.max_rows or sets.counts[name])
 
 
-def pieces_of(cfg: UnlearnConfig, sets: Sets) -> dict[str, list[Any]]:
-    """Return references to small tables of rows, by set, thinned to `evaluation.max_rows` a set."""
+def pieces_of(cfg: UnlearnConfig, sets: Sets) -> dict[str, list[Piece]]:
+    """Return small tables of rows, by set, thinned to `evaluation.max_rows` a set."""
     size = max(ROWS_A_PIECE, cfg.evaluation.batch_size)
 
     @ray.remote
-    def cut(block: pa.Table, count: int, limit: int) -> list[Any]:
+    def cut(name: str, block: pa.Table, count: int, limit: int) -> list[Piece]:
         row_N = block["row"].to_numpy()
         # True for `limit` of the numbers up to `count`, evenly, whichever block they lie in.
         is_scored_N = (row_N + 1) * limit // count > row_N * limit // count
         rows = block.filter(pa.array(is_scored_N))
-        # References, because the driver, which gets the result, holds no text.
-        return [ray.put(rows.slice(start, size)) for start in range(0, rows.num_rows, size)]
+        pieces: list[Piece] = []
+        for start in range(0, rows.num_rows, size):
+            piece = rows.slice(start, size)
+            # A reference, because the driver, which gets the result, holds no text.
+            pieces.append(Piece(name, ray.put(piece), piece.num_rows, digest_of(piece)))
+        return pieces
 
     cuts: dict[str, list[Any]] = {}
     for name, rows in sets.items():
         limit = _rows_scored(cfg, sets, name)
         blocks = rows.to_arrow_refs()
-        cuts[name] = [cut.remote(block, sets.counts[name], limit) for block in blocks]
+        cuts[name] = [cut.remote(name, block, sets.counts[name], limit) for block in blocks]
     # Awaited once all are submitted, so that sets are cut side by side.
     return {name: list(chain(*ray.get(waiting))) for name, waiting in cuts.items()}

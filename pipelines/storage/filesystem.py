@@ -22,6 +22,12 @@ FIRST_LOOK_S = 10
 RETRY_S = 30
 
 
+def cache_folder() -> Path:
+    """Return this project's folder in the user's cache. It may not exist yet."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute()
+    return cache / "ray-unlearn"
+
+
 def open_filesystem(path: str, key: str) -> tuple[fs.FileSystem, str]:
     """Return the file system of a path, and the path inside it.
 

@@ -23,7 +23,7 @@ from pyarrow import fs
 from pipelines.config.load import short_hash
 from pipelines.config.schema import ConfigError
 from pipelines.config.text import one_line
-from pipelines.storage.filesystem import open_filesystem, send_file
+from pipelines.storage.filesystem import cache_folder, open_filesystem, send_file
 
 MANIFEST = "manifest.json"
 # Ray Train reads and writes resume points on the store itself.
@@ -322,8 +322,7 @@ def refuse_store(output_dir: str) -> None:
 
 def work_folder(url: str) -> Path:
     """Return the working folder, in the user's cache, of a run with results on a store."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute()
-    return cache / "ray-unlearn" / short_hash(url) / url.rsplit("/", 1)[-1]
+    return cache_folder() / short_hash(url) / url.rsplit("/", 1)[-1]
 
 
 def file_digests(run_dir: Path) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """What the workers are asked, and what becomes of their answers."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipelines.config.load import load_config
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.data.sets import Sets, load_sets
+from pipelines.evaluation import pool
+from pipelines.evaluation.metrics import Sample
 from pipelines.evaluation.metrics.relearning import STEPS
 from pipelines.evaluation.pool import evaluate, evaluation_work, pieces_of
-from pipelines.evaluation.scored_model import Beside, ScoredModel
+from pipelines.evaluation.score_cache import Piece, ScoreCache, Task
+from pipelines.evaluation.scored_model import Beside, Relearned, ScoredModel
 from pipelines.evaluation.text_scorer import TextScorer
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -86,7 +90,8 @@ def test_two_oracles_are_compared_with_every_model_and_with_each_other(
     assert list(scores) == ["before", "after", "oracle"]
 
     # By hand, of one pair of models at a time.
-    rows = pa.concat_tables(ray.get(pieces_of(cfg, sets)["forget"]))
+    pieces = pieces_of(cfg, sets)["forget"]
+    rows = pa.concat_tables(ray.get([piece.rows for piece in pieces]))
     pair = TextScorer(cfg, {"clean": cfg.model, "noisy": noisy_model})
     for key in ("token_distance", "token_distance_paraphrased"):
         distances: dict[str, float] = {}
@@ -116,3 +121,82 @@ def test_two_oracles_are_compared_with_every_model_and_with_each_other(
 
 def test_the_original_costs_no_more_for_robustness(cfg: UnlearnConfig, sets: Sets) -> None:
     assert evaluation_work(cfg, ["before"], sets) == 15
+
+
+def scores_of(cfg: UnlearnConfig, models: dict[str, ModelConfig], sets: Sets) -> Any:
+    return evaluate(cfg, models, sets, lambda _: None).content()
+
+
+def test_an_evaluation_that_is_killed_goes_on_where_it_was(
+    cfg: UnlearnConfig,
+    sets: Sets,
+    noisy_model: ModelConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models = {"before": cfg.model, "after": noisy_model, "oracle": cfg.model}
+    unbroken = scores_of(cfg, models, sets)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    total = evaluation_work(cfg, models, sets)
+    saved: list[Path] = []
+    for share in (0.05, 0.2, 0.5, 0.7, 0.95):
+        done: list[int] = []
+
+        def stop_at(work: int, done: list[int] = done, limit: float = share * total) -> None:
+            done.append(work)
+            if sum(done) >= limit:
+                raise KeyboardInterrupt
+
+        before = set(saved)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(cfg, models, sets, stop_at)
+        saved = sorted((tmp_path / "ray-unlearn" / "scores").iterdir())
+        assert before <= set(saved), "nothing is scored again"
+    resumed: list[int] = []
+    found = evaluate(cfg, models, sets, resumed.append).content()
+    assert found == unbroken
+    assert sum(resumed) == total
+    # Of the forget set nothing stays; of all else nothing is scored again, by another name neither.
+    scored: list[str] = []
+
+    def count(cfg: UnlearnConfig, models: dict[str, ModelConfig], tasks: list[Task]) -> Any:
+        scored.extend(piece.set_name for task in tasks for piece in task.pieces)
+        return score_tasks(cfg, models, tasks)
+
+    score_tasks = pool._scored
+    monkeypatch.setattr(pool, "_scored", count)
+    renamed = {"model": noisy_model, "oracle": cfg.model}
+    found = evaluate(cfg, renamed, sets, lambda _: None)
+    assert found.models["model"]["forget.loss"] == unbroken["models"]["after"]["forget.loss"]
+    assert set(scored) == {"forget"}
+
+
+def test_another_model_row_or_setting_is_scored_anew(
+    cfg: UnlearnConfig, noisy_model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    piece = Piece("retain", None, 3, "rows")
+    task = Task(ScoredModel("after"), [piece])
+    samples = {ScoredModel("after"): {("forget", 0): Sample(set_name="forget", loss=1.5)}}
+    models = {"before": cfg.model, "after": noisy_model, "hub": ModelConfig(path="owner/name")}
+    cache = ScoreCache(cfg, models)
+    assert cache.load(task) is None
+    cache.save(task, samples)
+    assert cache.load(task) == samples
+    # By another name it is the same model.
+    renamed = ScoreCache(cfg, {"model": noisy_model}).load(Task(ScoredModel("model"), [piece]))
+    assert renamed == {ScoredModel("model"): samples[ScoredModel("after")]}
+    for other in (
+        Task(ScoredModel("before"), [piece]),
+        Task(ScoredModel("after", Beside("before")), [piece]),
+        Task(ScoredModel("after", Relearned(50)), [piece]),
+        Task(ScoredModel("after"), [piece._replace(digest="others")]),
+    ):
+        assert cache.load(other) is None
+    for override in ("seed=1", "data.max_tokens=100", "train.precision=bf16"):
+        changed = load_config("quick", [f"model.path={cfg.model.path}", override])
+        assert ScoreCache(changed, models).load(task) is None
+    of_hub = Task(ScoredModel("hub"), [piece])
+    cache.save(of_hub, samples)
+    assert cache.load(of_hub) is None, "a hub may change what a name means"
+    assert (tmp_path / "ray-unlearn" / "scores").stat().st_mode & 0o777 == 0o700
