@@ -135,6 +135,20 @@ def satimp(answers: Answers, *, beta1: float, beta2: float) -> "Tensor":
     return saturation_N * importance_N * log_N
 
 
+def masc(answers: Answers, *, rho: float, eta: float) -> "Tensor":
+    """Return how far the label's margin lies above its bound, in units of eta, [N].
+
+    The margin is log p of the label against log of the sum of the ten likeliest others' p. Its
+    bound is log(rho / (1 - rho)) - eta. This is MASC's loss (arXiv 2606.02920), without the rule
+    by which it stops.
+    """
+    others_NV = answers.log_NV.scatter(1, answers.label_N[:, None], -math.inf)
+    rivals_N = others_NV.topk(min(10, others_NV.shape[1] - 1), dim=1).values.logsumexp(1)
+    margin_N = answers.label_log_N(answers.log_NV) - rivals_N
+    bound = math.log(rho / (1 - rho)) - eta
+    return (margin_N - bound).clamp(min=0) / eta
+
+
 def npo(answers: Answers, *, beta: float) -> "Tensor":
     """Return -(2 / beta) log sigmoid(-beta log(p(answer) / p_base(answer))), [R].
 
@@ -217,6 +231,11 @@ FORGET_LOSSES: dict[str, ForgetLoss] = {
         satimp,
         "its cross-entropy is to rise, most where the answer is likely and not yet certain",
         parameters={"beta1": Parameter(5.0, 0, 100), "beta2": Parameter(1.0, 0, 100)},
+    ),
+    "masc": ForgetLoss(
+        masc,
+        "the answer is to be no likelier than its ten rivals",
+        parameters={"rho": Parameter(0.7, 1e-6, 0.999999), "eta": Parameter(0.25, 0.001, 100)},
     ),
     "npo": ForgetLoss(
         npo,

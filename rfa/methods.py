@@ -37,6 +37,7 @@ METHODS: dict[str, Method] = {
     "simnpo": _on_answers("simnpo", output=0.125),
     "undial": _on_answers("undial", task=0),
     "ceu": _on_answers("ceu", task=0),
+    "masc": _on_answers("masc", task=0),
     "wga": _on_answers("wga"),
     "satimp": _on_answers("satimp", output=0.1),
     # As Li et al. 2024 (arXiv 2403.03218) trained Zephyr 7B.
