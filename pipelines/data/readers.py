@@ -207,9 +207,8 @@ def open_json(piece: Piece, wanted: set[str]) -> Generator[Rows]:
 def _json_objects(stream: io.BufferedReader) -> Iterator[dict[str, Any]]:
     for where, value in json_values(stream, may_be_array=True):
         if not isinstance(value, dict):
-            raise SourceError(
-                f"{where} is JSON but not an object; allowed: one JSON object a line or item"
-            )
+            allowed = "one JSON object a line or item"
+            raise SourceError(f"{where} is JSON but not an object; allowed: {allowed}")
         yield value
 
 
@@ -227,18 +226,24 @@ def open_csv(piece: Piece, wanted: set[str]) -> Generator[Rows]:
         # The "-sig" drops a byte order mark. The csv module wants line ends as they are.
         io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text,
     ):
-        header = text.readline()
+        header = next(lines := _csv_lines(text), "")
         unquoted = re.sub(r'"[^"]*"', "", header)
         delimiter = next((mark for mark in ",;\t" if mark in unquoted), ",")
-        reader = csv.DictReader(chain([header], text), delimiter=delimiter, strict=True)
+        reader = csv.DictReader(chain([header], lines), delimiter=delimiter, strict=True)
         try:
             columns = list(reader.fieldnames or ())
         except csv.Error:
-            raise SourceError(
-                "line 1 is not CSV; allowed: separated values under a line of column names"
-            ) from None
+            words = "separated values under a line of column names"
+            raise SourceError(f"line 1 is not CSV; allowed: {words}") from None
         _refuse_repeated(columns, "line 1 has the column")
         yield Rows(columns if header else None, _csv_rows(reader))
+
+
+def _csv_lines(lines: Iterable[str]) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        if "\0" in line:
+            raise SourceError(f"line {number} has a NUL byte; allowed: text without NUL bytes")
+        yield line
 
 
 def _csv_rows(reader: "csv.DictReader[str]") -> Iterator[dict[str, Any]]:
@@ -246,16 +251,14 @@ def _csv_rows(reader: "csv.DictReader[str]") -> Iterator[dict[str, Any]]:
         try:
             row = next(reader, None)
         except csv.Error:
-            raise SourceError(
-                f"line {reader.line_num} is not CSV; allowed: separated values"
-            ) from None
+            where = f"line {reader.line_num}"
+            raise SourceError(f"{where} is not CSV; allowed: separated values") from None
         if row is None:
             return
         # DictReader puts surplus values under the key None, and None into columns without a value.
         if None in row or None in row.values():
-            raise SourceError(
-                f"line {reader.line_num} has more or fewer values than the header; allowed: as many"
-            )
+            where = f"line {reader.line_num} has more or fewer values"
+            raise SourceError(f"{where} than the header; allowed: as many")
         yield row
 
 

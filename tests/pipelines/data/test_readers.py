@@ -226,6 +226,29 @@ def test_a_broken_array_or_archive_is_refused(
         assert read(path) == []
 
 
+@pytest.mark.parametrize(
+    "content, line",
+    [
+        (f"id,text\n0,fine\n1,{SECRET}\0 is a?\n", 3),
+        (f'id,text\n0,"two\nlines"\n1,{SECRET}\0\n', 4),
+        ("text\nfine\n\0\0\0\n", 3),
+        (f"id,te\0xt\n1,{SECRET}\n", 1),
+    ],
+)
+def test_a_csv_file_with_a_nul_byte_is_refused_by_its_line(
+    tmp_path: Path, content: str, line: int
+) -> None:
+    path = write(tmp_path / "rows.csv", content)
+    told = f"{path}: line {line} has a NUL byte; allowed: text without NUL bytes"
+    assert fault_of(path).endswith(told)
+
+
+def test_a_json_line_with_a_nul_byte_is_refused_by_its_line(tmp_path: Path) -> None:
+    for line in (f'{{"id": "1", "text": "{SECRET}\0"}}', "\0\0\0"):
+        path = write(tmp_path / "rows.jsonl", '{"id": "0", "text": "fine"}\n' + line)
+        assert "line 2 is not JSON in UTF-8" in fault_of(path)
+
+
 UUID_TEXT = "12345678-1234-5678-1234-567812345678"
 
 
