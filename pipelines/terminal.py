@@ -108,7 +108,7 @@ class Terminal:
         for key, label in labels.items():
             cells: list[str] = []
             for name, entry in models.items():
-                value = entry.get(key)
+                value = (entry or {}).get(key)
                 cell = "-" if value is None else f"{value:.3f}"
                 if name == "oracle" and key in spread:
                     cell += f" ± {spread[key] / 2:.3f}"

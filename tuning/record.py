@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter, ValidationError
 from ray import tune
 
+from pipelines.config.schema import ConfigError
 from pipelines.storage.atomic import write_text
+from pipelines.storage.records import read_text
 from pipelines.terminal import Terminal
 from pipelines.tracking.mirror import Mirror
 from tuning.score import Score
@@ -36,12 +39,25 @@ class TrialRecord(NamedTuple):
     reason: str | None = None
 
 
-class TrialLog(tune.Callback):
-    """Append each trial to `trials.jsonl` as it ends, and report it to MLflow and the terminal."""
+RECORD = TypeAdapter(TrialRecord)
 
-    def __init__(self, folder: Path, mirror: Mirror, terminal: Terminal, wanted: int) -> None:
+
+class TrialLog(tune.Callback):
+    """Append each trial to `trials.jsonl` as it ends, and report it to MLflow and the terminal.
+
+    `trials` are those that have ended before, `wanted` is the number of trials in all.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        trials: dict[int, TrialRecord],
+        mirror: Mirror,
+        terminal: Terminal,
+        wanted: int,
+    ) -> None:
         self.folder = folder
-        self.trials = read_trials(folder)
+        self.trials = trials
         self._mirror = mirror
         if self.trials:
             # This drops the half line that a killed search may have left.
@@ -157,17 +173,25 @@ def _line(record: TrialRecord) -> str:
 
 
 def read_trials(folder: Path) -> dict[int, TrialRecord]:
-    """Read a search folder's trials by number, without a line that a killed search left torn."""
+    """Read a search folder's trials by number, without a line that a killed search left torn.
+
+    Raises:
+        ConfigError: the file is no text, or a line is not what a search writes.
+    """
     path = folder / FILE_NAME
     trials: dict[int, TrialRecord] = {}
     if not path.exists():
         return trials
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         try:
             fields = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        if fields["score"] is not None:
-            fields["score"] = Score(**fields["score"])
-        trials[fields["number"]] = TrialRecord(**fields)
+        try:
+            record = RECORD.validate_python(fields)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            key = ".".join(map(str, fault["loc"]))
+            raise ConfigError(f"{path}: line {number}: {key}: {fault['msg'].lower()}") from None
+        trials[record.number] = record
     return trials

@@ -33,7 +33,7 @@ from pipelines.training.trainer import forget_resume_points
 from tuning.contracts import RUNGS
 from tuning.page import write_page
 from tuning.prepare import reference_scores, share_work
-from tuning.record import TrialLog, TrialRecord, as_configured, scores_of
+from tuning.record import TrialLog, TrialRecord, as_configured, read_trials, scores_of
 from tuning.score import Constraint, References, pick
 from tuning.space import Space, default_space, load_space, read_space
 from tuning.trial import TrialBackend, run_per_trial, shared_model
@@ -110,8 +110,10 @@ def search(cfg: UnlearnConfig, options: SearchOptions, terminal: Terminal) -> Se
             f"output_dir: {run.path} holds a search, "
             "allowed: a new folder, or --resume to go on with it"
         )
+    # Both files are the user's, who would wait for Ray to be told of a fault in them.
+    given, ended = _given_space(cfg, options, run), read_trials(run.path)
     with session(cfg.train, run.path / "run.log", terminal):
-        space = _space(cfg, options, run)
+        space = given or _default_space(cfg)
         trials = options.trials
         if options.method == "grid":
             trials = min(trials, 1 + len(space.points()))
@@ -129,7 +131,7 @@ def search(cfg: UnlearnConfig, options: SearchOptions, terminal: Terminal) -> Se
                 backend = shared_model(shared, references)
             else:
                 backend = run_per_trial(cfg, sets, references)
-            log = TrialLog(run.path, mirror, terminal, trials)
+            log = TrialLog(run.path, ended, mirror, terminal, trials)
             if log.left:
                 _run_trials(cfg, backend, space, options, log)
             return _finish(run, backend, options, log, references, mirror)
@@ -144,21 +146,11 @@ def _fits_a_workbench(cfg: UnlearnConfig, space: Space) -> bool:
     return cfg.task == "causal_lm" and not prunes and stage_of(cfg) < 3
 
 
-def _space(cfg: UnlearnConfig, options: SearchOptions, run: RunFolder) -> Space:
-    """Return the space of the user's file, of the resumed search, or the default one."""
-
-    def count_blocks(model: Any) -> int:
-        from pipelines.model.folder import load_model_config
-
-        return int(load_model_config(model).get_text_config().num_hidden_layers)
-
+def _given_space(cfg: UnlearnConfig, options: SearchOptions, run: RunFolder) -> Space | None:
+    """Return the space of the user's file or of the resumed search, None without either."""
     before = run.path / SPACE_FILE
     if options.space is None and not before.exists():
-        depth = 0
-        if cfg.task == "causal_lm":
-            # The driver must not import transformers, so a task reads the model's configuration.
-            depth = result_of(ray.remote(num_cpus=1)(count_blocks).remote(cfg.model))
-        return read_space(default_space(cfg, depth), cfg, "the default space")
+        return None
     space = load_space(options.space or before, cfg)
     if before.exists() and space != load_space(before, cfg):
         raise ConfigError(
@@ -166,6 +158,21 @@ def _space(cfg: UnlearnConfig, options: SearchOptions, run: RunFolder) -> Space:
             "allowed: the same"
         )
     return space
+
+
+def _default_space(cfg: UnlearnConfig) -> Space:
+    """Return the space that goes with the configuration's mode. Needs Ray."""
+
+    def count_blocks(model: Any) -> int:
+        from pipelines.model.folder import load_model_config
+
+        return int(load_model_config(model).get_text_config().num_hidden_layers)
+
+    depth = 0
+    if cfg.task == "causal_lm":
+        # The driver must not import transformers, so a task reads the model's configuration.
+        depth = result_of(ray.remote(num_cpus=1)(count_blocks).remote(cfg.model))
+    return read_space(default_space(cfg, depth), cfg, "the default space")
 
 
 def _run_trials(

@@ -217,7 +217,7 @@ def to_yaml(cfg: Section) -> str:
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """Return the dotted keys whose values differ between two resolved configurations."""
     keys: list[str] = []
-    for key in sorted(set(old) | set(new)):
+    for key in sorted(set(old) | set(new), key=str):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             keys += changed_keys(before, after, f"{prefix}{key}.")

@@ -23,7 +23,7 @@ import rfa
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.evaluation.scored_model import Beside, Change, Relearned, ScoredModel
 from pipelines.storage.filesystem import cache_folder
-from pipelines.storage.output import file_digest
+from pipelines.storage.seal import file_digest
 
 if TYPE_CHECKING:
     from pipelines.evaluation.scorer import Samples

@@ -8,7 +8,6 @@ files, and any machine can continue the run.
 
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -24,21 +23,18 @@ from pipelines.config.load import short_hash
 from pipelines.config.schema import ConfigError
 from pipelines.config.text import one_line
 from pipelines.storage.filesystem import cache_folder, open_filesystem, send_file
+from pipelines.storage.records import WRITTEN_BY_RUN, read_bytes, read_json
+from pipelines.storage.seal import (
+    CHECKPOINTS,
+    MANIFEST,
+    entries_in,
+    file_digests,
+    is_sealed,
+    top_of,
+)
 
-MANIFEST = "manifest.json"
-# Ray Train reads and writes resume points on the store itself.
-CHECKPOINTS = "checkpoints"
 # These are complete on the store before the manifest that names them, or absent.
 MODELS = ("adapter", "model")
-NOT_SEALED = (
-    "report.html",
-    MANIFEST,
-    "run.log",
-    "serve.log",
-    "mlflow.db",
-    "mlartifacts",
-    CHECKPOINTS,
-)
 
 
 class OutputDir:
@@ -69,9 +65,13 @@ class OutputDir:
         return {entry.name for entry in self.folder.iterdir()}
 
     def read(self, name: str) -> bytes | None:
-        """Return a result file's content, or None without such a file."""
+        """Return a result file's content, or None without such a file.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
         path = self.folder / name
-        return path.read_bytes() if path.exists() else None
+        return read_bytes(path) if path.exists() else None
 
     def digests(self) -> dict[str, str]:
         """Return the digest of every sealed result by its path."""
@@ -108,7 +108,10 @@ class OutputDir:
         path = self.folder / MANIFEST
         if not path.exists():
             return ""
-        return json.loads(path.read_text(encoding="utf-8"))["created"]
+        created = read_json(path).get("created")
+        if created is None:
+            raise ConfigError(f"{path}: created: missing, required; {WRITTEN_BY_RUN}")
+        return created
 
     def copy_to_node(self, name: str, run: str) -> bool:
         """Copy a subfolder of that run to this node, unless this node has it.
@@ -163,7 +166,7 @@ class BucketDir(OutputDir):
             raise ConfigError(f"{key}: {self.url} is a file, allowed: a folder")
 
     def names(self) -> set[str]:
-        return {_top(name) for name in self._files}
+        return {top_of(name) for name in self._files}
 
     def read(self, name: str) -> bytes | None:
         if self._uploaded is not None:
@@ -176,7 +179,7 @@ class BucketDir(OutputDir):
     def digests(self) -> dict[str, str]:
         digests: dict[str, str] = {}
         for name in self._files:
-            if _top(name) not in NOT_SEALED:
+            if is_sealed(name):
                 # Digested as it streams in: no model is downloaded to be verified.
                 with self._stream(name) as stream:
                     digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -187,7 +190,7 @@ class BucketDir(OutputDir):
         with self._locked():
             # A run that was killed here may have left files which the store does not have.
             self.clear()
-            names = [name for name in self._files if _top(name) != CHECKPOINTS]
+            names = [name for name in self._files if top_of(name) != CHECKPOINTS]
             self._download(self.folder, names)
             self._uploaded = {name: self._stamp(name) for name in _files_in(self.folder)}
             try:
@@ -231,7 +234,7 @@ class BucketDir(OutputDir):
         if self.run_in_folder() == run:  # the driver's node, or one that sees its files
             return False
         self.clear()
-        self._download(self.folder, [file for file in self._list() if _top(file) == name])
+        self._download(self.folder, [file for file in self._list() if top_of(file) == name])
         return True
 
     def _path(self, name: str) -> str:
@@ -286,7 +289,7 @@ class BucketDir(OutputDir):
         assert self._uploaded is not None
         for name in _files_in(self.folder):
             stamp = self._stamp(name)
-            if wanted(_top(name)) and self._uploaded.get(name) != stamp:
+            if wanted(top_of(name)) and self._uploaded.get(name) != stamp:
                 self._upload(self.folder / name, name)
                 self._uploaded[name] = stamp
 
@@ -325,24 +328,14 @@ def work_folder(url: str) -> Path:
     return cache_folder() / short_hash(url) / url.rsplit("/", 1)[-1]
 
 
-def file_digests(run_dir: Path) -> dict[str, str]:
-    """Return the digests of a run folder's sealed results by their paths in it."""
-    names = sorted(str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file())
-    return {name: file_digest(run_dir / name) for name in names if _top(name) not in NOT_SEALED}
-
-
-def file_digest(path: Path) -> str:
-    """Return a file's SHA-256 in hexadecimal digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _top(name: str) -> str:
-    """Return the first name of a path."""
-    return name.split("/")[0]
-
-
 def _files_in(folder: Path) -> list[str]:
-    """List the files below a folder, without hidden ones, which are incomplete."""
-    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return [name for name in files if "/." not in f"/{name}"]
+    """List the files below a folder, without hidden ones, which are incomplete.
+
+    Raises:
+        OSError: something there is a link or no file, which a store cannot hold.
+    """
+    files = [name for name in entries_in(folder) if "/." not in f"/{name}"]
+    for name in files:
+        if (folder / name).is_symlink() or not (folder / name).is_file():
+            raise OSError(f"{folder / name} is a link or no file, allowed: files and folders")
+    return files

@@ -1,13 +1,15 @@
-"""The JSON files of a run folder, read once and checked: whoever reads them finds the right types."""
+"""The files of a run folder, read once and checked: whoever reads them finds the right types."""
 
 import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from annotated_types import Len
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipelines.config.schema import ConfigError
+from pipelines.config.text import parse_yaml
 
 WRITTEN_BY_RUN = "allowed: a folder written by ray-unlearn run"
 
@@ -56,39 +58,78 @@ class Scores(Record):
     intervals: dict[str, dict[str, Annotated[list[float], Len(2, 2)]]] = {}
 
 
-def read_text(path: Path) -> str:
-    """Read a text file of a run.
+def read_bytes(path: Path) -> bytes:
+    """Read a file of a run.
 
     Raises:
-        ConfigError: the file is missing or is no text.
+        ConfigError: the file is missing or cannot be read.
     """
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return path.read_bytes()
+    except OSError as error:
         found = f"cannot be read ({type(error).__name__})"
         if isinstance(error, FileNotFoundError):
             found = "not found"
         raise ConfigError(f"{path}: {found}; {WRITTEN_BY_RUN}") from error
 
 
-def read_json(path: Path, record: type[Record] = Manifest) -> dict[str, Any]:
-    """Read a JSON mapping of schema 1. NaN and Infinity, which no run writes, become null.
+def read_text(path: Path) -> str:
+    """Read a text file of a run.
 
     Raises:
-        ConfigError: the file is missing or is not what `ray-unlearn run` writes.
+        ConfigError: the file is missing or is no text.
     """
+    return _decoded(read_bytes(path), str(path))
+
+
+def _decoded(content: bytes, where: str) -> str:
     try:
-        content = json.loads(read_text(path), parse_constant=lambda _: None)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not JSON ({error}); {WRITTEN_BY_RUN}") from None
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        found = f"cannot be read ({type(error).__name__})"
+        raise ConfigError(f"{where}: {found}; {WRITTEN_BY_RUN}") from error
+
+
+def read_json(path: Path, record: type[Record] = Manifest) -> dict[str, Any]:
+    """Read a JSON mapping of schema 1 from a file, like `parse_record`."""
+    return parse_record(read_bytes(path), str(path), record)
+
+
+def parse_record(text: bytes, where: str, record: type[Record] = Manifest) -> dict[str, Any]:
+    """Parse a JSON mapping of schema 1. NaN and Infinity, which no run writes, become null.
+
+    Raises:
+        ConfigError: it is not what `ray-unlearn run` writes. The message begins with `where`.
+    """
+    words = _decoded(text, where)
+    try:
+        content = json.loads(words, parse_constant=lambda _: None)
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, too
+        raise ConfigError(f"{where}: not JSON ({error}); {WRITTEN_BY_RUN}") from None
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != 1:
-        raise ConfigError(f"{path}: schema: found {schema!r}, allowed: 1")
+        raise ConfigError(f"{where}: schema: found {schema!r}, allowed: 1")
     try:
         record.model_validate(content)
     except ValidationError as error:
         fault = error.errors()[0]
         key = ".".join(map(str, fault["loc"]))
         found = json.dumps(fault["input"])[:80]
-        raise ConfigError(f"{path}: {key}: found {found}, {fault['msg'].lower()}") from None
+        raise ConfigError(f"{where}: {key}: found {found}, {fault['msg'].lower()}") from None
+    return content
+
+
+def parse_config(text: bytes, where: str) -> dict[str, Any]:
+    """Parse a run's config.yaml, of this version or another.
+
+    Raises:
+        ConfigError: it is not what `ray-unlearn run` writes. The message begins with `where`.
+    """
+    try:
+        content = parse_yaml(_decoded(text, where))
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{where}: not YAML ({reason}); {WRITTEN_BY_RUN}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where}: found no mapping of keys; {WRITTEN_BY_RUN}")
     return content

@@ -13,13 +13,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipelines.config.load import changed_keys, short_hash, to_yaml
 from pipelines.config.schema import ConfigError, UnlearnConfig
 from pipelines.config.text import one_line
 from pipelines.storage.atomic import write_text
-from pipelines.storage.output import file_digest, file_digests, open_output
+from pipelines.storage.output import open_output
+from pipelines.storage.records import (
+    WRITTEN_BY_RUN,
+    Manifest,
+    Record,
+    Scores,
+    parse_config,
+    parse_record,
+)
+from pipelines.storage.seal import file_digest, file_digests
 
 PACKAGES = (
     "ray-unlearn",
@@ -69,7 +76,7 @@ class RunFolder:
                 f"output_dir: {self.output.url} holds other files ({names[0]}, ...), "
                 "allowed: a new or empty folder"
             )
-        old = yaml.safe_load(config)
+        old = parse_config(config, f"output_dir: {self.output.url}/config.yaml")
         changed = changed_keys(old, self.cfg.model_dump(mode="json"))
         if changed or self.manifest().get("purpose") != self.purpose:
             differences = ", ".join(changed[:4]) or "the command"
@@ -78,6 +85,8 @@ class RunFolder:
                 f"(it differs in: {differences}), "
                 "allowed: a new folder, or the same configuration to continue it"
             )
+        if self.is_complete and self.purpose == "run":
+            self.scores()
 
     def _refuse_full_disk(self) -> None:
         existing = next(parent for parent in (self.path, *self.path.parents) if parent.exists())
@@ -94,7 +103,7 @@ class RunFolder:
 
     def manifest(self) -> dict[str, Any]:
         """Return the manifest, {} before the run began."""
-        return json.loads(self.output.read("manifest.json") or "{}")
+        return self._read("manifest.json", Manifest) or {}
 
     @property
     def is_complete(self) -> bool:
@@ -177,8 +186,23 @@ class RunFolder:
         write_text(self.path / "scores.json", json.dumps(content, indent=2, allow_nan=False))
 
     def scores(self) -> dict[str, Any]:
-        """Return the content of scores.json, {} before it exists."""
-        return json.loads(self.output.read("scores.json") or "{}")
+        """Return the content of scores.json.
+
+        Raises:
+            ConfigError: it is missing or is not what `ray-unlearn run` writes.
+        """
+        scores = self._read("scores.json", Scores)
+        if scores is None:
+            where = f"output_dir: {self.output.url}/scores.json"
+            raise ConfigError(f"{where}: not found; {WRITTEN_BY_RUN}")
+        return scores
+
+    def _read(self, name: str, record: type[Record]) -> dict[str, Any] | None:
+        """Return a checked JSON file's content, None without such a file."""
+        content = self.output.read(name)
+        if content is None:
+            return None
+        return parse_record(content, f"output_dir: {self.output.url}/{name}", record)
 
     def seal(self) -> None:
         """Write every result's digest into the manifest and mark the run complete."""

@@ -224,7 +224,7 @@ def mirrored_to_mlflow(run: RunFolder, terminal: Terminal) -> Iterator[Mirror]:
 
 def describe(mirror: Mirror, run: RunFolder, *, is_complete: bool) -> dict[str, Any]:
     """Return the manifest's entry `mlflow`, with values of an earlier process if there are none."""
-    earlier = run.manifest().get("mlflow", {})
+    earlier = run.manifest().get("mlflow") or {}
     return {
         "run_id": mirror.run_id or earlier.get("run_id"),
         "uri": run.cfg.tracking.uri,
@@ -235,7 +235,7 @@ def describe(mirror: Mirror, run: RunFolder, *, is_complete: bool) -> dict[str, 
 
 def lacks_records(run: RunFolder) -> bool:
     """Return whether MLflow lacks a part of a finished run, as its server was down at the end."""
-    return run.manifest().get("mlflow", {}).get("is_complete") is False
+    return (run.manifest().get("mlflow") or {}).get("is_complete") is False
 
 
 def check_tracking(cfg: TrackingConfig, folder: Path) -> tuple[str, str | None]:

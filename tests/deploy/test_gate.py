@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines.__main__ import app
-from pipelines.storage.output import file_digests
+from pipelines.storage.seal import file_digests
 from tests.pipelines.evaluation.test_verdict import forget_entry, scores_of
 from tests.pipelines.report.test_page import write_run
 

@@ -499,6 +499,7 @@ def test_inputs_that_changed_since_a_run_began_are_refused(
     digest = artifact.model_digest(cfg.model.path)
     sets = {"forget": {"rows": 6, "digest": "0" * 64}}
     manifest = {
+        "schema": 1,
         "purpose": "run",
         "status": "running",
         "model": {"path": cfg.model.path, "digest": digest},

@@ -1,6 +1,7 @@
 """Results on an object store: what is there when, whatever fails in between."""
 
 import json
+import os
 import pickle
 import signal
 from pathlib import Path
@@ -11,7 +12,8 @@ from typer.testing import CliRunner
 from pipelines.__main__ import app
 from pipelines.config.schema import ConfigError
 from pipelines.report.page import RUN_FILES
-from pipelines.storage.output import BucketDir, OutputDir, file_digests, open_output, work_folder
+from pipelines.storage.output import BucketDir, OutputDir, open_output, work_folder
+from pipelines.storage.seal import file_digests
 from tests.bucket import Bucket
 from tests.pipelines.report.test_page import forget_entry, scores_of, write_run
 
@@ -105,7 +107,9 @@ def test_another_machine_goes_on_with_the_files_of_the_first(
 ) -> None:
     output = open_output(URL)
     with pytest.raises(KeyboardInterrupt), output.working_copy():
-        write(output, config="a", manifest_json='{"created": "2026"}', answers="secret")
+        write(
+            output, config="a", manifest_json='{"schema": 1, "created": "2026"}', answers="secret"
+        )
         output.upload()
         write(output, losses="0", model__weights="half", manifest_json='{"cost": 1}')
         raise KeyboardInterrupt
@@ -171,12 +175,17 @@ def test_a_node_without_the_folder_gets_the_model(
     output = open_output(URL)
     assert isinstance(output, BucketDir)
     with output.working_copy():
-        write(output, model__weights="w", adapter__weights="a", manifest_json='{"created": "2026"}')
+        write(
+            output,
+            model__weights="w",
+            adapter__weights="a",
+            manifest_json='{"schema": 1, "created": "2026"}',
+        )
         output.upload()
         sent = pickle.loads(pickle.dumps(output))
         assert not sent.copy_to_node("model", "2026"), "the driver's own node has it"
         sent.folder = tmp_path / "node"
-        write(sent, model__old="of another run", manifest_json='{"created": "2025"}')
+        write(sent, model__old="of another run", manifest_json='{"schema": 1, "created": "2025"}')
         for name in bucket.environment:  # a node need not have the keys
             monkeypatch.delenv(name)
         assert sent.copy_to_node("model", "2026")
@@ -186,6 +195,14 @@ def test_a_node_without_the_folder_gets_the_model(
         ]
         sent.clear()
         assert not list(sent.folder.iterdir())
+
+
+def test_what_a_store_cannot_hold_is_no_part_of_a_run(bucket: Bucket) -> None:
+    refused = pytest.raises(OSError, match=r"weights is a link or no file, allowed: files and")
+    with refused, open_output(URL).working_copy():
+        (work_folder(URL) / "model").mkdir(parents=True)
+        os.mkfifo(work_folder(URL) / "model" / "weights")
+    assert bucket.files("runs/one") == []
 
 
 def test_a_changed_a_missing_and_a_new_object_are_named(bucket: Bucket) -> None:

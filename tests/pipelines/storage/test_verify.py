@@ -1,11 +1,12 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from pipelines.__main__ import app
-from pipelines.storage.output import file_digests
+from pipelines.storage.seal import file_digests
 
 
 @pytest.fixture
@@ -47,6 +48,32 @@ def test_removed_and_added_files_are_named(run_dir: Path) -> None:
         1,
         "model/tokenizer.json: not in the manifest\nscores.json: missing\n",
     )
+
+
+def test_links_and_pipes_are_named_and_none_is_followed(run_dir: Path) -> None:
+    model = run_dir / "model"
+    (model / "folder").symlink_to(run_dir.parent)
+    (model / "dangling").symlink_to(run_dir / "nothing")
+    os.mkfifo(model / "pipe")
+    # The same content, but elsewhere, where it may change.
+    weights = model / "model.safetensors"
+    weights.rename(run_dir.parent / "weights")
+    weights.symlink_to(run_dir.parent / "weights")
+    names = ("dangling", "folder", "model.safetensors", "pipe")
+    lines = [f"model/{name}: not in the manifest\n" for name in names]
+    lines[2] = "model/model.safetensors: changed\n"
+    assert verify(run_dir) == (1, "".join(lines))
+
+
+def test_a_link_that_was_sealed_is_its_target(run_dir: Path) -> None:
+    link = run_dir / "model" / "tokenizer.json"
+    link.symlink_to("one.json")
+    manifest = {"schema": 1, "status": "complete", "files": file_digests(run_dir)}
+    (run_dir / "manifest.json").write_text(json.dumps(manifest))
+    assert verify(run_dir) == (0, f"Verified: {run_dir}\n")
+    link.unlink()
+    link.symlink_to("other.json")
+    assert verify(run_dir) == (1, "model/tokenizer.json: changed\n")
 
 
 def test_a_manifest_that_points_outside_opens_nothing_there(run_dir: Path) -> None:
