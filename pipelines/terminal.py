@@ -1,7 +1,6 @@
 """The output on the terminal: progress, tables, one-line errors. The log has the rest."""
 
 import os
-import re
 import sys
 import time
 import traceback
@@ -24,12 +23,10 @@ from rich.progress import (
 from rich.table import Table
 
 from pipelines.config.schema import ConfigError
-from pipelines.config.text import escaped
+from pipelines.config.text import escaped, one_line
+from pipelines.places import place_in
 
 LINE_S = 10.0  # between two lines about progress, where there is no bar
-FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-# Files of this project, among the frames of a traceback.
-OWN = re.compile(r"^(?!.*/(tests|site-packages)/).*/(pipelines|rfa|tuning|deploy)/.*\.py$")
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="The output_dir of a finished run.")]
 
@@ -75,6 +72,12 @@ class Terminal:
     def say(self, text: str) -> None:
         """Print one line, with control characters escaped."""
         self._console.print(escaped(text), markup=False, highlight=False, soft_wrap=True)
+
+    def last_words(self, text: str) -> None:
+        """Print one line below all bars, before the process ends without its usual steps."""
+        if self._progress is not None and self._progress.tasks:
+            self._progress.stop()
+        self.say(text)
 
     def bar(self, description: str, total: int | None) -> "Bar":
         """Start a progress bar with the time left. `total` is None while it is unknown."""
@@ -196,23 +199,20 @@ def reporting(debug: bool, going_on: str = "The same command goes on") -> Iterat
                 code, line = 130, f"Stopped. {going_on} from the last resume point{log}."
             case _:
                 code, line = 1, f"Failed: {_reason(error)}{log}."
-        terminal.say(line)
+        terminal.say(one_line(line))
         raise typer.Exit(code) from None
 
 
 def _reason(error: BaseException) -> str:
     """Say what failed: the innermost exception's type, its first line, and where it was raised."""
-    frames = FRAME.findall("".join(traceback.format_tb(error.__traceback__)))
     # A task's error has a traceback as its text, and the exception inside.
-    frames += FRAME.findall(str(error))
+    place = place_in("".join(traceback.format_tb(error.__traceback__)) + str(error))
     inner = getattr(error, "cause", None)
     if isinstance(inner, BaseException):
         error = inner
     reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-    own = [frame for frame in frames if OWN.search(frame[0]) and frame[0] != __file__]
-    if own:
-        path, line = own[-1]
-        reason += f" ({'/'.join(Path(path).parts[-2:])}, line {line}; --debug shows the rest)"
+    if place:
+        reason += f" ({place}; --debug shows the rest)"
     return reason
 
 

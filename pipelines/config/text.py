@@ -7,6 +7,10 @@ import yaml
 
 MESSAGE_CHARS = 500
 PASSWORD = re.compile(r"\w://[^/?#@\s]*:[^/?#@\s]+@")
+# Likewise among the options at a URI's end.
+PASSWORD_OPTION = re.compile(
+    r"([?&](?:password|passwd|pwd|token|sslpassword)=)[^&#\s]+", re.IGNORECASE
+)
 # Control characters, among them the line ends of Unicode, and what hides or reorders text.
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
@@ -17,7 +21,8 @@ def one_line(message: object) -> str:
     Its middle is left out where it is too long, so that it still says at its end what is allowed.
     """
     words = " ".join(str(message).split())
-    text = escaped(re.sub(r"//[^/@\s]*@", "//", words))
+    words = re.sub(r"//[^/@\s]*@", "//", words)
+    text = escaped(PASSWORD_OPTION.sub(r"\1...", words))
     if len(text) <= MESSAGE_CHARS:
         return text
     half = (MESSAGE_CHARS - 5) // 2

@@ -24,6 +24,7 @@ from pipelines.cluster.tasks import this_node
 from pipelines.config.schema import UnlearnConfig
 from pipelines.encoding.batches import ShardByRank, Stream, plan_stream
 from pipelines.encoding.encoder import build_encoder
+from pipelines.places import place_in
 from pipelines.storage.filesystem import open_filesystem
 from pipelines.training.job import Job
 from pipelines.training.messages import Listener, forwarded_messages
@@ -114,7 +115,8 @@ class Trainer:
         except WorkerGroupError as error:
             # Each failure is a full traceback, whose last line names the cause.
             first = str(next(iter(error.worker_failures.values())))
-            raise RuntimeError(first.strip().splitlines()[-1][:300]) from error
+            reason, place = first.strip().splitlines()[-1][:300], place_in(first)
+            raise RuntimeError(f"{reason} ({place})" if place else reason) from error
 
 
 def train_worker(settings: dict[str, Job]) -> None:

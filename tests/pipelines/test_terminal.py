@@ -10,6 +10,8 @@ import typer
 from pipelines import terminal as terminal_module
 from pipelines.config.load import short_hash
 from pipelines.config.schema import ConfigError
+from pipelines.config.text import MESSAGE_CHARS, one_line
+from pipelines.places import place_in
 from pipelines.terminal import reporting
 
 
@@ -29,6 +31,26 @@ def test_an_exception_is_one_line_and_an_exit_code(
         raise error
     assert exit_.value.exit_code == code
     assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_a_failure_is_one_line_of_limited_length(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), reporting(debug=False):
+        raise OSError(36, "File name too long", "a" * 5000)
+    told = capsys.readouterr().err
+    assert told.startswith("Failed: OSError: [Errno 36] File name too long: 'aaa")
+    assert len(told) <= MESSAGE_CHARS + 1
+
+
+def test_a_message_masks_passwords_wherever_a_uri_has_them() -> None:
+    uris = "http://me:word@host/x postgresql://h/db?user=a&password=word&sslmode=no"
+    assert one_line(uris) == "http://host/x postgresql://h/db?user=a&password=...&sslmode=no"
+
+
+def test_a_place_is_the_innermost_frame_of_this_project() -> None:
+    frames = ("pipelines/a/b.py", "rfa/c.py", "venv/site-packages/rfa/d.py", "tests/rfa/e.py")
+    text = "".join(f'  File "/home/{name}", line 7, in f\n    g()\n' for name in frames)
+    assert place_in(text) == "rfa/c.py, line 7"
+    assert place_in('  File "/home/pipelines/terminal.py", line 7') == ""
 
 
 def test_scores_stand_with_the_oracles_spread_and_with_their_interval(
