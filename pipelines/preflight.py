@@ -12,7 +12,8 @@ from pipelines.cluster.resources import check_resources, stage_of
 from pipelines.cluster.tasks import on_this_node, result_of
 from pipelines.config.data import SetName
 from pipelines.config.schema import ConfigError, ModelConfig, UnlearnConfig
-from pipelines.config.text import PASSWORD
+from pipelines.config.text import PASSWORD, PASSWORD_OPTION
+from pipelines.config.unread import first_unread
 from pipelines.data.sets import Sets, load_sets
 from pipelines.encoding.encoder import check_lengths, check_template
 from pipelines.encoding.labelled import check_labels, check_target
@@ -116,7 +117,7 @@ def preflight(
 def check_passwords(cfg: UnlearnConfig) -> None:
     """Refuse a password in a URI: the run's files and MLflow's parameters would keep it."""
     uri = cfg.tracking.uri
-    if uri is not None and PASSWORD.search(uri):
+    if uri is not None and (PASSWORD.search(uri) or PASSWORD_OPTION.search(uri)):
         raise ConfigError(
             "tracking.uri: holds a password, which the run's files would keep; allowed: passwords "
             "in the environment or in submit's --env-file (MLFLOW_TRACKING_USERNAME and "
@@ -125,14 +126,14 @@ def check_passwords(cfg: UnlearnConfig) -> None:
 
 
 def check_read(cfg: UnlearnConfig) -> None:
-    """Refuse settings of gradient steps where the solver does all the work."""
-    if cfg.solve.mode != "off" and cfg.train.steps == 0:
-        unread = cfg.objective.read_by_steps_alone()
-        if unread:
-            raise ConfigError(
-                f"objective.{unread}: found another value than the default, which the solver "
-                "does not read; allowed: train.steps above 0, solve.mode=off, or without it"
-            )
+    """Refuse a setting that this configuration does not read."""
+    unread = first_unread(cfg)
+    if unread is not None:
+        key, words = unread
+        raise ConfigError(
+            f"{key}: found another value than the default, which is read with {words} alone; "
+            "allowed: that, or the default"
+        )
 
 
 def check_holdout(cfg: UnlearnConfig) -> None:

@@ -24,8 +24,9 @@ from pipelines.cluster.session import session
 from pipelines.cluster.tasks import result_of
 from pipelines.config.load import to_yaml, with_values
 from pipelines.config.schema import ConfigError, UnlearnConfig
+from pipelines.config.unread import DECIDING
 from pipelines.evaluation.own_answers import drop_answers, with_own_answers
-from pipelines.preflight import check_settings, preflight
+from pipelines.preflight import check_read, check_settings, preflight
 from pipelines.storage.run_folder import RunFolder
 from pipelines.terminal import Terminal
 from pipelines.tracking.mirror import Mirror, describe, mirrored_to_mlflow
@@ -112,6 +113,10 @@ def search(cfg: UnlearnConfig, options: SearchOptions, terminal: Terminal) -> Se
         )
     # Both files are the user's, who would wait for Ray to be told of a fault in them.
     given, ended = _given_space(cfg, options, run), read_trials(run.path)
+    searched = [dimension.key for dimension in given.dimensions] if given else []
+    # What the configuration as it is does not read may be there for the trials that do.
+    if not set(DECIDING).intersection(searched):
+        check_read(cfg)
     with session(cfg.train, run.path / "run.log", terminal):
         space = given or _default_space(cfg)
         trials = options.trials

@@ -124,14 +124,6 @@ class ObjectiveConfig(Section):
                 raise ValueError(f"found {name}={value:g}, allowed: {low:g} to {high:g}")
         return values
 
-    def read_by_steps_alone(self) -> str:
-        """Return the first key that is not at its default and that no solver reads, or ''."""
-        default = ObjectiveConfig()
-        for name in ("method", "weights", "distance", "output", "output_parameters"):
-            if getattr(self, name) != getattr(default, name):
-                return name
-        return ""
-
     def settings(self) -> Objective:
         """Return the settings of the method."""
         values = self.model_dump(exclude={"method", "target_rows", "weights"})

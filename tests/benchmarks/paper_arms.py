@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-OFF = ["solve.mode=off"]
+OFF = ["solve.mode=off", "solve.strength=auto"]
 NO_RFA = [*OFF, "objective.weights.retain=0", "objective.weights.forget=0"]
 
 

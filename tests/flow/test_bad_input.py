@@ -123,9 +123,9 @@ CASES = [
     Case(
         "weights that no solver reads",
         ["train.steps=0", "objective.weights.kl=1"],
-        "objective.weights: found another value than the default, which the solver does not read",
+        "objective.weights: found another value than the default, which is read with train.steps",
         "check_read",
-        (*BOTH, "submit"),
+        (*UNLEARNING, "submit"),
     ),
     Case(
         "a password",

@@ -33,6 +33,7 @@ SMALL = [
 LEARN = ["finetune.batch_size=16", "finetune.learning_rate=3e-3", "train.cpus_per_worker=1"]
 PRUNE = [
     "solve.mode=off",
+    "solve.strength=auto",  # the preset has a number, which only the solver reads
     "objective.weights={retain: 0, forget: 0, task: 1}",
     "prune.method=rows",
     "train.steps=40",
