@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipelines.config.data import check_path
 from pipelines.config.schema import ConfigError
 from pipelines.terminal import Debug, RunDir, Terminal, reporting
 
@@ -83,6 +84,7 @@ def serve(
     with reporting(debug) as terminal:
         if "://" in run_dir:
             raise ConfigError(f"RUN_DIR: found '{run_dir}', allowed: a folder with a copy of it")
+        check_path(run_dir, "RUN_DIR")
         try:
             from deploy.serve import Settings
             from deploy.server import serve_run

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer._click.exceptions import UsageError
 from typer.core import TyperCommand
 
 import deploy.commands
-from pipelines.config.load import describe, load_config, preset_names
-from pipelines.config.schema import ConfigError, ModelConfig
+from pipelines.config.data import check_path
+from pipelines.config.load import describe, load_config, model_at, preset_names
+from pipelines.config.schema import ConfigError
+from pipelines.config.text import one_line
 from pipelines.data.synthetic import write_problem
 from pipelines.terminal import Debug, RunDir, reporting
 
@@ -171,14 +174,17 @@ def evaluate(
     with reporting(debug) as terminal:
         if not model:
             raise ConfigError("--model: missing, allowed: a model folder")
-        cfg = load_config(config, overrides)
-        from pipelines.evaluation.metrics.keys import terminal_titles
-        from pipelines.unlearn import evaluate_model
-
-        evaluation = evaluate_model(cfg, ModelConfig(path=model), terminal).content()
-        terminal.scores(evaluation, terminal_titles())
+        cfg, scored = load_config(config, overrides), model_at(model, "--model")
         if not output:
             output = f"scores-{Path(model).resolve().parent.name}-{Path(model).name}.json"
+        from pipelines.evaluation.metrics.keys import terminal_titles
+        from pipelines.storage.atomic import check_writable
+        from pipelines.unlearn import evaluate_model
+
+        # Before hours of scoring.
+        check_writable(output, "--output")
+        evaluation = evaluate_model(cfg, scored, terminal).content()
+        terminal.scores(evaluation, terminal_titles())
         text = json.dumps({"schema": 1, **evaluation}, indent=2, allow_nan=False)
         Path(output).write_text(text, encoding="utf-8")
         terminal.say(f"Scores: {output}")
@@ -231,11 +237,16 @@ def make_data(
 ) -> None:
     """Write a synthetic deletion problem: forget, retain, holdout, utility and general sets."""
     with reporting(debug) as terminal:
+        check_path(str(folder), "DIR")
         sizes = {"authors": authors, "questions": questions, "forget": forget}
         try:
             counts = write_problem(folder, seed=seed, **sizes)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        except OSError as error:
+            raise ConfigError(
+                f"DIR: {folder} cannot be written ({error.strerror}), allowed: a new folder"
+            ) from None
         sets = ", ".join(f"{name} {rows} rows" for name, rows in counts.items())
         terminal.say(f"{folder}: {sets}")
 
@@ -245,7 +256,17 @@ app.add_typer(deploy.commands.app)
 
 def main() -> None:
     """Run the console command."""
-    app(prog_name="ray-unlearn", args=sys.argv[1:])
+    try:
+        code = app(prog_name="ray-unlearn", args=sys.argv[1:], standalone_mode=False)
+    except UsageError as error:
+        told = error.format_message()
+        # A command without arguments shows its help. All else is one line.
+        if not told.startswith("Usage: "):
+            command = error.ctx.command_path if error.ctx else "ray-unlearn"
+            told = one_line(f"{told.rstrip('.')}; allowed: {command} --help")
+        typer.echo(told, err=True)
+        code = error.exit_code
+    sys.exit(code)
 
 
 if __name__ == "__main__":

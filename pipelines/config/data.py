@@ -1,5 +1,6 @@
 """The data's configuration: sources, selectors and columns. Also the base of all sections."""
 
+import os
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -21,6 +22,11 @@ SET_NAMES: tuple[SetName, ...] = get_args(SetName)
 
 # No key needs a larger number, and with one a product of a few of them could overflow.
 LARGEST = 1e9
+MOST_CHARS = 4096
+# Keys that name files and folders. Linux takes paths of 4096 bytes: the rest is for the names of
+# files in a folder.
+PATHS = ("path", "ids", "exclude_ids", "oracle", "output_dir")
+MOST_NAME_BYTES, MOST_PATH_BYTES = 255, 3072
 # Marks a key that takes what the data or the model have, whatever it is.
 ANY_TEXT = "any text"
 
@@ -54,7 +60,7 @@ class Section(BaseModel):
             if isinstance(single, int | float):
                 _check_size(single, field)
             if isinstance(single, str) and str in kinds:
-                _check_text(single)
+                _check_text(single, is_path=info.field_name in PATHS)
         return value
 
 
@@ -71,11 +77,33 @@ def _check_size(number: float, field: FieldInfo) -> None:
         raise ValueError(f"allowed: numbers up to {LARGEST:g}")
 
 
-def _check_text(text: str) -> None:
+def check_path(path: str, key: str) -> None:
+    """Refuse the path of an option where no file system has such a one.
+
+    Raises:
+        ConfigError: one line that begins with `key`.
+    """
+    try:
+        _check_text(path, is_path=True)
+    except ValueError as error:
+        raise ConfigError(f"{key}: found {path!r}, {error}") from None
+
+
+def _check_text(text: str, *, is_path: bool) -> None:
     if not text.strip():
         raise ValueError("allowed: a text that is not empty")
     if CONTROL.search(text):
         raise ValueError("allowed: a text without control characters")
+    if len(text) > MOST_CHARS:
+        raise ValueError(f"allowed: up to {MOST_CHARS} characters")
+    # A store's names have other limits.
+    if is_path and "://" not in text:
+        lengths = [len(os.fsencode(part)) for part in os.path.abspath(text).split("/")]
+        if max(lengths) > MOST_NAME_BYTES or sum(lengths) + len(lengths) > MOST_PATH_BYTES:
+            raise ValueError(
+                f"allowed: a path of names of up to {MOST_NAME_BYTES} bytes, "
+                f"{MOST_PATH_BYTES} bytes in all"
+            )
 
 
 class SourceConfig(Section):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from pipelines.config.data import Section
+from pipelines.config.train import check_gpus
 
 RobustnessCheck = Literal["quantised_8bit", "quantised_4bit", "relearn"]
 
@@ -43,6 +44,11 @@ class EvaluationConfig(Section):
         "rounded weights) and relearn (50 steps of fine-tuning on half of the forget set; a "
         "worker holds all parameters in fp32 with gradients and AdamW's moments).",
     )
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _shares_of_one_or_whole_gpus(cls, gpus: float | None) -> float | None:
+        return None if gpus is None else check_gpus(gpus)
 
     @field_validator("oracle", mode="before")
     @classmethod

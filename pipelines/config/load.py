@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from pipelines.config.data import SetName, SourceConfig
-from pipelines.config.schema import ConfigError, Section, UnlearnConfig
+from pipelines.config.data import LARGEST, SetName, SourceConfig
+from pipelines.config.schema import ConfigError, ModelConfig, Section, UnlearnConfig
 from pipelines.config.text import parse_yaml
 
 
@@ -37,7 +37,11 @@ def describe(
             keys += describe(nested, f"{prefix}{name}.")
             continue
         default = "required" if field.is_required() else str(field.default)
-        allowed = ", ".join(filter(None, map(_limit, field.metadata)))
+        limits = list(filter(None, map(_limit, field.metadata)))
+        # `Section` limits every number that has no limit of its own.
+        if _is_number(field.annotation) and not any(limit.startswith("<") for limit in limits):
+            limits.append(f"<= {LARGEST:g}")
+        allowed = ", ".join(limits)
         if get_origin(field.annotation) is Literal:
             allowed = f"one of {', '.join(map(str, get_args(field.annotation)))}"
         meaning = f"{field.description} ({allowed})" if allowed else str(field.description)
@@ -51,6 +55,11 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
         if hasattr(kind, "model_fields"):
             return kind
     return None
+
+
+def _is_number(annotation: Any) -> bool:
+    """Return whether a key takes one number, or null."""
+    return {annotation, *get_args(annotation)} <= {int, float, int | None, float | None, type(None)}
 
 
 def _limit(limit: Any) -> str:
@@ -83,6 +92,18 @@ def load_config(source: str, overrides: list[str] | None = None) -> UnlearnConfi
         absolute = _absolute(oracle) if isinstance(oracle, str) else tuple(map(_absolute, oracle))
         update["evaluation"] = cfg.evaluation.model_copy(update={"oracle": absolute})
     return cfg.model_copy(update=update)
+
+
+def model_at(path: str, key: str) -> ModelConfig:
+    """Return the configuration of a model that an option names.
+
+    Raises:
+        ConfigError: it can be no path. The message begins with `key`.
+    """
+    try:
+        return ModelConfig(path=path)
+    except ValidationError as error:
+        raise ConfigError(_explain(error).replace("path", key, 1)) from None
 
 
 def _absolute(path: str) -> str:
@@ -123,7 +144,7 @@ def read_config(source: str, overrides: list[str] | None = None) -> UnlearnConfi
     try:
         return UnlearnConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(_explain(error, f" in {source}")) from error
 
 
 def _with_override(tree: Any, override: str) -> Any:
@@ -174,8 +195,11 @@ def _config_text(source: str) -> str:
     return preset.read_text(encoding="utf-8")
 
 
-def _explain(error: ValidationError) -> str:
-    """Return the first fault as one line: the key, the value found, the values allowed."""
+def _explain(error: ValidationError, where: str = "") -> str:
+    """Return the first fault as one line: the key, the value found, the values allowed.
+
+    `where` says in which file a key is missing.
+    """
     faults = error.errors()
     fault, keys = faults[0], _keys_of(faults[0]["loc"])
     key = ".".join(keys)
@@ -185,7 +209,7 @@ def _explain(error: ValidationError) -> str:
             section = _section_in(section.model_fields[part].annotation) or section
         return f"{key}: unknown key, allowed here: {', '.join(section.model_fields)}"
     if fault["type"] == "missing":
-        return f"{key}: missing, required"
+        return f"{key}: missing{where}, required"
     # A key that takes values of several kinds has a fault for each.
     allowed: list[str] = []
     for other in faults:

@@ -6,7 +6,19 @@ from pydantic import Field, field_validator
 
 from pipelines.config.data import Section, SetName
 
+SMALLEST_SHARE = 0.0001  # of a CPU or a GPU: Ray counts in these
 MOST_ROWS = 1_000_000  # of a step
+
+
+def check_gpus(gpus: float) -> float:
+    """Return a number of GPUs that Ray can give: a share of one, or whole ones.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if 0 < gpus < SMALLEST_SHARE or (gpus > 1 and gpus != int(gpus)):
+        raise ValueError(f"allowed: a share of one from {SMALLEST_SHARE:g} on, or a whole number")
+    return gpus
 
 
 class DeepSpeedConfig(Section):
@@ -71,7 +83,9 @@ class TrainConfig(Section):
         "room for, more or fewer when nodes come or go.",
     )
     cpus_per_worker: float = Field(
-        default=1, gt=0, description="CPU cores of a worker; also its number of threads."
+        default=1,
+        ge=SMALLEST_SHARE,
+        description="CPU cores of a worker; also its number of threads.",
     )
     gpus_per_worker: float = Field(
         default=0, ge=0, description="GPUs of a worker; 0 trains on CPUs."
@@ -89,6 +103,11 @@ class TrainConfig(Section):
         description="How often a run restarts from its last resume point by itself.",
     )
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _shares_of_one_or_whole_gpus(cls, gpus: float) -> float:
+        return check_gpus(gpus)
 
     @field_validator("num_workers", mode="before")
     @classmethod

@@ -90,6 +90,8 @@ class RunFolder:
 
     def _refuse_full_disk(self) -> None:
         existing = next(parent for parent in (self.path, *self.path.parents) if parent.exists())
+        if not existing.is_dir():
+            raise ConfigError(f"output_dir: {existing} is no folder, allowed: a path in folders")
         # `run` writes the merged model. `finetune` trains all parameters, and its resume points
         # hold at most twice the optimizer state.
         copies = 5 if self.purpose == "finetune" else 1.3
