@@ -113,10 +113,15 @@ class Trainer:
             with forwarded_messages(messages, listener), raised_interrupts():
                 return trainer.fit()
         except WorkerGroupError as error:
-            # Each failure is a full traceback, whose last line names the cause.
-            first = str(next(iter(error.worker_failures.values())))
-            reason, place = first.strip().splitlines()[-1][:300], place_in(first)
-            raise RuntimeError(f"{reason} ({place})" if place else reason) from error
+            raise RuntimeError(reason_of(error)) from error
+
+
+def reason_of(error: WorkerGroupError) -> str:
+    """Say what the first failure of a worker was, and where in this project's code it was raised."""
+    # Each failure is a full traceback, whose last line names the cause.
+    trace = str(next(iter(error.worker_failures.values()))).strip()
+    reason, place = trace.splitlines()[-1][:300], place_in(trace)
+    return f"{reason} ({place})" if place else reason
 
 
 def train_worker(settings: dict[str, Job]) -> None:
