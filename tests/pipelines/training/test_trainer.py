@@ -18,7 +18,9 @@ def test_a_workers_failure_names_its_place() -> None:
     except AttributeError:
         trace = traceback.format_exc()
     told = reason_of(failure(trace))
-    assert told.startswith("AttributeError: 'NoneType' object has no attribute 'encode' (config/load")
+    assert told.startswith(
+        "AttributeError: 'NoneType' object has no attribute 'encode' (config/load"
+    )
     assert told.endswith(")")
 
 
