@@ -1,6 +1,7 @@
 """The file system behind a path (local, `s3://`, `gs://`)."""
 
 import os
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def open_filesystem(path: str, key: str) -> tuple[fs.FileSystem, str]:
     Raises:
         ConfigError: the scheme is unknown or the store cannot be reached.
     """
+    started_s = time.monotonic()
     scheme, separator, rest = path.partition("://")
     if not separator or scheme == "file":
         local = Path(rest if separator else path).expanduser()
@@ -46,8 +48,19 @@ def open_filesystem(path: str, key: str) -> tuple[fs.FileSystem, str]:
         if scheme == "gs":
             return _gcs(rest.rstrip("/")), rest.rstrip("/")
     except (OSError, ValueError) as error:  # ValueError: half a pair of keys
-        raise ConfigError(f"{key}: {path} cannot be reached ({one_line(error)})") from None
+        # Google's store says its limit itself.
+        reason = one_line(error) if scheme == "gs" else after_waiting(error, started_s)
+        raise ConfigError(f"{key}: {path} cannot be reached ({reason})") from None
     raise ConfigError(f"{key}: {path} found {scheme}://, allowed: a local path, s3:// or gs://")
+
+
+def after_waiting(error: Exception, started_s: float) -> str:
+    """Return a store's error as one line, with the seconds since `started_s` if there were any.
+
+    The clients try for several seconds, and some choose themselves for how many.
+    """
+    waited_s = time.monotonic() - started_s
+    return f"after {waited_s:.0f} s: {one_line(error)}" if waited_s >= 1 else one_line(error)
 
 
 def _s3(path: str) -> fs.S3FileSystem:

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -22,7 +23,12 @@ from pyarrow import fs
 from pipelines.config.load import short_hash
 from pipelines.config.schema import ConfigError
 from pipelines.config.text import one_line
-from pipelines.storage.filesystem import cache_folder, open_filesystem, send_file
+from pipelines.storage.filesystem import (
+    after_waiting,
+    cache_folder,
+    open_filesystem,
+    send_file,
+)
 from pipelines.storage.records import WRITTEN_BY_RUN, read_bytes, read_json
 from pipelines.storage.seal import (
     CHECKPOINTS,
@@ -146,6 +152,7 @@ class BucketDir(OutputDir):
 
     def __init__(self, url: str, key: str) -> None:
         self.url, self._key = url.rstrip("/"), key
+        started_s = time.monotonic()
         self._filesystem, self._base = open_filesystem(self.url, key)
         self.folder = work_folder(self.url)
         # Size and time of each file in the working copy when it last equalled the store's. None
@@ -159,7 +166,8 @@ class BucketDir(OutputDir):
             is_file = has_bucket and self._is(fs.FileType.File, self._base)
             self._files = self._list() if has_bucket else []
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{key}: {self.url} cannot be reached ({one_line(error)})") from None
+            reason = after_waiting(error, started_s)
+            raise ConfigError(f"{key}: {self.url} cannot be reached ({reason})") from None
         if not has_bucket:
             raise ConfigError(f"{key}: {self.url}: bucket '{bucket}' does not exist")
         if is_file:
