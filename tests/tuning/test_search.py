@@ -50,3 +50,20 @@ def test_a_broken_file_of_the_search_that_goes_on(cfg: UnlearnConfig, name: str)
     (out / name).write_text("[]\n")
     with pytest.raises(ConfigError, match=f"^{out}/{name}: "):
         search(cfg, options(resume=True), Terminal())
+
+
+def test_what_no_trial_reads_is_refused(overrides: list[str], tmp_path: Path) -> None:
+    own = load_config("quick", [*overrides, f"output_dir={tmp_path}/out", "prune.sparsity=0.2"])
+    with pytest.raises(
+        ConfigError, match=r"^prune\.sparsity: found another value than the default"
+    ):
+        search(own, options(), Terminal())
+    space = tmp_path / "space.yaml"
+    space.write_text("adapter.rank: {choice: [2, 4]}")
+    with pytest.raises(
+        ConfigError, match=r"^prune\.sparsity: found another value than the default"
+    ):
+        search(own, options(space), Terminal())
+    space.write_text("prune.method: {choice: [none, rows]}")
+    with pytest.raises(pytest.fail.Exception, match="Ray would be started"):
+        search(own, options(space), Terminal())

@@ -123,6 +123,19 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
         ),
         (["solve.strength=much"], "or input should be 'auto'"),
         (
+            ["train.cpus_per_worker=1e-9"],
+            "train.cpus_per_worker: found 1e-09, input should be greater than or equal to 0.0001",
+        ),
+        (
+            ["train.gpus_per_worker=1.5"],
+            "train.gpus_per_worker: found 1.5, allowed: a share of one from 0.0001 on, or a whole",
+        ),
+        (["train.gpus_per_worker=1e-9"], "allowed: a share of one from 0.0001 on, or a whole"),
+        (
+            ["evaluation.gpus_per_worker=2.5"],
+            "evaluation.gpus_per_worker: found 2.5, allowed: a share of one from 0.0001 on",
+        ),
+        (
             ["finetune.salient=0.5"],
             "finetune.sets: found forget with finetune.salient, allowed: sets without it",
         ),
