@@ -172,8 +172,9 @@ class RunFolder:
             ) from None
 
     def update(self, **fields: Any) -> None:
-        """Add fields to the manifest."""
-        write_text(self.path / "manifest.json", json.dumps({**self.manifest(), **fields}, indent=2))
+        """Add fields to the manifest, also to that of a search's trial, which never begins."""
+        manifest = {"schema": 1, **self.manifest(), **fields}
+        write_text(self.path / "manifest.json", json.dumps(manifest, indent=2))
 
     def write_scores(
         self, cost: Mapping[str, float | int | None], evaluation: Mapping[str, Any]

@@ -86,6 +86,16 @@ def test_keys_of_several_types_are_another_run(cfg: UnlearnConfig, folder: Path)
         opened(cfg, folder)
 
 
+def test_a_trials_folder_keeps_what_it_is_told_without_a_beginning(
+    cfg: UnlearnConfig, tmp_path: Path
+) -> None:
+    run = opened(cfg, tmp_path)
+    run.update(cost={"solve_s": 1.0})
+    run.update(strengths=[{"strength": 0.5}])
+    expected = {"schema": 1, "cost": {"solve_s": 1.0}, "strengths": [{"strength": 0.5}]}
+    assert run.manifest() == expected
+
+
 def test_a_null_of_mlflow_is_no_record(cfg: UnlearnConfig, folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps({**MANIFEST, "mlflow": None}))
     assert not lacks_records(opened(cfg, folder))
