@@ -17,7 +17,6 @@ from pipelines.config.unread import first_unread
 from pipelines.data.sets import Sets, load_sets
 from pipelines.encoding.encoder import check_lengths, check_template
 from pipelines.encoding.labelled import check_labels, check_target
-from pipelines.encoding.text import load_tokenizer
 from pipelines.encoding.windows import Lengths, treatment
 from pipelines.evaluation.scored_model import oracle_names
 from pipelines.storage.output import refuse_store
@@ -82,12 +81,12 @@ def preflight(
         others += [("evaluation.oracle", oracle) for oracle in oracles_of(cfg).values()]
 
     def check() -> "ModelSize":
-        from pipelines.model.load import check_models
+        from pipelines.model.load import check_models, check_vocabulary
 
         new_head = purpose == "finetune" and cfg.task != "causal_lm"
         size = check_models(cfg, others, new_head=new_head)
         if cfg.task != "image_classification":
-            load_tokenizer(cfg.model, ends=cfg.task == "causal_lm")
+            check_vocabulary(cfg, others)
         return size
 
     # A task, because the driver does not import transformers. It runs while the data is read, and
@@ -103,7 +102,7 @@ def preflight(
     if run is not None:
         run.check_inputs(sets.inputs())
     check_template(cfg, sets)
-    lengths = check_lengths(cfg, sets)
+    lengths = check_lengths(cfg, sets, others)
     terminal.say("Data: " + ", ".join(f"{name} {sets.counts[name]} rows" for name in sets.names()))
     for name, of_set in lengths.items():
         if of_set.long_rows:

@@ -5,9 +5,10 @@ runs on the workers of the training and returns `rfa.batch.Row`s. `blank` is the
 whose share of a small set is empty.
 """
 
+from collections.abc import Sequence
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
@@ -18,9 +19,20 @@ from pipelines.data.sets import Sets
 from pipelines.encoding import chat
 from pipelines.encoding.labelled import ClassEncoder, load_class_config
 from pipelines.encoding.text import TextEncoder, load_tokenizer
-from pipelines.encoding.windows import Lengths, lengths_of
+from pipelines.encoding.windows import Lengths, lengths_of, positions_of
 
 Encoder = TextEncoder | ClassEncoder
+# Models with the configuration keys that name them.
+Keyed = Sequence[tuple[str, ModelConfig]]
+WORDINGS = ["prompt", "answer", "paraphrased_prompt", "paraphrased_answer", "perturbed_answers"]
+
+
+class Positions(NamedTuple):
+    """How many tokens a model has positions for, and the key that names it."""
+
+    key: str
+    path: str
+    number: int
 
 
 def build_encoder(cfg: UnlearnConfig) -> Encoder:
@@ -56,14 +68,21 @@ def _check_template(model: ModelConfig, system_prompt: str | None) -> None:
     tokenizer = load_tokenizer(model)
     if tokenizer.chat_template:
         chat.check(tokenizer, model.path, system_prompt)
+    elif system_prompt:
+        raise ConfigError(
+            f"data.system_prompt: found a text, and {model.path} has no chat template to write it "
+            "in; allowed: null (the text may stand in the prompts), or a model with a chat template"
+        )
 
 
-def check_lengths(cfg: UnlearnConfig, sets: Sets) -> dict[str, Lengths]:
+def check_lengths(cfg: UnlearnConfig, sets: Sets, others: Keyed = ()) -> dict[str, Lengths]:
     """Return how long the rows of each set are, in tokens; nothing of images.
 
+    The `others` are models that rows are scored with, with the keys that name them.
+
     Raises:
-        ConfigError: a classifier would read a part of a forget row only, or the chat template does
-            not write a row. The text has its id.
+        ConfigError: a classifier would read a part of a forget row only, the chat template does
+            not write a row, or a model has too few positions. The text has the row's id.
     """
     if cfg.task == "image_classification":
         return {}
@@ -78,7 +97,54 @@ def check_lengths(cfg: UnlearnConfig, sets: Sets) -> dict[str, Lengths]:
         lengths[name] = reduce(add, [result_of(task) for task in tasks])
     if cfg.task == "sequence_classification" and lengths["forget"].long_rows:
         result_of(ray.remote(_refuse_cut).remote(cfg, lengths["forget"]))
+    if cfg.task == "causal_lm":
+        _check_positions(cfg, sets, [("model.path", cfg.model), *others])
     return lengths
+
+
+def _check_positions(cfg: UnlearnConfig, sets: Sets, models: Keyed) -> None:
+    """Refuse a model without positions for all the tokens that it is to read at once."""
+    most = cfg.data.max_tokens
+    few: list[Positions] = result_of(
+        ray.remote(scheduling_strategy="DEFAULT")(_few_positions).remote(models, most)
+    )
+    if not few:
+        return
+    encoder: Any = build_encoder(cfg)
+    longest = ray.remote(scheduling_strategy="DEFAULT")(_longest)
+    tasks: list[Any] = []
+    for _, rows in sets.items():
+        tasks += [longest.remote(encoder, block) for block in rows.to_arrow_refs()]
+    refuse_positions(few, min(most, max(result_of(task) for task in tasks)), most)
+
+
+def _few_positions(models: Keyed, most: int) -> list[Positions]:
+    """Return the models with positions for fewer than `most` tokens."""
+    few: list[Positions] = []
+    for key, model in models:
+        number = positions_of(load_class_config(model))
+        if number is not None and number < most:
+            few.append(Positions(key, model.path, number))
+    return few
+
+
+def _longest(encoder: TextEncoder, block: Any) -> int:
+    return max((encoder.longest(row) for row in block.select(WORDINGS).to_pylist()), default=0)
+
+
+def refuse_positions(few: Sequence[Positions], longest: int, most: int) -> None:
+    """Refuse the first model that has fewer positions than the longest window has tokens.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for model in few:
+        if longest > model.number:
+            raise ConfigError(
+                f"data.max_tokens: found {most}, and texts of {longest} tokens or more, for which "
+                f"{model.path} ({model.key}) has too few positions; allowed: {model.number} at "
+                "most, as behind its last one a model fails or, with rotary positions, is untrained"
+            )
 
 
 def _measure(encoder: Encoder, block: Any) -> Lengths:

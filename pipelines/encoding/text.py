@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.config.schema import ConfigError, ModelConfig
+from pipelines.config.text import one_line
 from pipelines.data.conversations import Turn, turns_of
 from pipelines.encoding import chat
 from pipelines.encoding.windows import COVERED_SETS, RowLength, Window, windows_of
@@ -111,6 +112,16 @@ class TextEncoder:
             windows = sum(len(windows_of(*pair, self.max_tokens)) for pair in pairs)
         return RowLength(len(pairs[-1][0]), windows)
 
+    def longest(self, row: Mapping[str, Any]) -> int:
+        """Return the tokens of the longest text of a row, among all that is read and scored."""
+        texts = [(row["prompt"], row["answer"])]
+        if row["paraphrased_prompt"]:
+            texts.append((row["paraphrased_prompt"], row["answer"]))
+        for answer in (row["paraphrased_answer"], *(row["perturbed_answers"] or ())):
+            if answer:
+                texts.append((row["prompt"], answer))
+        return max(len(ids) for text in texts for ids, _ in self.pairs(*text))
+
     def prompt(self, prompt: str) -> list[int]:
         """Return the token ids up to where the model's answer begins."""
         before = prompt
@@ -199,6 +210,14 @@ class TextEncoder:
             turns.insert(0, Turn("system", self.system_prompt))
         return turns
 
+    def frame_tokens(self) -> list[int]:
+        """Return the tokens that stand around any row's words."""
+        try:
+            question = self.pair("a", "b")[0]
+        except ConfigError:
+            question = []  # as in `end_ids`
+        return [*self.pair("", "b")[0], *question, *self.end_ids, self.pad_token_id]
+
     @property
     def pad_token_id(self) -> int:
         """Return the token that rows are padded with."""
@@ -261,10 +280,30 @@ class TextEncoder:
         return records
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the first line of the error that caused another, with its kind where it needs one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = one_line(str(error).partition("\n")[0])
+    if line and isinstance(error, OSError | ValueError):
+        return line
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
 def loaded_once(load: Callable[P, T]) -> Callable[P, T]:
     """Cache the last two results of a function that loads something of a model, per process."""
     remembered: Any = lru_cache(maxsize=2)(load)
     return remembered
+
+
+def largest_token(tokenizer: "PreTrainedTokenizerBase", read: Sequence[int]) -> int:
+    """Return the largest token of a tokenizer's vocabulary and of those that rows are `read` with.
+
+    Other added tokens do not count: some models come with ones that they have no embedding for.
+    """
+    added = tokenizer.added_tokens_decoder
+    own = [number for number in tokenizer.get_vocab().values() if number not in added]
+    return max([*own, *read])
 
 
 @loaded_once
@@ -280,10 +319,9 @@ def load_tokenizer(model: ModelConfig, *, ends: bool = True) -> "PreTrainedToken
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
+    except Exception as error:  # broken files raise what they like
         raise ConfigError(
-            f"model.path: no tokenizer loads from {model.path} ({reason}); "
+            f"model.path: no tokenizer loads from {model.path} ({reason_of(error)}); "
             "allowed: a model with its tokenizer"
         ) from None
     if ends and tokenizer.eos_token_id is None:

@@ -6,7 +6,7 @@ its rows. What is learned or kept is read in the first.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipelines.data.rows import IDS_IN_A_MESSAGE
 
@@ -92,6 +92,18 @@ def lengths_of(ids: Sequence[str], rows: Sequence[RowLength], most: int) -> Leng
         long_rows=len(long_ids),
         long_ids=long_ids[:IDS_IN_A_MESSAGE],
     )
+
+
+def positions_of(config: Any) -> int | None:
+    """Return how many tokens a model has positions for, by its configuration; None: without end.
+
+    Behind them a learned table ends, and rotary positions were never trained.
+    """
+    text = config.get_text_config()
+    if getattr(text, "alibi", False):  # a distance counts there, and no position
+        return None
+    positions = getattr(text, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) else None
 
 
 def treatment(name: str, lengths: Lengths) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.data.conversations import answers_of, questions_of
 from pipelines.encoding.text import TextEncoder
+from pipelines.encoding.windows import positions_of
 from pipelines.evaluation.attacks import gradient_norm, halves, relearn_
 from pipelines.evaluation.metrics import TokenStatistics, sample_scores
 from pipelines.evaluation.metrics.distance import parts_of_divergence
@@ -275,6 +276,9 @@ class TextScorer(Scorer):
         if all(question.is_text for question in questions):
             longest = min(longest, VERBATIM_TOKENS)
         network: Any = self.runner.model
+        positions = positions_of(network.config)
+        if positions is not None:  # the last token has none, as no other follows it
+            longest = max(1, min(longest, positions + 1 - width))
         out_BT = network.generate(
             input_ids=input_ids_BT.to(self.device),
             attention_mask=attention_BT.to(self.device),

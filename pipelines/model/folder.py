@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,6 +17,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from pipelines.config.schema import ConfigError, ModelConfig
+from pipelines.encoding.text import reason_of
 
 AUTO_CLASSES: dict[str, Any] = {
     "causal_lm": AutoModelForCausalLM,
@@ -46,10 +46,9 @@ def load_model_config(
             trust_remote_code=model.trust_remote_code,
             local_files_only=folder.exists(),  # else a folder's path is looked up on the hub
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a broken configuration raises what it likes
         raise ConfigError(
-            f"{key}: {model.path} cannot be loaded ({reason}); "
+            f"{key}: {model.path} cannot be loaded ({reason_of(error)}); "
             "allowed: a model folder or a hub name"
         ) from None
     quantised = getattr(config, "quantization_config", None)
@@ -145,10 +144,9 @@ def check_weights(model: ModelConfig, task: str, key: str, *, new_head: bool = F
                 device_map="meta",
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
+    except Exception as error:  # broken files raise what they like
         raise ConfigError(
-            f"{key}: the weights of {model.path} do not load ({reason}); "
+            f"{key}: the weights of {model.path} do not load ({reason_of(error)}); "
             "allowed: what save_pretrained writes for the model of its config.json"
         ) from None
     missing, surplus = set(found["missing_keys"]), set(found["unexpected_keys"])

@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pipelines.config.schema import ConfigError, ModelConfig, UnlearnConfig
+from pipelines.encoding.text import TextEncoder, largest_token, load_tokenizer, reason_of
 from pipelines.model.blank import blank_inputs, use_first_expert
 from pipelines.model.engine import whole
 from pipelines.model.folder import AUTO_CLASSES, check_weights, load_model_config
@@ -43,6 +44,40 @@ def check_models(
     size = check_model(cfg)
     check_weights(cfg.model, cfg.task, "model.path", new_head=new_head)
     return size
+
+
+def check_vocabulary(cfg: UnlearnConfig, others: Iterable[tuple[str, ModelConfig]] = ()) -> None:
+    """Check the tokenizer, and that each model has an embedding for its tokens.
+
+    An oracle is compared token by token: its vocabulary has the size of the scored model's.
+
+    Raises:
+        ConfigError: as `load_tokenizer`, or a vocabulary is too small or of another size.
+    """
+    is_language = cfg.task == "causal_lm"
+    tokenizer = load_tokenizer(cfg.model, ends=is_language)
+    if is_language:
+        read = TextEncoder(cfg.model, None, cfg.data.max_tokens).frame_tokens()
+    else:
+        read = tokenizer("a")["input_ids"]
+    largest = largest_token(tokenizer, read)
+    scored = None
+    for key, model in (("model.path", cfg.model), *others):
+        size = getattr(load_model_config(model, key).get_text_config(), "vocab_size", None)
+        if size is None:
+            continue
+        if largest >= size:
+            raise ConfigError(
+                f"{key}: {model.path} has a vocabulary of {size} tokens, and the tokenizer of "
+                f"{cfg.model.path} gives tokens up to {largest}; allowed: a model of that tokenizer"
+            )
+        if key != "evaluation.oracle":
+            scored = size
+        elif is_language and scored not in (None, size):
+            raise ConfigError(
+                f"{key}: {model.path} has a vocabulary of {size} tokens, and the model that it is "
+                f"compared with one of {scored}; allowed: the same number"
+            )
 
 
 class ModelSize(NamedTuple):
@@ -93,10 +128,15 @@ def blank_model(cfg: UnlearnConfig, model_config: PretrainedConfig | None = None
             base = auto.from_config(
                 model_config, trust_remote_code=cfg.model.trust_remote_code, dtype=dtype
             )
-        except ValueError:  # transformers has no class for the task
-            kind = model_config.model_type
+        except Exception as error:  # a broken configuration raises what it likes
+            if "Unrecognized configuration class" in str(error):
+                kind = model_config.model_type
+                raise ConfigError(
+                    f"task: found {cfg.task}, which models of type {kind} are not made for"
+                ) from None
             raise ConfigError(
-                f"task: found {cfg.task}, which models of type {kind} are not made for"
+                f"model.path: no model can be made by the config.json of {cfg.model.path} "
+                f"({reason_of(error)}); allowed: what save_pretrained writes"
             ) from None
     use_first_expert(base)
     try:

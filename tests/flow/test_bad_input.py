@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from pipelines import preflight
 from pipelines.__main__ import app
 from pipelines.storage import run_folder as artifact
+from tests.bad_models import few_learned_positions, small_vocabulary, unknown_activation
 from tests.tiny_classifiers import write_text_model
 from tests.tiny_model import TEMPLATE
 
@@ -81,6 +82,11 @@ TEMPLATES = {  # of models in folders of these names
     + TEMPLATE,
     "deaf": TEMPLATE.replace("in messages", "in messages if message.role != 'system'"),
 }
+BAD_MODELS = {  # in folders of these names
+    "small": small_vocabulary,
+    "few": few_learned_positions,
+    "strange": unknown_activation,
+}
 OF_TEMPLATES = [
     (
         "a template with the time of day",
@@ -103,6 +109,11 @@ OF_TEMPLATES = [
         "a template that leaves out a system turn",
         ["model.path={folder}/deaf", "data.system_prompt=Be kind."],
         "data.system_prompt: the chat template of {folder}/deaf refuses a system turn or leaves",
+    ),
+    (
+        "a system prompt without a template",
+        ["model.path={folder}/plain", "data.system_prompt=Be kind."],
+        "data.system_prompt: found a text, and {folder}/plain has no chat template to write it in",
     ),
 ]
 CLASSIFIER = [
@@ -247,7 +258,42 @@ CASES = [
         "no tokenizer",
         ["model.path={folder}/dumb"],
         "model.path: no tokenizer loads from {folder}/dumb",
-        "load_tokenizer",
+        "check_vocabulary",
+    ),
+    Case(
+        "a small vocabulary",
+        ["model.path={folder}/small"],
+        "model.path: {folder}/small has a vocabulary of 300 tokens, and the tokenizer of",
+        "check_vocabulary",
+        ALL,
+    ),
+    Case(
+        "an oracle of a small vocabulary",
+        ["evaluation.oracle={folder}/small"],
+        "evaluation.oracle: {folder}/small has a vocabulary of 300 tokens, and the tokenizer of",
+        "check_vocabulary",
+        (*UNLEARNING, "evaluate"),
+    ),
+    Case(
+        "few positions",
+        ["model.path={folder}/few", "data.max_tokens=64", "adapter.targets=[attn.c_proj]"],
+        "for which {folder}/few (model.path) has too few positions; allowed: 32 at most",
+        "check_lengths",
+        ALL,
+    ),
+    Case(
+        "an oracle of few positions",
+        ["evaluation.oracle={folder}/few", "data.max_tokens=64"],
+        "for which {folder}/few (evaluation.oracle) has too few positions; allowed: 32 at most",
+        "check_lengths",
+        (*UNLEARNING, "evaluate"),
+    ),
+    Case(
+        "a configuration that makes no model",
+        ["model.path={folder}/strange"],
+        "model.path: no model can be made by the config.json of {folder}/strange (KeyError: 'nope')",
+        "check_models",
+        ALL,
     ),
     Case(
         "missing file",
@@ -392,6 +438,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(
         (tmp_path / name / "chat_template.jinja").unlink()
         if template:
             (tmp_path / name / "chat_template.jinja").write_text(template)
+    for name, spoil in BAD_MODELS.items():
+        if f"{{folder}}/{name}" in " ".join(case.changes):
+            spoil(shutil.copytree(problem / "model", tmp_path / name))
     (tmp_path / "dumb").mkdir()
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "dumb" / name).symlink_to(problem / "model" / name)

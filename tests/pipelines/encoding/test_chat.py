@@ -13,7 +13,7 @@ from pipelines.config.data import DataConfig
 from pipelines.config.schema import ConfigError, ModelConfig, UnlearnConfig
 from pipelines.data.sets import load_sets
 from pipelines.encoding import chat
-from pipelines.encoding.encoder import check_template
+from pipelines.encoding.encoder import _check_template, check_template
 from pipelines.encoding.text import TextEncoder
 from tests.tiny_model import TEMPLATE
 
@@ -102,6 +102,21 @@ def test_a_template_without_system_turns_is_refused_with_a_system_prompt_alone(
 def test_a_template_that_takes_nothing_is_refused(problem: Path) -> None:
     found = refusal(problem, "{{ nothing.at.all }}")
     assert found.startswith("model.path: M: the chat template refuses the turns user, assistant")
+
+
+def test_a_system_prompt_that_no_template_writes_is_refused(problem: Path, tmp_path: Path) -> None:
+    shutil.copytree(problem / "model", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    plain = ModelConfig(path=f"{tmp_path}/model")
+    for nothing in (None, ""):
+        _check_template(plain, nothing)
+    with pytest.raises(ConfigError) as caught:
+        _check_template(plain, "Be kind.")
+    assert str(caught.value) == (
+        f"data.system_prompt: found a text, and {tmp_path}/model has no chat template to write it "
+        "in; allowed: null (the text may stand in the prompts), or a model with a chat template"
+    )
+    _check_template(ModelConfig(path=f"{problem}/model"), "Be kind.")
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -18,6 +18,7 @@ from pipelines.evaluation.metrics import TokenStatistics
 from pipelines.evaluation.metrics.text import rouge_recall
 from pipelines.evaluation.scored_model import Beside, ScoredModel
 from pipelines.evaluation.text_scorer import Text, TextScorer
+from tests.bad_models import POSITIONS, few_learned_positions
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,22 @@ def plain_loss(cfg: UnlearnConfig, prompt: str, answer: str) -> float:
     labels[:, : len(tokenizer(before)["input_ids"])] = -100
     with torch.no_grad():
         return float(model(ids, labels=labels).loss)
+
+
+def test_an_answer_ends_at_the_last_of_a_models_positions(
+    cfg: UnlearnConfig, problem: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(problem / "model", tmp_path / "model")
+    few_learned_positions(folder)
+    model = ModelConfig(path=str(folder))
+    chosen = cfg.model_copy(
+        update={"model": model, "data": cfg.data.model_copy(update={"max_tokens": POSITIONS})}
+    )
+    scorer = TextScorer(chosen, {"m": model})
+    prompts = ["author " * 99, "author " * 20]
+    for prompt in prompts:
+        assert len(scorer._encoder.prompt(prompt)) > POSITIONS - cfg.evaluation.max_new_tokens
+    assert len(scorer.answers("m", prompts)) == 2
 
 
 def test_losses_are_the_models_own(cfg: UnlearnConfig, rows: list[dict[str, Any]]) -> None:
