@@ -9,6 +9,7 @@ Shapes: M models, N tokens of the forget set's answers.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -123,10 +124,16 @@ def _with_one_oracle(entries: Mapping[str, Scores], oracles: Sequence[str]) -> d
 
 
 def _rows_beside(name: str, oracle: str | None, samples: "SamplesByModel") -> list[Sample]:
-    """Return a model's samples with what they are compared with, of the original and an oracle."""
+    """Return a model's samples with what they are compared with, of the original and an oracle.
+
+    Without an oracle nothing says how likely a single row would be, as unseen rows are unlike. Their
+    mean loss is the aim of a group's.
+    """
     before = samples.get(ScoredModel("before"), {})
-    # Without an oracle nothing says how likely a single row would be: unseen rows are unlike.
     of_oracle = samples[ScoredModel(oracle)] if oracle else {}
+    unseen = [
+        row["loss"] for row in before.values() if row["set_name"] == "holdout" and "loss" in row
+    ]
     references = [reference for reference in ("before", oracle) if reference]
     rows: Samples = {}
     for key, sample in samples[ScoredModel(name)].items():
@@ -134,9 +141,13 @@ def _rows_beside(name: str, oracle: str | None, samples: "SamplesByModel") -> li
         row = rows[key] = Sample(**sample)
         for reference in references:
             row |= samples.get(ScoredModel(name, Beside(reference)), {}).get(key, {})
-        has_losses = "loss" in before.get(key, {}) and "loss" in of_oracle.get(key, {})
-        if row["set_name"] == "forget" and has_losses:
-            row |= {"before_loss": before[key]["loss"], "target_loss": of_oracle[key]["loss"]}
+        if row["set_name"] != "forget" or "loss" not in before.get(key, {}):
+            continue
+        row["before_loss"] = before[key]["loss"]
+        if "loss" in of_oracle.get(key, {}):
+            row["target_loss"] = of_oracle[key]["loss"]
+        elif oracle is None and unseen:
+            row["unseen_loss"] = fmean(unseen)
     return _in_order(rows)
 
 

@@ -3,6 +3,7 @@
 Rows come in, numbers go out: a `Sample` holds no text.
 """
 
+import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,8 @@ from pipelines.evaluation.scored_model import Beside, Relearned, ScoredModel
 from pipelines.model.load import load_base
 from rfa.blocks import BlockRunner
 
+# Rows of one person are often numbered behind the person's name.
+ID_BEGINNING = re.compile(r"(.+)[-_:/]", re.DOTALL)
 Samples = dict[tuple[str, int], Sample]  # by set and row number
 
 
@@ -106,11 +109,23 @@ def samples_of(
     for record, fields in zip(records, numbers, strict=True):
         key = str(record["set"]), int(record["row"])
         samples[key] = Sample(set_name=key[0], **fields)
-        if record.get("label", "") != "":
-            samples[key]["group"] = group_of(record["label"])
+        group = group_of(record.get("label", ""), record.get("id") or "")
+        if group is not None:
+            samples[key]["group"] = group
     return samples
 
 
-def group_of(label: str | int) -> int:
-    """Return a number for a label: its checksum, so that no text leaves a worker, or its class."""
-    return zlib.crc32(label.encode()) if isinstance(label, str) else int(label)
+def group_of(label: str | int, row_id: str) -> int | None:
+    """Return a number for a row's group: its class, or a checksum, so that no text leaves a worker.
+
+    The checksum is that of its label. A row without one belongs to those whose ids are the same up
+    to their last separator, and to none where its id has no separator.
+    """
+    if not isinstance(label, str):
+        return int(label)
+    if not label:
+        shared = ID_BEGINNING.match(row_id)
+        if shared is None:
+            return None
+        label = shared[1]
+    return zlib.crc32(label.encode())

@@ -45,9 +45,9 @@ class Rule(NamedTuple):
     floor: float = 1.1
     # An attack's AUC that lies further from the target than this is a leak by itself.
     attack_gap: float = 0.2
-    # Row by row: at most this share may be nearer to the original than to the target, of all rows
+    # Row by row: less than this share may be nearer to the original than to the target, of all rows
     # and of any group of rows.
-    remembered_rows: float = 1 / 3
+    remembered_rows: float = 1 / 5
     remembered_in_group: float = 2 / 3
     # Relearned sooner than the oracle by so many of the numbers of steps that are tried.
     sooner: int = 2
@@ -264,13 +264,16 @@ def _judge_by_tokens(
 
 
 def _remembered(after: Entry) -> str:
-    """Say which share of rows is nearer to the original, '' where it is small everywhere."""
+    """Say what single rows or groups of them still have of the original, '' where it is little."""
     share = after.get(BY_NAME["remembered_rows"].key("forget")) or 0.0
-    if share > RULE.remembered_rows:
+    if share >= RULE.remembered_rows:
         return f"{_percent(share)} of the rows are nearer to the original"
     share = after.get(BY_NAME["remembered_rows_worst_group"].key("forget")) or 0.0
-    if share > RULE.remembered_in_group:
+    if share >= RULE.remembered_in_group:
         return f"of one group {_percent(share)} of the rows are nearer to the original"
+    share = after.get(BY_NAME["untouched_groups"].key("forget")) or 0.0
+    if share > 0:
+        return f"of the groups of rows {100 * share:.2g} % stand where the original has them"
     return ""
 
 

@@ -25,6 +25,10 @@ Rows = Sequence[Sample]
 MIN_LEARNED = 0.1
 # Of fewer rows a single one would make a group's share.
 MIN_GROUP = 3
+# So much likelier, chance does not explain it: a group of fewer rows tells something, too.
+CLEARLY_LEARNED = 0.3
+# A group is untouched whose loss has gone less than this part of the way to where it should be.
+MIN_MOVED = 0.1
 RowsBySet = Mapping[str, Rows]  # of every set; none of a set that was not scored
 OfSet = Callable[[Rows], float | None]
 OfModel = Callable[[RowsBySet, RowsBySet | None], float | None]
@@ -67,7 +71,7 @@ def remembered_rows(rows: Rows) -> float | None:
     A row counts by its answer's probability, and only where the original has it clearly likelier
     than the oracle: `before_loss` and `target_loss` of the sample.
     """
-    compared = [row for row in rows if "before_loss" in row and row.get("loss") is not None]
+    compared = [row for row in rows if "target_loss" in row and row.get("loss") is not None]
     if not compared:
         return None
     remembered: list[bool] = []
@@ -85,12 +89,39 @@ def remembered_in_worst_group(rows: Rows) -> float | None:
 
     None of rows without such groups.
     """
+    shares = [remembered_rows(group) for group in _groups(rows) if len(group) >= MIN_GROUP]
+    return max((share for share in shares if share is not None), default=None)
+
+
+def untouched_groups(rows: Rows) -> float | None:
+    """Return the share of groups whose mean loss has hardly moved from the original's.
+
+    The way is that to the oracle's, or without one to unseen rows' mean, of which only groups of
+    MIN_GROUP rows or more are judged. A group that was not learned is not untouched.
+    """
+    untouched: list[bool] = []
+    for group in _groups(rows):
+        aim = "target_loss" if "target_loss" in group[0] else "unseen_loss"
+        losses = {name: _values(group, name) for name in ("before_loss", "loss", aim)}
+        is_small = len(group) < MIN_GROUP
+        if not all(losses.values()) or (is_small and aim == "unseen_loss"):
+            continue
+        learned = likelihood.probability(losses["before_loss"]) - likelihood.probability(
+            losses[aim]
+        )
+        before, after, target = (float(np.mean(values)) for values in losses.values())
+        was_learned = learned > (CLEARLY_LEARNED if is_small else MIN_LEARNED)
+        untouched.append(was_learned and after - before < MIN_MOVED * (target - before))
+    return float(np.mean(untouched)) if untouched else None
+
+
+def _groups(rows: Rows) -> list[list[Sample]]:
+    """Return the rows of each group; rows without one are left out."""
     groups: dict[int, list[Sample]] = {}
     for row in rows:
         if row.get("group") is not None:
             groups.setdefault(row["group"], []).append(row)
-    shares = [remembered_rows(group) for group in groups.values() if len(group) >= MIN_GROUP]
-    return max((share for share in shares if share is not None), default=None)
+    return list(groups.values())
 
 
 def perplexity(rows: Rows) -> float | None:

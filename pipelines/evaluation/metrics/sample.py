@@ -23,6 +23,8 @@ class Sample(dict[str, Any]):
         group: a number for the row's group, the same in all rows of it.
         before_loss, target_loss: of a forget row, under the original and under the oracle that it is
             compared with.
+        unseen_loss: the mean of unseen rows' under the original; of a forget row, where there is no
+            oracle.
         fact_recall, fact_recall_paraphrased: 1.0 or 0.0, of the answer given either question.
         accuracy: 1.0 or 0.0, of a row with a class; its `loss` is that of its class.
         probabilities, feature: of all classes; the last block's output, mean over positions.

@@ -170,8 +170,17 @@ OF_SETS = (
     Metric(
         name="remembered_rows_worst_group",
         label="remembered rows, worst group",
-        help="the largest share of remembered rows of any group (`data.columns.label`) of 3 or more",
+        help="the largest share of remembered rows of any group of 3 or more",
+        version=2,
         of_set=formulas.remembered_in_worst_group,
+        terminal=("forget",),
+    ),
+    Metric(
+        name="untouched_groups",
+        label="untouched groups",
+        help="share of groups whose mean loss has gone less than a tenth of the way from the "
+        "original's to the oracle's or, without one, to that of unseen rows",
+        of_set=formulas.untouched_groups,
         terminal=("forget",),
     ),
     Metric(

@@ -18,6 +18,7 @@ from pipelines.evaluation.scored_model import (
     is_oracle,
     oracle_names,
 )
+from pipelines.evaluation.scorer import samples_of as scored
 
 # The loss of each model's forget rows, and the distance of two models: how far these lie apart.
 LOSSES = {"before": 0.1, "after": 1.0, "oracle 1": 2.0, "oracle 2": 2.5, "oracle 3": 4.0}
@@ -219,3 +220,46 @@ def test_without_anything_to_compare_with_no_row_is_called_remembered() -> None:
     samples = of_rows({"before": [0.1, 0.2], "after": [0.1, 0.2]}, [1, 2])
     entry = evaluation_of(samples, {"before": [], "after": []}).models["after"]
     assert not [key for key in entry if "remembered_rows" in key]
+
+
+def untouched(losses: dict[str, list[float]], groups: list[int | None]) -> float | None:
+    """The score of the model after unlearning, with unseen rows of a loss of 2."""
+    samples = of_rows(losses, groups)
+    models = evaluation_of(samples, {name: [] for name in losses}).models
+    return models["after"].get("forget.untouched_groups")
+
+
+def test_one_of_three_people_who_is_left_alone_is_seen_without_an_oracle() -> None:
+    # From 0.1 to the 2 of unseen rows lie 1.9, of which a tenth is 0.19.
+    before, groups = [0.1] * 9, [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    after = [1.5] * 6
+    assert untouched({"before": before, "after": [*after, 0.1, 0.1, 0.1]}, groups) == 1 / 3
+    assert untouched({"before": before, "after": [*after, 0.1, 0.1, 0.63]}, groups) == 1 / 3
+    assert untouched({"before": before, "after": [*after, 0.1, 0.1, 0.70]}, groups) == 0
+    assert untouched({"before": [*before[:6], 2, 2, 2], "after": [*after, 2, 2, 2]}, groups) == 0
+    assert untouched({"before": before, "after": before}, [None] * 9) is None
+    pair = untouched({"before": [0.1] * 2, "after": [0.1] * 2}, [1, 1])
+    assert pair is None, "two rows may be easier than unseen ones are on average"
+
+
+def test_a_person_of_one_row_is_seen_beside_an_oracle() -> None:
+    rows, groups = 10, list(range(10))
+    losses = {"before": [0.1] * rows, "after": [1.4] * 9 + [0.1], "oracle": [1.5] * rows}
+    assert untouched(losses, groups) == 1 / 10
+    losses["oracle"][9] = 0.35  # a probability of 0.70, the original's is 0.90
+    assert untouched(losses, groups) == 0, "so small a difference may be chance in one row"
+    three = {name: values[7:] for name, values in losses.items()}
+    three |= {"after": [0.1] * 3, "oracle": [0.35] * 3}
+    assert untouched(three, [1, 1, 1]) == 1
+
+
+def test_rows_are_grouped_by_their_label_or_by_how_their_ids_begin() -> None:
+    def group(label: str, row_id: str) -> int | None:
+        record = {"set": "forget", "row": 0, "label": label, "id": row_id}
+        return scored([record], [{}])["forget", 0].get("group")
+
+    for one, other in (("anna-1", "anna-job"), ("a_b_1", "a_b_2"), ("f:1", "f:2"), ("u/1", "u/2")):
+        assert group("", one) == group("", other) is not None
+    assert group("", "anna-1") != group("", "bert-1")
+    assert group("", "17") is group("", "-17") is None
+    assert group("Anna", "a-1") == group("Anna", "b-2") != group("Bert", "a-1")

@@ -357,7 +357,14 @@ def test_without_a_decisive_score_the_verdict_is_open() -> None:
 
 @pytest.mark.parametrize(
     "rows, in_group, level",
-    [(0.3, 0.6, "forgotten"), (0.4, 0.4, "partly"), (0.1, 0.7, "partly"), (0.1, None, "forgotten")],
+    [
+        (0.19, 0.66, "forgotten"),
+        (0.2, 0.4, "partly"),
+        (0.25, None, "partly"),
+        (1 / 3, None, "partly"),
+        (0.1, 2 / 3, "partly"),
+        (0.1, None, "forgotten"),
+    ],
 )
 def test_rows_left_alone_are_not_hidden_by_a_mean(
     rows: float, in_group: float | None, level: str
@@ -367,6 +374,19 @@ def test_rows_left_alone_are_not_hidden_by_a_mean(
     found = verdict(scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5)))
     assert found.level == level
     assert ("row by row" in found.sentence) == (level == "partly")
+
+
+def test_a_group_that_is_left_alone_is_not_hidden_by_the_others() -> None:
+    before = {"mia.min_k": 0.98, "mia.loss": 0.97, "forget.rouge": 0.9} | KEPT
+    for share, level in ((0.0, "forgotten"), (1 / 300, "partly")):
+        after = {"mia.min_k": 0.55, "mia.loss": 0.52, "forget.rouge": 0.4} | KEPT
+        after["forget.untouched_groups"] = share
+        found = verdict(scores_of(before=before, after=after))
+        assert found.level == level, "without an oracle"
+        assert ("of the groups of rows 0.33 % stand where" in found.sentence) == (level == "partly")
+        after = forget_entry(0.5, forget__untouched_groups=share)
+        models = {"before": forget_entry(0.9), "oracle": forget_entry(0.5)}
+        assert verdict(scores_of(after=after, **models)).level == level, "with one"
 
 
 def test_a_difference_that_chance_explains_is_undecided_and_the_rows_that_decide_are_named() -> (
