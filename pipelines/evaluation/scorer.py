@@ -17,7 +17,7 @@ from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.evaluation.attacks import quantise_blocks_
 from pipelines.evaluation.metrics import Sample
 from pipelines.evaluation.metrics.keys import Rounding
-from pipelines.evaluation.scored_model import Beside, Relearned, ScoredModel
+from pipelines.evaluation.scored_model import Beside, Relearned, ScoredModel, is_oracle
 from pipelines.model.load import load_base
 from rfa.blocks import BlockRunner
 
@@ -95,7 +95,9 @@ class Scorer(ABC):
         task = self.cfg.task
         # A worker with several GPUs has them for a model that one of them cannot hold.
         spread = task == "causal_lm" and self.device == "cuda" and torch.cuda.device_count() > 1
-        network = load_base(self.models[name], precision, task=task, spread=spread).eval()
+        key = "evaluation.oracle" if is_oracle(name) else "model.path"
+        model = self.models[name]
+        network = load_base(model, precision, task=task, spread=spread, key=key).eval()
         if not spread:
             network.to(self.device)  # pyright: ignore[reportArgumentType]
         return network
@@ -123,9 +125,6 @@ def group_of(label: str | int, row_id: str) -> int | None:
     """
     if not isinstance(label, str):
         return int(label)
-    if not label:
-        shared = ID_BEGINNING.match(row_id)
-        if shared is None:
-            return None
-        label = shared[1]
-    return zlib.crc32(label.encode())
+    shared = ID_BEGINNING.match(row_id)
+    words = label or (shared[1] if shared else "")
+    return zlib.crc32(words.encode()) if words else None

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -127,8 +127,8 @@ def check_weights(model: ModelConfig, task: str, key: str, *, new_head: bool = F
     """Require that a folder's weights are those of its architecture, each of them and no others.
 
     What is missing would be drawn at random, anew at every load. Names and shapes are read, and no
-    values. A hub name is passed: its weights are not here yet. With `new_head` all that a model has
-    beside its body may be missing or another's, because a classifier's head is yet to be learned.
+    values. A hub name is passed, as its weights are not here yet: they are checked when they are
+    loaded. With `new_head` the head may be missing, as in `refuse_unmatched`.
 
     Raises:
         ConfigError: one line with the first names of what is missing or too much.
@@ -149,6 +149,20 @@ def check_weights(model: ModelConfig, task: str, key: str, *, new_head: bool = F
             f"{key}: the weights of {model.path} do not load ({reason_of(error)}); "
             "allowed: what save_pretrained writes for the model of its config.json"
         ) from None
+    refuse_unmatched(model, network, found, key, new_head=new_head)
+
+
+def refuse_unmatched(
+    model: ModelConfig, network: Any, found: Mapping[str, Any], key: str, *, new_head: bool = False
+) -> None:
+    """Refuse weights of which `found`, transformers' account of the loading, names no match.
+
+    With `new_head` all that the network has beside its body may be missing or another's, because a
+    classifier's head is yet to be learned.
+
+    Raises:
+        ConfigError: one line with the first names of what is missing or too much.
+    """
     missing, surplus = set(found["missing_keys"]), set(found["unexpected_keys"])
     if new_head:
         body = f"{network.base_model_prefix}."

@@ -12,7 +12,13 @@ from pipelines.config.schema import ConfigError, ModelConfig, UnlearnConfig
 from pipelines.encoding.text import TextEncoder, largest_token, load_tokenizer, reason_of
 from pipelines.model.blank import blank_inputs, use_first_expert
 from pipelines.model.engine import whole
-from pipelines.model.folder import AUTO_CLASSES, check_weights, load_model_config
+from pipelines.model.folder import (
+    AUTO_CLASSES,
+    check_weights,
+    is_local,
+    load_model_config,
+    refuse_unmatched,
+)
 from pipelines.model.pruning import Masks
 from rfa.adapters import attach
 from rfa.calls import check_calls
@@ -157,20 +163,34 @@ def image_shape(model_config: PretrainedConfig) -> tuple[int, int, int]:
 
 
 def load_base(
-    model: ModelConfig, precision: str = "fp32", *, task: str = "causal_lm", spread: bool = False
+    model: ModelConfig,
+    precision: str = "fp32",
+    *,
+    task: str = "causal_lm",
+    spread: bool = False,
+    key: str = "model.path",
+    new_head: bool = False,
 ) -> PreTrainedModel:
     """Load a model with its weights on the CPU, or `spread` over all GPUs of this process.
 
     Inside `zero3_loading` DeepSpeed partitions the weights instead.
+
+    Raises:
+        ConfigError: the weights of a hub name are not those of its architecture. A folder's were
+            checked before (`check_weights`).
     """
-    return AUTO_CLASSES[task].from_pretrained(
+    network, found = AUTO_CLASSES[task].from_pretrained(
         model.path,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
         dtype=DTYPES[precision],
         use_safetensors=True,  # pickled weights can run code
         device_map="auto" if spread else None,
+        output_loading_info=True,
     )
+    if not is_local(model):
+        refuse_unmatched(model, network, found, key, new_head=new_head)
+    return network
 
 
 def stop_tokens(network: PreTrainedModel, ends: Iterable[int]) -> list[int]:

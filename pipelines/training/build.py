@@ -33,7 +33,8 @@ def build_module(job: Job, rows: WorkerRows) -> tuple[nn.Module, Pruned]:
     """Load and prune the base model, and put the job's objective on it."""
     cfg = job.cfg
     precision = cfg.train.precision if job.kind == "unlearn" else "fp32"
-    base = load_base(cfg.model, precision, task=cfg.task)
+    new_head = job.kind != "unlearn" and cfg.task != "causal_lm"
+    base = load_base(cfg.model, precision, task=cfg.task, new_head=new_head)
     # A restarted worker must prune as before, whatever its share of the rows is now.
     norms = read_norms(ray.train.get_checkpoint())
     if not norms:

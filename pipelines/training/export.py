@@ -58,7 +58,9 @@ def _write_merged(
 ) -> tuple[dict[str, float], Tensor]:
     """Write the adapter and, to `target`, the merged model. Returns its cost, and some logits."""
     trained = point.parameters
-    base = load_base(cfg.model, "fp32" if full else cfg.train.precision, task=cfg.task)
+    precision = "fp32" if full else cfg.train.precision
+    new_head = full and cfg.task != "causal_lm"
+    base = load_base(cfg.model, precision, task=cfg.task, new_head=new_head)
     masks = prune_base(cfg, base, point.norms)
     cost: dict[str, float] = {}
     if masks:

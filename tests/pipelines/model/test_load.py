@@ -15,6 +15,7 @@ from transformers import BertConfig, PretrainedConfig, ResNetConfig, ViTConfig, 
 from pipelines.config.load import load_config
 from pipelines.config.schema import ConfigError, ModelConfig
 from pipelines.encoding.text import load_tokenizer
+from pipelines.model import load
 from pipelines.model.folder import check_weights, load_model_config
 from pipelines.model.load import blank_model, load_base
 from rfa.adapters import lora_layers
@@ -153,6 +154,24 @@ def test_only_fine_tuning_takes_a_classifier_without_its_head(
     model = rewrite(tmp_path / "text", without("embeddings"))
     with pytest.raises(ConfigError, match="lack 5 "):
         check_weights(model, "sequence_classification", "model.path", new_head=True)
+
+
+def test_weights_of_a_hub_name_are_checked_when_they_are_loaded(
+    folder: Path, problem: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # There is no hub here: folders stand for hub names.
+    monkeypatch.setattr(load, "is_local", lambda _model: False)
+    load_base(ModelConfig(path=str(folder)))
+    model = rewrite(folder, without(".layers.2."))
+    with pytest.raises(ConfigError) as caught:
+        load_base(model, key="evaluation.oracle")
+    lack = f"evaluation.oracle: the weights of {folder} lack 9 of the tensors of its config.json ("
+    assert str(caught.value).startswith(lack)
+    write_text_model(tmp_path / "text", problem / "model")
+    model = rewrite(tmp_path / "text", without("classifier."))
+    load_base(model, task="sequence_classification", new_head=True)
+    with pytest.raises(ConfigError, match=r"model\.path: .* lack 2 .*\(classifier\.bias, "):
+        load_base(model, task="sequence_classification")
 
 
 def test_an_adapter_beside_the_weights_is_refused(folder: Path) -> None:
