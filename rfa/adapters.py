@@ -1,6 +1,7 @@
 """LoRA on chosen linear layers and convolutions, through PEFT."""
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -130,7 +131,9 @@ def attach(
 ) -> PeftModel:
     """Freeze a model and put LoRA on the chosen layers.
 
-    B starts at zero, so that the model computes what it did before.
+    B starts at zero, so that the model computes what it did before. A layer that has fewer inputs
+    or outputs than `rank` gets as many ranks as these, since more would change nothing, and the
+    same alpha / rank as the others.
 
     Raises:
         ValueError: as `target_names`.
@@ -138,10 +141,13 @@ def attach(
     names = target_names(model, targets, layers, everywhere=everywhere)
     # Conv1D stores its weight transposed, and PEFT has one setting for all the layers.
     transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in names)
+    ranks = _smaller_ranks(model, names, rank)
     config = LoraConfig(
         r=rank,
         # PEFT asks for an integer, but only divides it by r.
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
+        rank_pattern=ranks,
+        alpha_pattern={name: alpha * own / rank for name, own in ranks.items()},
         lora_dropout=dropout,
         target_modules=names,
         fan_in_fan_out=transposed,
@@ -162,6 +168,19 @@ def attach(
             "choose layers that no experts share a name with"
         )
     return peft_model
+
+
+def _smaller_ranks(model: nn.Module, names: Iterable[str], rank: int) -> dict[str, int]:
+    """Return the largest useful rank of each layer where it is below `rank`, by PEFT's pattern."""
+    ranks: dict[str, int] = {}
+    for name in names:
+        module: Any = model.get_submodule(name)
+        shape = full_shape(module.weight)
+        own = min(shape[0], math.prod(shape[1:]))
+        # PEFT gives each group of a convolution the same part of the rank.
+        if own < rank and getattr(module, "groups", 1) == 1:
+            ranks[f"^{re.escape(name)}$"] = own
+    return ranks
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:

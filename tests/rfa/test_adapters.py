@@ -1,10 +1,12 @@
 """Attaching LoRA: choices and errors."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from rfa.adapters import adapters_off, attach, lora_layers, target_names
+from rfa.adapters import ADAPTER, adapters_off, attach, lora_layers, target_names
 from tests.rfa.conftest import FAMILIES, tiny_model
 from tests.tiny_families import tiny_family
 
@@ -78,3 +80,33 @@ def test_adapters_off_is_the_base_model(kind: str) -> None:
     with adapters_off(model):
         torch.testing.assert_close(model(IDS).logits, expected)
     assert not torch.allclose(model(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_no_layer_has_more_ranks_than_inputs_or_outputs(kind: str) -> None:
+    model = attach(tiny_model(kind), rank=4096, alpha=1024, targets=FAMILIES[kind])
+    layers: list[tuple[str, Any]] = lora_layers(model)
+    for name, layer in layers:
+        weight = layer.get_base_layer().weight
+        assert layer.r[ADAPTER] == min(weight.shape) < 4096, name
+        assert layer.scaling[ADAPTER] == 1 / 4, "alpha / rank as configured"
+        assert layer.lora_A[ADAPTER].weight.shape[0] == min(weight.shape)
+
+
+def test_layers_that_have_the_rank_keep_it_beside_those_that_do_not() -> None:
+    # A head of 3 classes, whose name ends another layer's, too.
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = tiny_model().config
+            self.model = tiny_model().model
+            self.classifier = nn.Linear(32, 3)
+            self.inner = nn.ModuleDict({"classifier": nn.Linear(32, 32)})
+
+    targets = ("classifier", "o_proj")
+    model = attach(Classifier(), rank=8, alpha=4, targets=targets, everywhere=True)
+    ranks = {name.split(".model.", 1)[1]: layer.r[ADAPTER] for name, layer in lora_layers(model)}
+    assert ranks.pop("classifier") == 3
+    assert len(ranks) == 5
+    assert set(ranks.values()) == {8}
+    assert {layer.scaling[ADAPTER] for _, layer in lora_layers(model)} == {0.5}
