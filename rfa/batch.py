@@ -18,7 +18,7 @@ from rfa.settings import TokenKind
 
 
 class Row(NamedTuple):
-    """One tokenised row.
+    """One tokenised row, or one `part` of it by number, where a row is read in several.
 
     `answer_start` is the index of the first answer token. `label` is a class, or a group of rows,
     and -1 if there is none. `utility` marks a row of the utility set. `fact` is the first token
@@ -33,6 +33,7 @@ class Row(NamedTuple):
     classified: bool = False
     pixels_CHW: Tensor | None = None
     fact: tuple[int, int] = (0, 0)
+    part: int = 0
 
     @property
     def size(self) -> int:
@@ -63,8 +64,8 @@ class UnlearnBatch(NamedTuple):
     `answer_BT` is true. It stands for the class.
 
     `forget_B` marks the forget set's rows, and `utility_B` those of the others that come from the
-    utility set. `row_B` is a row's number in its set, `label_B` its class or group. Images have
-    `pixels_BCHW`, and one token a row.
+    utility set. `row_B` is a row's number in its set, `part_B` the part of it, `label_B` its class
+    or group. Images have `pixels_BCHW`, and one token a row.
     """
 
     input_ids_BT: Tensor
@@ -73,6 +74,7 @@ class UnlearnBatch(NamedTuple):
     fact_BT: Tensor
     forget_B: Tensor
     row_B: Tensor
+    part_B: Tensor
     label_B: Tensor
     utility_B: Tensor
     pixels_BCHW: Tensor | None = None
@@ -241,6 +243,7 @@ def collate(
         fact_BT=fact_BT,
         forget_B=torch.arange(len(rows)) >= len(retain),
         row_B=torch.tensor([row.row for row in rows]),
+        part_B=torch.tensor([row.part for row in rows]),
         label_B=torch.tensor([row.label for row in rows]),
         utility_B=torch.tensor([row.utility for row in rows]),
         pixels_BCHW=torch.stack(images) if images else None,

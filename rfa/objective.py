@@ -167,8 +167,9 @@ class ResidualAlignment(nn.Module):
             index_R, lengths_R = selected.index_N.unique_consecutive(return_counts=True)
             by_row = selected.feature_ND.split(lengths_R.tolist())
             for index, feature_ND in zip(index_R.tolist(), by_row, strict=True):
-                row, label = int(batch.row_B[index]), int(batch.label_B[index])
-                sums[name].add(feature_ND, row, label, sample_tokens)
+                row, part = int(batch.row_B[index]), int(batch.part_B[index])
+                label = int(batch.label_B[index])
+                sums[name].add(feature_ND, row, label, sample_tokens, part=part)
         return sums
 
     def fit(self, sums: dict[str, FeatureSums]) -> None:

@@ -24,18 +24,20 @@ class FeatureSums:
     """Sums over one module's retain features, from which every target is fitted.
 
     Workers' sums add up. `by_label` has the count and the sum of each label's features. `sample`
-    has some tokens' features of a row, by the row's number, so that their order is the same however
-    rows are split.
+    has some tokens' features of a row, by the numbers of the row and of its part, so that their
+    order is the same however rows are split.
     """
 
     count: int = 0
     sum_D: Tensor | float = 0.0
     square_D: Tensor | float = 0.0
     by_label: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
-    sample: dict[int, Tensor] = field(default_factory=dict)
+    sample: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
-    def add(self, feature_ND: Tensor, row: int, label: int, sample_tokens: int) -> None:
-        """Add one row's features, and sample up to `sample_tokens` of them, evenly spaced."""
+    def add(
+        self, feature_ND: Tensor, row: int, label: int, sample_tokens: int, *, part: int = 0
+    ) -> None:
+        """Add the features of one row, or of a part of it, and sample up to `sample_tokens` of them, evenly spaced."""
         # In float64, as the difference of large sums gives the variance.
         feature_ND = feature_ND.detach().to("cpu", torch.float64)
         tokens = len(feature_ND)
@@ -44,7 +46,7 @@ class FeatureSums:
             sums.by_label[label] = (tokens, feature_ND.sum(0))
         if sample_tokens:
             evenly = torch.linspace(0, tokens - 1, min(sample_tokens, tokens)).long()
-            sums.sample[row] = feature_ND[evenly].float()
+            sums.sample[row, part] = feature_ND[evenly].float()
         self.merge(sums)
 
     def merge(self, other: "FeatureSums") -> None:
@@ -105,8 +107,8 @@ def fit_target(objective: Objective, sums: FeatureSums, *, seed: int) -> ModuleT
         # pay.
         from sklearn.cluster import KMeans
 
-        # By the row's number, as k-means depends on the order of its points.
-        sample_ND = torch.cat([sums.sample[row] for row in sorted(sums.sample)]).double().numpy()
+        # By number, as k-means depends on the order of its points.
+        sample_ND = torch.cat([sums.sample[key] for key in sorted(sums.sample)]).double().numpy()
         fitted = KMeans(
             min(objective.clusters, len(sample_ND)),
             n_init=1,  # pyright: ignore[reportArgumentType]

@@ -25,6 +25,7 @@ T = TypeVar("T")
 # The columns of numbers that training reads of a window.
 NUMBERS = {
     "row": np.int64,
+    "part": np.int32,
     "label": np.int64,
     "answer_start": np.int32,
     "fact_start": np.int32,
@@ -233,7 +234,8 @@ class TextEncoder:
             fact = int(record["fact_start"]), int(record["fact_end"])
             is_utility = record["set"] == "utility"
             label = int(record["label"])
-            rows.append(Row(ids, start, int(record["row"]), label, utility=is_utility, fact=fact))
+            row = Row(ids, start, int(record["row"]), label, utility=is_utility, fact=fact)
+            rows.append(row._replace(part=int(record["part"])))
         return rows
 
     def blank(self) -> "Row | None":
@@ -264,11 +266,12 @@ class TextEncoder:
         if fact and row["set"] == "forget":
             span = self.fact_span(prompt, answer, fact)
         records: list[dict[str, Any]] = []
-        for window in windows:
+        for part, window in enumerate(windows):
             fact_start, fact_end = window.part_of(*span)
             record = {
                 "set": row["set"],
                 "row": row["row"],
+                "part": part,
                 "label": label,
                 "input_ids": window.input_ids,
                 "answer_start": window.answer_start,

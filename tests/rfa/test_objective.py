@@ -314,3 +314,10 @@ def test_dropout_in_the_frozen_model_is_off_while_training(
 ) -> None:
     alignment = build(objective("drift"), kind="gpt2").train()
     assert float(alignment(batch).retain.detach()) == pytest.approx(0, abs=1e-10)
+
+
+def test_the_parts_of_a_row_are_sampled_one_by_one(build: Build) -> None:
+    alignment = build(Objective(target="cluster_mean", clusters=2))
+    parts = [row._replace(row=7, part=part) for part, row in enumerate(tiny_rows(2, seed=5))]
+    for sums in alignment.feature_sums(collate(parts, [], 0)).values():
+        assert sorted(sums.sample) == [(7, 0), (7, 1)]

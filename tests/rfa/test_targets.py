@@ -98,6 +98,21 @@ def test_sums_of_shards_add_up() -> None:
         assert ours.centre_KD.tolist() == theirs.centre_KD.tolist()
 
 
+def test_clusters_see_every_part_of_a_row_whichever_worker_adds_it_first() -> None:
+    # Two answers of one conversation, at 0 and at 6: neither takes the other's place.
+    centres: list[list[list[float]]] = []
+    for order in ((0, 1), (1, 0)):
+        total = FeatureSums()
+        for part in order:
+            worker = FeatureSums()
+            worker.add(torch.tensor([[6.0 * part, 0.0]]), 4, -1, sample_tokens=8, part=part)
+            total.merge(worker)
+        fitted = fit_target(Objective(target="cluster_mean", clusters=2), total, seed=0)
+        centres.append(fitted.centre_KD.tolist())
+    assert centres[0] == centres[1]
+    assert sorted(centres[0]) == [[0.0, 0.0], [6.0, 0.0]]
+
+
 def test_targets_by_class_need_labels() -> None:
     unlabelled = sums_of([([[1.0, 2.0]], -1)])
     with pytest.raises(ValueError, match="needs a label column"):

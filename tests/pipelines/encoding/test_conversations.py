@@ -73,7 +73,7 @@ def test_each_answer_with_its_end_is_labelled_behind_all_turns_before_it(
 ) -> None:
     loaded = encoder()
     rows = encoded(loaded, row_of(set=name))
-    assert [row.row for row in rows] == [3, 3]
+    assert [(row.row, row.part) for row in rows] == [(3, 0), (3, 1)]
     first, second = (said(loaded, row) for row in rows)
     assert first[1] == f"{SECRET} wrote.<|end|>"
     assert second[1] == f"{ANSWER}<|end|>"
@@ -82,6 +82,7 @@ def test_each_answer_with_its_end_is_labelled_behind_all_turns_before_it(
     whole = loaded.tokenizer(WRITTEN)["input_ids"]
     assert loaded.length(row_of(set=name)) == RowLength(len(whole), 2)
     batch = collate([], rows, loaded.pad_token_id)
+    assert batch.part_B.tolist() == [0, 1]
     labels = [loaded.tokenizer(text)["input_ids"] for _, text in (first, second)]
     assert batch.expected(batch.answer_BT).tolist() == [*labels[0], *labels[1]]
 
