@@ -72,6 +72,11 @@ class TextEncoder:
         ids = prompt_ids + answer_ids
         return ids, min(max(len(prompt_ids), 1), len(ids) - 1)
 
+    def answer_ends(self, prompt: str, answer: str) -> list[int]:
+        """Return the places of the end tokens among the labelled tokens of all of a row's answers."""
+        lengths = [len(ids) - start for ids, start in self.pairs(prompt, answer)]
+        return (np.cumsum(lengths) - 1).tolist()
+
     @cached_property
     def end_ids(self) -> list[int]:
         """Return the tokens that end an answer: the tokenizer's, and the template's end of a turn.

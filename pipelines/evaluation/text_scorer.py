@@ -171,8 +171,11 @@ class TextScorer(Scorer):
         numbers: list[dict[str, Any]] = [{} for _ in range(num_rows)]
         for text, statistics in zip(texts, self._statistics(texts), strict=True):
             row = numbers[text.row]
-            said = "\n".join(answers_of(text.prompt, text.answer))
-            scores = sample_scores(statistics, said)
+            said = answers_of(text.prompt, text.answer)
+            ends = [-1]
+            if len(said) > 1:
+                ends = self._encoder.answer_ends(text.prompt, text.answer)
+            scores = sample_scores(statistics, "\n".join(said), ends)
             if text.kind == "answer":
                 row.update(scores)
             elif text.kind == "perturbed_losses":

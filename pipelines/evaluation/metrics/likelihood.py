@@ -43,15 +43,22 @@ class TokenStatistics(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a metric of single answers is computed from: one answer under one model."""
+    """What a metric of single answers is computed from: one answer under one model.
+
+    A conversation's answers read as one. `ends` are the places of their EOS among the tokens.
+    """
 
     tokens: TokenStatistics  # with EOS
     text: str
+    ends: Sequence[int] = (-1,)
 
     @property
     def body(self) -> TokenStatistics:
         """The tokens without EOS; none for an answer of EOS alone."""
-        return self.tokens.without_eos()
+        is_word_T = np.ones(len(self.tokens.mean), dtype=np.bool_)
+        if len(is_word_T):
+            is_word_T[list(self.ends)] = False
+        return TokenStatistics(*(values_T[is_word_T] for values_T in self.tokens))
 
 
 def loss(log_probability_T: NDArray[np.float64]) -> float:

@@ -14,6 +14,7 @@ between_classifiers = partial(Metric, unit="distance", applies=formulas.has_clas
 OF_MODELS = (
     attack(
         name="mia.min_k",
+        version=2,
         label="min-k %",
         help="an attack by each answer's least likely tokens",
         of_answer=lambda answer: membership.min_k(answer.body.log_probability),
@@ -26,6 +27,7 @@ OF_MODELS = (
     ),
     attack(
         name="mia.min_k_plus_plus",
+        version=2,
         label="min-k %++",
         help="min-k %, relative to the spread of the model's predictions",
         of_answer=lambda answer: membership.min_k_plus_plus(
@@ -81,6 +83,7 @@ OF_MODELS = (
     ),
     Metric(
         name="privleak",
+        version=2,
         label="PrivLeak",
         help="the min-k attack against the oracle's, in percent; aim 0, below: remembered, "
         "above: over-forgotten",

@@ -53,6 +53,7 @@ OF_SETS = (
     ),
     Metric(
         name="extraction_strength",
+        version=2,
         label="extraction strength",
         help="share of an answer that the model completes word for word from its beginning",
         of_answer=lambda answer: memorization.extraction_strength(answer.body.is_argmax),
@@ -64,6 +65,7 @@ OF_SETS = (
     ),
     Metric(
         name="exact_memorization",
+        version=2,
         label="exact memorisation",
         help="share of an answer's tokens that are the model's first choice",
         of_answer=lambda answer: memorization.exact_memorization(answer.body.is_argmax),

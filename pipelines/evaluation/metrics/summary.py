@@ -22,15 +22,19 @@ from pipelines.evaluation.metrics.table import METRICS
 Scores = dict[str, float | None]
 
 
-def sample_scores(statistics: TokenStatistics, answer_text: str) -> dict[str, float | int | None]:
+def sample_scores(
+    statistics: TokenStatistics, answer_text: str, ends: Sequence[int] = (-1,)
+) -> dict[str, float | int | None]:
     """Return the numbers of a row's sample that its answer's tokens give.
+
+    `ends` are the places of EOS among the tokens: a conversation has several.
 
     Numbers that leave EOS out are None when EOS is the only token.
 
     Raises:
         ValueError: there is no labelled token at all.
     """
-    answer = Answer(statistics, answer_text)
+    answer = Answer(statistics, answer_text, ends)
     scores: dict[str, float | int | None] = {"tokens": len(statistics.log_probability)}
     for metric in METRICS:
         if metric.of_answer is not None:

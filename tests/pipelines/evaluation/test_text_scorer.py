@@ -15,6 +15,7 @@ from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.data.conversations import Turn, prompt_of
 from pipelines.encoding.text import TextEncoder
 from pipelines.evaluation.metrics import TokenStatistics
+from pipelines.evaluation.metrics.membership import min_k
 from pipelines.evaluation.metrics.text import rouge_recall
 from pipelines.evaluation.scored_model import Beside, ScoredModel
 from pipelines.evaluation.text_scorer import Text, TextScorer
@@ -225,9 +226,15 @@ def test_a_conversation_is_scored_by_all_of_its_answers(
         ids += before + told
         labels += [-100] * len(before) + told
     with torch.no_grad():
-        loss = model(torch.tensor([ids]), labels=torch.tensor([labels])).loss
-    assert found["loss"] == pytest.approx(float(loss), rel=1e-4)
+        out = model(torch.tensor([ids]), labels=torch.tensor([labels]))
+    assert found["loss"] == pytest.approx(float(out.loss), rel=1e-4)
     assert found["tokens"] == sum(label >= 0 for label in labels)
+    # Neither answer's end is among the tokens that the attack looks at.
+    log_TV = out.logits[0].log_softmax(-1)
+    ends = (-100, tokenizer.eos_token_id)
+    words = [float(log_TV[t - 1, label]) for t, label in enumerate(labels) if label not in ends]
+    assert len(words) == found["tokens"] - 2
+    assert found["min_k"] == pytest.approx(min_k(np.array(words)), rel=1e-4)
 
 
 def test_a_rows_gradient_norm_is_that_of_its_loss(

@@ -34,6 +34,14 @@ def test_only_the_loss_and_what_is_made_of_it_count_eos() -> None:
     assert {name: scores[name] for name in expected} == expected
 
 
+def test_every_end_of_a_conversation_is_left_out() -> None:
+    # Two answers of one token, each with its end; the ends are the least likely.
+    numbers = statistics([-1.0, -9.0, -2.0, -8.0], [True, False, True, False])
+    scores = sample_scores(numbers, "a\nb", ends=[1, 3])
+    assert (scores["loss"], scores["tokens"]) == (5.0, 4)
+    assert (scores["min_k"], scores["exact_memorization"]) == (2.0, 1.0)
+
+
 def test_an_answer_of_eos_alone_keeps_its_loss_and_has_no_other_score() -> None:
     scores = sample_scores(statistics([-2.0], [True]), "")
     assert (scores["loss"], scores["tokens"]) == (2.0, 1)
