@@ -36,7 +36,14 @@ class TokenStatistics(NamedTuple):
         """Return the same without the last labelled token."""
         return self._cut(slice(None, -1))
 
-    def _cut(self, span: slice) -> "TokenStatistics":
+    def without(self, places: Sequence[int]) -> "TokenStatistics":
+        """Return the same without the tokens at these places."""
+        is_kept_T = np.ones(len(self.mean), dtype=np.bool_)
+        if len(is_kept_T):
+            is_kept_T[list(places)] = False
+        return self._cut(is_kept_T)
+
+    def _cut(self, span: slice | NDArray[np.bool_]) -> "TokenStatistics":
         return TokenStatistics(
             self.log_probability[span], self.is_argmax[span], self.mean[span], self.variance[span]
         )
@@ -55,10 +62,7 @@ class Answer(NamedTuple):
     @property
     def body(self) -> TokenStatistics:
         """The tokens without EOS; none for an answer of EOS alone."""
-        is_word_T = np.ones(len(self.tokens.mean), dtype=np.bool_)
-        if len(is_word_T):
-            is_word_T[list(self.ends)] = False
-        return TokenStatistics(*(values_T[is_word_T] for values_T in self.tokens))
+        return self.tokens.without(self.ends)
 
 
 def loss(log_probability_T: NDArray[np.float64]) -> float:
