@@ -35,7 +35,7 @@ READERS = (
     ),
     Readers(
         "objective",
-        ("target", "clusters"),
+        ("target", "clusters", "steering"),
         lambda cfg: _trains(cfg) or _solves_for_targets(cfg),
         "solve.mode=one_pass or blockwise, or train.steps above 0",
     ),
