@@ -233,6 +233,6 @@ class DataConfig(Section):
     )
     system_prompt: Annotated[str | None, ANY_TEXT] = Field(
         default=None,
-        description="System message for the chat template; null takes the template's own, '' an "
-        "empty one.",
+        description="System message for the chat template, which must be there; null takes the "
+        "template's own, '' an empty one.",
     )

@@ -28,7 +28,12 @@ class ModelConfig(Section):
 class AdapterConfig(Section):
     """The LoRA adapter that holds the change."""
 
-    rank: int = Field(default=16, ge=1, le=4096, description="Rank of B A.")
+    rank: int = Field(
+        default=16,
+        ge=1,
+        le=4096,
+        description="Rank of B A; a layer with fewer inputs or outputs has as many as these.",
+    )
     alpha: float = Field(default=32, gt=0, description="The residual is alpha / rank * B A x.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     targets: tuple[str, ...] = Field(

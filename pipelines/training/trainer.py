@@ -21,7 +21,7 @@ from ray.util.queue import Queue
 
 from pipelines.cluster.resources import stage_of, worker_environment
 from pipelines.cluster.tasks import this_node
-from pipelines.config.schema import UnlearnConfig
+from pipelines.config.schema import ConfigError, UnlearnConfig
 from pipelines.encoding.batches import ShardByRank, Stream, plan_stream
 from pipelines.encoding.encoder import build_encoder
 from pipelines.places import place_in
@@ -113,15 +113,19 @@ class Trainer:
             with forwarded_messages(messages, listener), raised_interrupts():
                 return trainer.fit()
         except WorkerGroupError as error:
-            raise RuntimeError(reason_of(error)) from error
+            raise failure_of(error) from error
 
 
-def reason_of(error: WorkerGroupError) -> str:
-    """Say what the first failure of a worker was, and where in this project's code it was raised."""
+def failure_of(error: WorkerGroupError) -> Exception:
+    """Return the first failure of a worker: what was refused there, or what was raised and where."""
     # Each failure is a full traceback, whose last line names the cause.
     trace = str(next(iter(error.worker_failures.values()))).strip()
-    reason, place = trace.splitlines()[-1][:300], place_in(trace)
-    return f"{reason} ({place})" if place else reason
+    reason, place = trace.splitlines()[-1], place_in(trace)
+    kind, _, words = reason.partition(": ")
+    if kind.endswith(ConfigError.__name__):
+        return ConfigError(words)
+    reason = reason[:300]
+    return RuntimeError(f"{reason} ({place})" if place else reason)
 
 
 def train_worker(settings: dict[str, Job]) -> None:

@@ -2,10 +2,12 @@
 
 import traceback
 
+import pytest
 from ray.train import WorkerGroupError
 
-from pipelines.config.load import short_hash
-from pipelines.training.trainer import reason_of
+from pipelines.config.load import read_config, short_hash
+from pipelines.config.schema import ConfigError
+from pipelines.training.trainer import failure_of
 
 
 def failure(text: str) -> WorkerGroupError:
@@ -17,7 +19,7 @@ def test_a_workers_failure_names_its_place() -> None:
         short_hash(None)  # pyright: ignore[reportArgumentType]
     except AttributeError:
         trace = traceback.format_exc()
-    told = reason_of(failure(trace))
+    told = str(failure_of(failure(trace)))
     assert told.startswith(
         "AttributeError: 'NoneType' object has no attribute 'encode' (config/load"
     )
@@ -25,4 +27,16 @@ def test_a_workers_failure_names_its_place() -> None:
 
 
 def test_a_failure_of_no_own_frame_is_its_last_line() -> None:
-    assert reason_of(failure("Traceback ...\nValueError: odd\n")) == "ValueError: odd"
+    told = failure_of(failure("Traceback ...\nValueError: odd\n"))
+    assert isinstance(told, RuntimeError)
+    assert str(told) == "ValueError: odd"
+
+
+def test_what_a_worker_refuses_is_wrong_input() -> None:
+    """As the weights of a hub name, which are not here before a worker loads them."""
+    with pytest.raises(ConfigError) as caught:
+        read_config("nowhere.yaml")
+    trace = "".join(traceback.format_exception(caught.value))
+    told = failure_of(failure(trace))
+    assert isinstance(told, ConfigError)
+    assert str(told) == str(caught.value)
