@@ -15,10 +15,9 @@ def failure(text: str) -> WorkerGroupError:
 
 
 def test_a_workers_failure_names_its_place() -> None:
-    try:
+    with pytest.raises(AttributeError) as caught:
         short_hash(None)  # pyright: ignore[reportArgumentType]
-    except AttributeError:
-        trace = traceback.format_exc()
+    trace = "".join(traceback.format_exception(caught.value))
     told = str(failure_of(failure(trace)))
     assert told.startswith(
         "AttributeError: 'NoneType' object has no attribute 'encode' (config/load"
