@@ -79,10 +79,10 @@ class ScoreCache:
         self._folder = cache_folder() / "scores"
         self._folder.mkdir(parents=True, mode=0o700, exist_ok=True)
         self._models = {name: _folder_digest(model.path) for name, model in models.items()}
+        self._encoder = _folder_digest(cfg.model.path, weights=False)
         self._shared = [
             _code_digest(),
             *(metadata.version(library) for library in LIBRARIES),
-            _folder_digest(cfg.model.path, weights=False),
             cfg.task,
             cfg.seed,
             cfg.data.system_prompt,
@@ -130,7 +130,7 @@ class ScoreCache:
     def _path(self, task: Task) -> Path | None:
         """Return the file of a task's samples, or None where a model has no digest."""
         name, change = task.model
-        digests = [self._models[name]]
+        digests = [self._encoder, self._models[name]]
         if isinstance(change, Beside):
             digests.append(self._models[change.reference])
             change = Beside("")

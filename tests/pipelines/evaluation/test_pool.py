@@ -196,6 +196,8 @@ def test_another_model_row_or_setting_is_scored_anew(
     for override in ("seed=1", "data.max_tokens=100", "train.precision=bf16"):
         changed = load_config("quick", [f"model.path={cfg.model.path}", override])
         assert ScoreCache(changed, models).load(task) is None
+    by_hub = load_config("quick", ["model.path=owner/name"])
+    assert ScoreCache(by_hub, models).load(task) is None, "nor by a hub's tokenizer"
     of_hub = Task(ScoredModel("hub"), [piece])
     cache.save(of_hub, samples)
     assert cache.load(of_hub) is None, "a hub may change what a name means"
