@@ -41,7 +41,8 @@ def raylet_of(process: subprocess.Popen[bytes], *, timeout_s: float = 120) -> ps
     while time.monotonic() < until and process.poll() is None:
         with suppress(psutil.NoSuchProcess):
             for child in psutil.Process(process.pid).children(recursive=True):
-                if child.name() == "raylet":
+                # While a process is being started it has a name and no environment yet.
+                if child.name() == "raylet" and child.environ():
                     return child
         time.sleep(0.02)
     raise AssertionError(f"no raylet; exit code {process.poll()}")
