@@ -118,6 +118,16 @@ def test_weights_and_own_targets_carry_no_gradient(name: str, weight: Any) -> No
         assert gradient == pytest.approx(weight(p) * scale, rel=1e-4)
 
 
+def test_the_target_of_ceu_is_constant() -> None:
+    logits_NV = PROBABILITY_NV.log().requires_grad_()
+    given = answers()._replace(log_NV=logits_NV.log_softmax(1))
+    FORGET_LOSSES["ceu"](given).sum().backward()
+    others_NV = PROBABILITY_NV.scatter(1, LABEL_N[:, None], 0.0)
+    target_NV = others_NV / others_NV.sum(1, keepdim=True)
+    assert logits_NV.grad is not None
+    torch.testing.assert_close(logits_NV.grad, PROBABILITY_NV - target_NV)
+
+
 def test_unlikelihood_keeps_its_gradient_where_the_answer_is_certain() -> None:
     logits_NV = torch.tensor([[30.0, 0.0, 0.0]], requires_grad=True)
     certain = answers()._replace(log_NV=logits_NV.log_softmax(1), label_N=torch.tensor([0]))

@@ -213,10 +213,10 @@ def test_a_method_sets_what_is_not_given(tmp_path: Path) -> None:
     by_gradient = ["solve.mode=off", "train.steps=5"]
     settings = load_config("quick", ["objective.method=simnpo", *by_gradient]).objective.settings()
     assert settings == Objective(output="simnpo", weights=Weights(0, 0, 0, 1, 0.125))
-    changed = ["objective.method=simnpo", "objective.weights.task=2", "objective.distance=cosine"]
+    changed = ["objective.method=simnpo", "objective.weights.task=2", "objective.output=ascent"]
     cfg = load_config("quick", [*changed, *by_gradient])
     assert cfg.objective.weights.model_dump() == Weights(0, 0, 0, 2, 0.125)._asdict()
-    assert cfg.objective.distance == "cosine"
+    assert cfg.objective.output == "ascent"
     (tmp_path / "config.yaml").write_text(to_yaml(cfg))
     assert load_config(str(tmp_path / "config.yaml")) == cfg
 
