@@ -29,6 +29,16 @@ def one_line(message: object) -> str:
     return f"{text[:half]} ... {text[-half:]}"
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the first line of the error that caused another, with its kind where it needs one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = one_line(str(error).partition("\n")[0])
+    if line and isinstance(error, OSError | ValueError):
+        return line
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
 def escaped(text: str) -> str:
     """Return a text with its control characters spelled out, which a terminal would obey."""
     return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -226,7 +226,8 @@ def open_csv(piece: Piece, wanted: set[str]) -> Generator[Rows]:
         # The "-sig" drops a byte order mark. The csv module wants line ends as they are.
         io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text,
     ):
-        header = next(lines := _csv_lines(text), "")
+        lines = _csv_lines(text)
+        header = next(lines, "")
         unquoted = re.sub(r'"[^"]*"', "", header)
         delimiter = next((mark for mark in ",;\t" if mark in unquoted), ",")
         reader = csv.DictReader(chain([header], lines), delimiter=delimiter, strict=True)
@@ -247,19 +248,16 @@ def _csv_lines(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _csv_rows(reader: "csv.DictReader[str]") -> Iterator[dict[str, Any]]:
-    while True:
-        try:
-            row = next(reader, None)
-        except csv.Error:
-            where = f"line {reader.line_num}"
-            raise SourceError(f"{where} is not CSV; allowed: separated values") from None
-        if row is None:
-            return
-        # DictReader puts surplus values under the key None, and None into columns without a value.
-        if None in row or None in row.values():
-            where = f"line {reader.line_num} has more or fewer values"
-            raise SourceError(f"{where} than the header; allowed: as many")
-        yield row
+    try:
+        for row in reader:
+            # DictReader puts surplus values under the key None, and None where a value is missing.
+            if None in row or None in row.values():
+                where = f"line {reader.line_num} has more or fewer values"
+                raise SourceError(f"{where} than the header; allowed: as many")
+            yield row
+    except csv.Error:
+        where = f"line {reader.line_num}"
+        raise SourceError(f"{where} is not CSV; allowed: separated values") from None
 
 
 # ---- Arrow ---------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.config.schema import ConfigError, ModelConfig
-from pipelines.config.text import one_line
+from pipelines.config.text import reason_of
 from pipelines.data.conversations import Turn, turns_of
 from pipelines.encoding import chat
 from pipelines.encoding.windows import COVERED_SETS, RowLength, Window, windows_of
@@ -286,16 +286,6 @@ class TextEncoder:
             }
             records.append(record)
         return records
-
-
-def reason_of(error: BaseException) -> str:
-    """Return the first line of the error that caused another, with its kind where it needs one."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    line = one_line(str(error).partition("\n")[0])
-    if line and isinstance(error, OSError | ValueError):
-        return line
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def loaded_once(load: Callable[P, T]) -> Callable[P, T]:

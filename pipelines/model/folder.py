@@ -17,7 +17,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from pipelines.config.schema import ConfigError, ModelConfig
-from pipelines.encoding.text import reason_of
+from pipelines.config.text import reason_of
 
 AUTO_CLASSES: dict[str, Any] = {
     "causal_lm": AutoModelForCausalLM,

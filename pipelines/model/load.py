@@ -9,7 +9,8 @@ from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pipelines.config.schema import ConfigError, ModelConfig, UnlearnConfig
-from pipelines.encoding.text import TextEncoder, largest_token, load_tokenizer, reason_of
+from pipelines.config.text import reason_of
+from pipelines.encoding.text import TextEncoder, largest_token, load_tokenizer
 from pipelines.model.blank import blank_inputs, use_first_expert
 from pipelines.model.engine import whole
 from pipelines.model.folder import (
