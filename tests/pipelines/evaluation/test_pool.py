@@ -193,6 +193,12 @@ def test_another_model_row_or_setting_is_scored_anew(
         Task(ScoredModel("after"), [piece._replace(digest="others")]),
     ):
         assert cache.load(other) is None
+    # Beside another model the same model has other distances, whatever that one is called.
+    beside = Task(ScoredModel("after", Beside("before")), [piece])
+    cache.save(beside, {beside.model: samples[ScoredModel("after")]})
+    assert cache.load(Task(ScoredModel("after", Beside("after")), [piece])) is None
+    called = ScoreCache(cfg, {"after": noisy_model, "oracle": cfg.model})
+    assert called.load(Task(ScoredModel("after", Beside("oracle")), [piece])) is not None
     for override in ("seed=1", "data.max_tokens=100", "train.precision=bf16"):
         changed = load_config("quick", [f"model.path={cfg.model.path}", override])
         assert ScoreCache(changed, models).load(task) is None
