@@ -38,13 +38,15 @@ def gate(
     ] = None,
     verdict: Annotated[
         list[str] | None,
-        typer.Option(metavar="VERDICT", help="A verdict that may pass; repeatable. [forgotten]"),
+        typer.Option(
+            metavar="VERDICT", help="A verdict that may pass; repeatable. [indistinguishable]"
+        ),
     ] = None,
     debug: Debug = False,
 ) -> None:
     """Refuse a run whose verdict or scores miss what is required: exit code 3, one reason a line.
 
-    Without options only the verdict counts: it must be the page's "forgotten". What `verify`
+    Without options only the verdict counts: it must be "indistinguishable". What `verify`
     refuses, or finds changed, does not pass.
     """
     with reporting(debug) as terminal:
@@ -56,7 +58,7 @@ def gate(
         requirements = [parse_requirement(text) for text in require or ()]
         output = open_output(run_dir, "RUN_DIR")
         with output.local_copy(*RUN_FILES) as folder:
-            reasons = reasons_to_refuse(folder, requirements, verdict or ["forgotten"])
+            reasons = reasons_to_refuse(folder, requirements, verdict or ["indistinguishable"])
         reasons += differences(output)
         for reason in reasons:
             terminal.say(reason)

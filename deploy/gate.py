@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from pipelines.config.schema import ConfigError
-from pipelines.evaluation.verdict import Level, verdict
+from pipelines.evaluation.rule import Level
+from pipelines.evaluation.verdict import verdict
 from pipelines.report.page import read_run
 
 COMPARISONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}

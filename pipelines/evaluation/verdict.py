@@ -1,16 +1,21 @@
 """Was it forgotten, and what did it cost? The rule behind a run's verdict, from the scores alone.
 
 As in open-unlearning (locuslab) the yardstick is closeness to the retrain oracle, not the lowest
-score. Means alone can be met by two wrongs that cancel: the verdict also asks whether the model is
-nearer to the oracle token by token, and whether every attack finds what it finds of the oracle.
-Two oracles differ, too: where several are given, that distance is the floor, and nearer than the
-floor no model can be asked to be.
+score. Means alone can be met by two wrongs that cancel: the verdict also asks whether the model lies
+at the oracle token by token, and whether every attack finds what it finds of the oracle. Two
+oracles differ, too: where several are given, that distance is the floor, and nearer than the floor
+no model can be asked to be.
+
+A run has one level. A model that has lost what should stay is no result (`utility_lost`), whatever
+it forgot. One that stands beyond the oracle is `over_forgotten`: that is a tell-tale, too. What
+else differs from the oracle are traces (`traces_remain`). Where chance alone may explain what does,
+the verdict is `undecided`, and only what is left is `indistinguishable`.
 """
 
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from pipelines.evaluation.intervals import Chance
 from pipelines.evaluation.metrics.keys import ROUNDINGS
@@ -18,51 +23,16 @@ from pipelines.evaluation.metrics.membership import CHANCE
 from pipelines.evaluation.metrics.metric import Metric
 from pipelines.evaluation.metrics.relearning import STEPS
 from pipelines.evaluation.metrics.table import BY_NAME, METRICS
+from pipelines.evaluation.rule import HEADS, RULE, Level
 
-
-class Rule(NamedTuple):
-    """The thresholds of a verdict."""
-
-    # The original must differ from the target by this much, or a score says nothing of forgetting.
-    min_gap: float = 0.02
-    # Of the scores that say something, this share must be nearer to the target than the original.
-    forgotten: float = 2 / 3
-    # Below this share nothing worth the name was forgotten.
-    partly: float = 1 / 3
-    # Further than this beyond the target, on the side away from the original, is a tell-tale, too.
-    overshoot: float = 0.10
-    # This share of overshooting scores makes the verdict: too many to be chance.
-    overshoot_share: float = 1 / 4
-    # A score of what should stay that falls under this share of the original's is a cost.
-    kept: float = 0.95
-    # A decisive share that stands further than this from the target, on the original's side, is
-    # still there, however much nearer to the target it has come.
-    remains: float = 0.10
-    # Token by token: at most this share of the original's distance from the oracle, of both
-    # distances the part above the floor.
-    token_distance: float = 0.6
-    # Up to so many times the floor a model's tokens cannot be told from another oracle's.
-    floor: float = 1.1
-    # An attack's AUC that lies further from the target than this is a leak by itself.
-    attack_gap: float = 0.2
-    # Row by row: less than this share may be nearer to the original than to the target, of all rows
-    # and of any group of rows.
-    remembered_rows: float = 1 / 5
-    remembered_in_group: float = 2 / 3
-    # Relearned sooner than the oracle by so many of the numbers of steps that are tried.
-    sooner: int = 2
-    # Without a target: scores above this share of the original's mean that nothing happened.
-    still_there: float = 0.90
-
-
-RULE = Rule()
 TOKEN_DISTANCE = BY_NAME["token_distance"].key("forget")
+ABOVE = BY_NAME["token_distance_above"].key("forget")
+BELOW = BY_NAME["token_distance_below"].key("forget")
 JUDGED = [metric for metric in METRICS if metric.judged]
 
 Entry = Mapping[str, float | None]
 Models = Mapping[str, Entry | None]
-Level = Literal["forgotten", "costly", "partly", "over_forgotten", "not_forgotten", "undecided"]
-Judgement = tuple[Level, str, str]  # a verdict's level, its first words and the evidence
+Judgement = tuple[Level, str]  # a verdict's level and the evidence
 
 
 class Verdict(NamedTuple):
@@ -110,24 +80,29 @@ def verdict(scores: Mapping[str, Any]) -> Verdict:
     """
     models: Models = scores["models"]
     before, after, oracle = models["before"] or {}, models["after"] or {}, models.get("oracle")
+    chance = Chance.of(scores)
     kept = _kept_shares(before, after)
-    counts = _count(before, after, oracle, Chance.of(scores))
-    level, head, evidence = _judge(before, after, oracle, counts)
-    lost = [share.words for share in kept if share.value < RULE.kept]
-    if level == "forgotten" and (remembered := _remembered(after)):
-        level, head = "partly", "Partly forgotten"
+    counts = _count(before, after, oracle, chance)
+    level, evidence = _judge(before, after, oracle, counts, chance)
+    if level == "indistinguishable" and (remembered := _remembered(after)):
+        level = "traces_remain"
         evidence += f", but not row by row: {remembered}"
     brought_back = _brought_back(before, after, oracle)
-    if level == "forgotten" and brought_back:
-        level, head = "partly", "Partly forgotten"
+    if level == "indistinguishable" and brought_back:
+        level = "traces_remain"
         evidence += f"; but it comes back by {_join(brought_back)}"
-    if level == "forgotten" and counts.unsettled:
+    lost = [share.words for share in kept if share.value < RULE.kept]
+    is_ruined = any(share.value < RULE.ruined for share in kept)
+    if is_ruined or (level == "indistinguishable" and lost):
+        level = "utility_lost"
+    head = HEADS[level]
+    if level == "utility_lost":
+        head += f" ({_join(lost)})"
+    if level == "indistinguishable" and counts.unsettled:
         level, head = "undecided", "Undecided: too few rows"
         evidence += f"; but chance alone may explain {_named(counts.unsettled)}"
-    if level == "forgotten" and not kept:
-        level, head = "undecided", "Undecided"
-    elif level == "forgotten" and lost:
-        level, head = "costly", f"Forgotten, but at the cost of {_join(lost)}"
+    if level == "indistinguishable" and not kept:
+        level, head = "undecided", HEADS["undecided"]
     if not oracle:
         head += " (no retrained oracle was given, so this verdict is weaker)"
     return Verdict(level, f"{head}: {evidence}; {_keep_clause(kept)}.")
@@ -200,67 +175,72 @@ def _stand_in(metric: Metric, before: Entry) -> float | None:
     return before.get(metric.key("holdout")) if metric.of_set else None
 
 
-def _judge(before: Entry, after: Entry, oracle: Entry | None, counts: Forgetting) -> Judgement:
-    """Return level, first words and evidence, from the forget set alone."""
-    old, new = before.get(TOKEN_DISTANCE), after.get(TOKEN_DISTANCE)
+def _judge(
+    before: Entry, after: Entry, oracle: Entry | None, counts: Forgetting, chance: Chance
+) -> Judgement:
+    """Return level and evidence, from the forget set alone."""
     target = "the retrained oracle" if oracle else "never-seen data"
     if counts.measured == 0:
         return _judge_without_target(before, after)
     if counts.telling == 0:
         evidence = f"no forget-set score tells the original from {target}, "
         evidence += "so there was nothing to forget or the scores do not see it"
-        return "undecided", "Undecided", evidence
+        return "undecided", evidence
     if counts.beyond >= RULE.overshoot_share * counts.measured:
         evidence = f"{counts.beyond} of {counts.measured} forget-set scores lie more than "
         evidence += f"{RULE.overshoot:.2f} beyond those of {target}, itself a tell-tale"
-        return "over_forgotten", "Over-forgotten", evidence
+        return "over_forgotten", evidence
     by_counts = _judge_by_counts(counts, target)
-    if by_counts[0] == "not_forgotten" or old is None or new is None:
+    if before.get(TOKEN_DISTANCE) is None or after.get(TOKEN_DISTANCE) is None:
         return by_counts
-    return _judge_by_tokens(old, new, (oracle or {}).get(TOKEN_DISTANCE), by_counts)
+    return _judge_by_tokens(before, after, oracle or {}, by_counts, chance)
 
 
 def _judge_by_counts(counts: Forgetting, target: str) -> Judgement:
     """Judge by how many scores are nearer to the target, and by the decisive ones and attacks."""
     evidence = f"on the forget set the model is closer to {target} than to the original "
     evidence += f"on {counts.nearer} of {counts.telling} scores"
-    if counts.nearer < RULE.partly * counts.telling:
-        return "not_forgotten", "Not forgotten", evidence
     if counts.exposed:
-        evidence += f", but {_join(counts.exposed)} sees that something was removed"
-        return "over_forgotten", "Over-forgotten", evidence
+        return (
+            "over_forgotten",
+            f"{evidence}, but {_join(counts.exposed)} sees that something was removed",
+        )
     if counts.missed:
-        return "partly", "Partly forgotten", f"{evidence}, but not on {_join(counts.missed)}"
-    if counts.nearer < RULE.forgotten * counts.telling:
-        return "partly", "Partly forgotten", evidence
+        return "traces_remain", f"{evidence}, but not on {_join(counts.missed)}"
+    if counts.nearer < RULE.nearer * counts.telling:
+        return "traces_remain", evidence
     if not counts.decisive:
-        return "undecided", "Undecided", f"{evidence}, but none of the decisive ones was measured"
-    return "forgotten", "Forgotten", evidence
+        return "undecided", f"{evidence}, but none of the decisive ones was measured"
+    return "indistinguishable", evidence
 
 
 def _judge_by_tokens(
-    before: float, after: float, floor: float | None, by_counts: Judgement
+    before: Entry, after: Entry, oracle: Entry, by_counts: Judgement, chance: Chance
 ) -> Judgement:
     """Judge by the distance to the oracle at each token, and by the counts where it allows.
 
-    `floor` is the distance of several oracles to each other.
+    The distance of several oracles to each other is the floor.
     """
-    level, head, evidence = by_counts
-    oracle = "the oracle"
+    level, evidence = by_counts
+    old, new, floor = (entry.get(TOKEN_DISTANCE) for entry in (before, after, oracle))
+    assert old is not None and new is not None
+    named, most = "the oracle", RULE.token_distance * old
     if floor is not None:
-        oracle = f"the oracles (these from each other {floor:.2f})"
-    lies = f"{after:.2f} nats from {oracle}, the original {before:.2f}"
-    if floor is not None and after <= RULE.floor * floor:
+        named, most = f"the oracles (these from each other {floor:.2f})", RULE.floor * floor
+    lies = f"{new:.2f} nats from {named}, the original {old:.2f}"
+    if new <= most or chance.explains(TOKEN_DISTANCE):
         evidence += f"; token by token it lies {lies}: "
-        return level, head, f"{evidence}its tokens cannot be told from a retrained model's"
-    if after >= before:
-        evidence = f"token by token the model has come no nearer: it lies {lies}"
-        return "not_forgotten", "Not forgotten", evidence
-    evidence += f"; token by token it lies {lies}"
-    least = floor or 0.0
-    if level == "forgotten" and after - least > RULE.token_distance * (before - least):
-        return "partly", "Partly forgotten", evidence
-    return level, head, evidence
+        return level, f"{evidence}its tokens cannot be told from a retrained model's"
+    if new < old:
+        found: Level = "over_forgotten" if level == "over_forgotten" else "traces_remain"
+        return found, f"{evidence}; token by token it lies {lies}"
+    below, above = (after.get(name) or 0.0 for name in (BELOW, ABOVE))
+    if below > above:
+        evidence = (
+            f"token by token it lies farther out than the original, on the other side: {lies}"
+        )
+        return "over_forgotten", evidence
+    return "traces_remain", f"token by token the model has come no nearer: it lies {lies}"
 
 
 def _remembered(after: Entry) -> str:
@@ -311,13 +291,12 @@ def _judge_without_target(before: Entry, after: Entry) -> Judgement:
             total += old
             left += new
     if total == 0:
-        evidence = "no score of the forget set was measured before, after and for a target"
-        return "undecided", "Undecided", evidence
+        return "undecided", "no score of the forget set was measured before, after and for a target"
     share = left / total
     evidence = f"the forget-set scores stand at {_percent(share)} of the original's on average"
     if share >= RULE.still_there:
-        return "not_forgotten", "Not forgotten", evidence
-    return "undecided", "Undecided", f"{evidence}, but nothing given says how low is right"
+        return "traces_remain", evidence
+    return "undecided", f"{evidence}, but nothing given says how low is right"
 
 
 def _keep_clause(kept: Sequence[Share]) -> str:

@@ -24,7 +24,8 @@ from pipelines.evaluation.metrics.keys import ROUNDINGS, metric_of
 from pipelines.evaluation.metrics.membership import chance_gap
 from pipelines.evaluation.metrics.metric import Metric
 from pipelines.evaluation.metrics.table import METRICS
-from pipelines.evaluation.verdict import RULE, TOKEN_DISTANCE, Entry, verdict
+from pipelines.evaluation.rule import RULE
+from pipelines.evaluation.verdict import TOKEN_DISTANCE, Entry, verdict
 from pipelines.report.curves import LOWEST, loss_curves, relearn_curve, token_scatter
 from pipelines.storage.records import Scores, read_json, read_text
 

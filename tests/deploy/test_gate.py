@@ -33,7 +33,7 @@ def require(*conditions: str) -> list[str]:
     return [word for condition in conditions for word in ("--require", condition)]
 
 
-def test_a_forgotten_run_passes(tmp_path: Path) -> None:
+def test_a_run_that_cannot_be_told_from_the_oracle_passes(tmp_path: Path) -> None:
     assert gate(tmp_path, 0.5) == (0, f"Passed: {tmp_path}\n")
 
 
@@ -41,12 +41,13 @@ def test_a_run_that_has_not_forgotten_is_refused_with_the_pages_sentence(tmp_pat
     code, told = gate(tmp_path, 0.88)
     assert (code, told.count("\n")) == (3, 1)
     assert told.startswith(
-        "verdict: not_forgotten, required: forgotten (Not forgotten: on the forget set the model is"
+        "verdict: traces_remain, required: indistinguishable (Traces remain: on the forget set the"
     )
 
 
 def test_another_verdict_passes_where_it_is_named(tmp_path: Path) -> None:
-    assert gate(tmp_path, 0.88, "--verdict", "forgotten", "--verdict", "not_forgotten")[0] == 0
+    options = ("--verdict", "indistinguishable", "--verdict", "traces_remain")
+    assert gate(tmp_path, 0.88, *options)[0] == 0
 
 
 def test_every_missed_limit_is_a_line(tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_every_missed_limit_is_a_line(tmp_path: Path) -> None:
             require("later.forget.rouge<=0.2"),
             "--require: found model 'later', this run has: before, after, oracle",
         ),
-        (["--verdict", "fine"], "--verdict: found 'fine', allowed: forgotten, costly, partly"),
+        (["--verdict", "fine"], "--verdict: found 'fine', allowed: indistinguishable, traces_re"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

@@ -137,7 +137,7 @@ def test_facts_that_are_still_recalled_are_not_forgotten_and_stand_beside_rouge(
         oracle=oracle,
     )
     level, sentence = verdict(scores)
-    assert level == "partly"
+    assert level == "traces_remain"
     assert "on 12 of 14 scores, but not on fact recall" in sentence
     page = write_report(write_run(tmp_path, scores)).read_text(encoding="utf-8")
     plot, table = page.split("<h2>All scores</h2>")
