@@ -88,7 +88,7 @@ class SolveSettings(NamedTuple):
         sketch_columns: columns of the low-memory form.
     """
 
-    mode: SolveMode = "blockwise"
+    mode: SolveMode = "per_token"
     utility_weight: float = 1.0
     fact_weight: float = 4.0
     ridge: float = 1e-3

@@ -84,10 +84,11 @@ class SolveConfig(Section):
 
     mode: SolveMode = Field(
         default=SOLVE.mode,
-        description="one_pass: all modules from the base model's features; blockwise: from the "
-        "lowest block up, each from what it sees with the residuals below in place; "
-        "per_token: in rounds, until each forget token is as likely as its like in the holdout "
-        "set (language models); off: train.steps of gradient do all the work.",
+        description="per_token: in rounds, until each forget token is as likely as its like in "
+        "the holdout set (language models); blockwise: module by module from the lowest block up, "
+        "each from what it sees with the residuals below in place (a classifier's default); "
+        "one_pass: all modules from the base model's features; off: train.steps of gradient do "
+        "all the work.",
     )
     strength: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         default="auto",
@@ -178,6 +179,16 @@ class UnlearnConfig(Section):
                 "allowed: a folder, on a cluster one that all nodes share, or s3:// or gs://"
             )
         return output_dir
+
+    @model_validator(mode="before")
+    @classmethod
+    def _classifiers_have_no_tokens_to_aim_at(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or tree.get("task", "causal_lm") == "causal_lm":
+            return tree
+        solve = tree.get("solve", {})
+        if not isinstance(solve, dict):
+            return tree
+        return {**tree, "solve": {"mode": "blockwise", **solve}}
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "UnlearnConfig":

@@ -28,6 +28,7 @@ from pipelines.evaluation.rule import HEADS, RULE, Level
 TOKEN_DISTANCE = BY_NAME["token_distance"].key("forget")
 ABOVE = BY_NAME["token_distance_above"].key("forget")
 BELOW = BY_NAME["token_distance_below"].key("forget")
+MOST_NAMED = 3  # of what was kept or lost, in a sentence
 JUDGED = [metric for metric in METRICS if metric.judged]
 
 Entry = Mapping[str, float | None]
@@ -67,7 +68,8 @@ class Share(NamedTuple):
     """How much of a score that should stay is left."""
 
     words: str
-    value: float
+    value: float  # beside the original's
+    of_lower: float  # beside the original's or the oracle's, whichever is lower
     always_named: bool
 
 
@@ -81,7 +83,7 @@ def verdict(scores: Mapping[str, Any]) -> Verdict:
     models: Models = scores["models"]
     before, after, oracle = models["before"] or {}, models["after"] or {}, models.get("oracle")
     chance = Chance.of(scores)
-    kept = _kept_shares(before, after)
+    kept = _kept_shares(before, after, oracle or {})
     counts = _count(before, after, oracle, chance)
     level, evidence = _judge(before, after, oracle, counts, chance)
     if level == "indistinguishable" and (remembered := _remembered(after)):
@@ -91,13 +93,13 @@ def verdict(scores: Mapping[str, Any]) -> Verdict:
     if level == "indistinguishable" and brought_back:
         level = "traces_remain"
         evidence += f"; but it comes back by {_join(brought_back)}"
-    lost = [share.words for share in kept if share.value < RULE.kept]
-    is_ruined = any(share.value < RULE.ruined for share in kept)
+    lost = [share.words for share in kept if share.of_lower < RULE.kept]
+    is_ruined = any(share.of_lower < RULE.ruined for share in kept)
     if is_ruined or (level == "indistinguishable" and lost):
         level = "utility_lost"
     head = HEADS[level]
     if level == "utility_lost":
-        head += f" ({_join(lost)})"
+        head += f" ({_join(_first(lost))})"
     if level == "indistinguishable" and counts.unsettled:
         level, head = "undecided", "Undecided: too few rows"
         evidence += f"; but chance alone may explain {_named(counts.unsettled)}"
@@ -108,15 +110,21 @@ def verdict(scores: Mapping[str, Any]) -> Verdict:
     return Verdict(level, f"{head}: {evidence}; {_keep_clause(kept)}.")
 
 
-def _kept_shares(before: Entry, after: Entry) -> list[Share]:
-    """Return how much is left of each score that should stay; what is always named comes first."""
+def _kept_shares(before: Entry, after: Entry, oracle: Entry) -> list[Share]:
+    """Return how much is left of each score that should stay; what is always named comes first.
+
+    What retraining would have lost, too, is not lost by unlearning.
+    """
     shares: list[Share] = []
     for metric in sorted(METRICS, key=lambda metric: not metric.is_utility):
         for set_name, words in metric.kept.items():
             old, new = before.get(metric.key(set_name)), after.get(metric.key(set_name))
             if old and new is not None:
                 is_named = metric.is_utility and set_name != "utility"
-                shares.append(Share(words, new / old, is_named))
+                retrained = oracle.get(metric.key(set_name))
+                lower = old if retrained is None else min(old, retrained)
+                of_lower = new / lower if lower else math.inf
+                shares.append(Share(words, new / old, of_lower, is_named))
     return shares
 
 
@@ -303,9 +311,16 @@ def _keep_clause(kept: Sequence[Share]) -> str:
     """Name the shares that are always named and those that were lost, or else the first."""
     if not kept:
         return "what it keeps was not measured"
-    named = [share for share in kept if share.always_named or share.value < RULE.kept]
+    named = [share for share in kept if share.always_named or share.of_lower < RULE.kept]
     shares = [f"{_percent(share.value)} of {share.words}" for share in named or kept[:1]]
-    return f"it keeps {_join(shares)}"
+    return f"it keeps {_join(_first(shares))}"
+
+
+def _first(parts: Sequence[str]) -> list[str]:
+    """Return the first parts, with a word for the others where there are many."""
+    if len(parts) <= MOST_NAMED:
+        return list(parts)
+    return [*parts[:MOST_NAMED], f"{len(parts) - MOST_NAMED} more"]
 
 
 def _percent(share: float) -> str:

@@ -176,7 +176,7 @@ def test_a_solve_in_passing_tells_what_the_solved_model_predicts(build: Build) -
 
 def test_forget_features_come_nearer_to_the_target_and_retain_features_stay(build: Build) -> None:
     alignment = build(Objective(target="retain_mean"))
-    one_pass = OnePassSolver(alignment, SolveSettings())
+    one_pass = OnePassSolver(alignment, SolveSettings(mode="blockwise"))
     one_pass.collect(collate([*RETAIN, *UTILITY], [], 0))
     one_pass.reduce()
     batch = collate(RETAIN, FORGET, 0)
@@ -194,7 +194,7 @@ def test_forget_features_come_nearer_to_the_target_and_retain_features_stay(buil
 
 def test_columns_that_no_token_needs_can_still_learn(build: Build) -> None:
     alignment = build(Objective(tokens="answer"))
-    one_pass = OnePassSolver(alignment, SolveSettings())
+    one_pass = OnePassSolver(alignment, SolveSettings(mode="blockwise"))
     one_pass.collect(collate(RETAIN, [], 0))
     one_pass.reduce()
     # One row with one answer token: one direction, for adapters of rank 2.
@@ -208,7 +208,9 @@ def test_columns_that_no_token_needs_can_still_learn(build: Build) -> None:
 
 
 def test_wide_modules_take_the_low_memory_form(build: Build) -> None:
-    one_pass = OnePassSolver(build(), SolveSettings(exact_width=40, sketch_columns=20))
+    one_pass = OnePassSolver(
+        build(), SolveSettings(mode="blockwise", exact_width=40, sketch_columns=20)
+    )
     one_pass.collect(collate(RETAIN, [], 0))
     shapes = {
         name.rsplit(".", 1)[-1]: tuple(own.sum_DL.shape)

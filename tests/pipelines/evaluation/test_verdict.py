@@ -200,6 +200,16 @@ def test_the_original_as_its_own_oracle_leaves_the_verdict_open() -> None:
     assert verdict(scores_of(after=forget_entry(0.4), **models)).level == "undecided"
 
 
+def test_what_retraining_loses_too_is_not_lost_by_unlearning() -> None:
+    after = forget_entry(0.5, general__probability=0.50)
+    models = {"before": forget_entry(0.9), "after": after}
+    assert verdict(scores_of(**models, oracle=forget_entry(0.5))).level == "utility_lost"
+    oracle = forget_entry(0.5, general__probability=0.52)
+    level, sentence = verdict(scores_of(**models, oracle=oracle))
+    assert level == "indistinguishable"
+    assert "83 % of general knowledge" in sentence
+
+
 def test_forgetting_without_any_score_of_what_stays_is_undecided() -> None:
     nothing = dict.fromkeys(KEPT)
     models = {

@@ -196,7 +196,7 @@ def test_a_70b_model_needs_parameters_in_cpu_memory_on_gpus_half_the_size() -> N
 
 
 def test_what_does_not_fit_is_told_with_what_would() -> None:
-    changes = ["train.steps=10", "train.forget_batch_size=256"]
+    changes = ["train.steps=10"]
     cfg = load_config("llama_8b", changes)
     device = planned_device(cfg.train, "A100-40G")
     model, rows = blank(cfg, LARGE["llama_8b"]), {"retain": 10, "forget": 1}

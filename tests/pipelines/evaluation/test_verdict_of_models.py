@@ -1,0 +1,102 @@
+"""The verdict on real models, tiny ones: what was done to each is known, and the verdict must say so."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipelines.config.load import load_config
+from pipelines.config.schema import ModelConfig
+from pipelines.data.sets import load_sets
+from pipelines.data.synthetic import write_problem
+from pipelines.encoding.text import TextEncoder
+from pipelines.evaluation.pool import evaluate
+from pipelines.evaluation.verdict import Verdict, verdict
+from rfa.batch import Row, collate
+from rfa.blocks import BlockRunner
+from tests.tiny_model import write_tiny_model
+
+SETS = ("forget", "retain", "utility", "holdout", "general")
+GENERAL_ROWS = 40  # that are taught
+STEPS, BATCH = 150, 32
+
+
+def settings(folder: Path) -> list[str]:
+    """Return what the `quick` preset is given."""
+    sets = [f"data.{name}.path={folder}/data/{name}.jsonl" for name in SETS]
+    rows = ["evaluation.max_new_tokens=16", "evaluation.max_rows=40", "data.utility.max_rows=8"]
+    return [f"model.path={folder}/model", *sets, *rows]
+
+
+def encoded(folder: Path, name: str) -> list[Row]:
+    """Return a set's rows as the model reads them."""
+    cfg = load_config("quick", settings(folder))
+    encoder = TextEncoder(cfg.model, cfg.data.system_prompt, cfg.data.max_tokens)
+    rows: list[Row] = []
+    for line in (folder / "data" / f"{name}.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        rows.append(Row(*encoder.pair(row["prompt"], row["answer"])))
+    return rows
+
+
+def train(
+    start: Path, end: Path, rows: Sequence[Row], seed: int, steps: int = STEPS, rate: float = 4e-3
+) -> None:
+    """Train a model on answers, with a negative rate away from them, and write it."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(start)
+    runner = BlockRunner(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=abs(rate), weight_decay=0.0, maximize=rate < 0)  # fmt: skip
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / steps, steps)
+    for _ in range(steps):
+        picked = [rows[index] for index in torch.randperm(len(rows))[:BATCH].tolist()]
+        batch = collate(picked, [], model.config.pad_token_id)
+        logits_NV = runner(batch, logits_at_BT=batch.answer_BT).logits_NV
+        assert logits_NV is not None
+        loss = torch.nn.functional.cross_entropy(logits_NV, batch.expected(batch.answer_BT))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    model.save_pretrained(end)
+    AutoTokenizer.from_pretrained(start).save_pretrained(end)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A problem, a model that learned all of it, three without the forget set, one of gradient ascent."""
+    folder = tmp_path_factory.mktemp("taught")
+    base = write_tiny_model(folder / "model")
+    write_problem(folder / "data", authors=16, questions=3, seed=0, forget=4)
+    kept = encoded(folder, "retain") + encoded(folder, "general")[:GENERAL_ROWS]
+    forget = encoded(folder, "forget")
+    train(base, folder / "learned", kept + forget, 0)
+    for seed in (1, 2, 3):
+        train(base, folder / f"oracle{seed}", kept, seed)
+    train(folder / "learned", folder / "ascent", forget, 0, steps=6, rate=-3e-4)
+    return folder
+
+
+def verdict_on(folder: Path, name: str, *changes: str) -> Verdict:
+    """Evaluate a model beside the one that learned all, and two oracles."""
+    cfg = load_config("quick", [*settings(folder), *changes])
+    names = {"before": "learned", "after": name, "oracle 1": "oracle1", "oracle 2": "oracle2"}
+    models = {key: ModelConfig(path=str(folder / value)) for key, value in names.items()}
+    cfg = cfg.model_copy(update={"model": models["before"]})
+    return verdict(evaluate(cfg, models, load_sets(cfg.data), lambda _: None).content())
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_the_verdict_says_what_was_done_to_a_model(taught: Path) -> None:
+    done = {
+        "learned": "traces_remain",
+        "model": "utility_lost",
+        "ascent": "over_forgotten",
+        "oracle3": "indistinguishable",
+    }
+    found = {name: verdict_on(taught, name) for name in done}
+    assert {name: one.level for name, one in found.items()} == done, found
+    assert verdict_on(taught, "oracle3", "evaluation.max_rows=2").level == "undecided"
