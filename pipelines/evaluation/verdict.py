@@ -69,7 +69,7 @@ class Share(NamedTuple):
 
     words: str
     value: float  # beside the original's
-    of_lower: float  # beside the original's or the oracle's, whichever is lower
+    of_lower: float  # beside the original's or the lowest that retraining gives
     always_named: bool
 
 
@@ -83,7 +83,7 @@ def verdict(scores: Mapping[str, Any]) -> Verdict:
     models: Models = scores["models"]
     before, after, oracle = models["before"] or {}, models["after"] or {}, models.get("oracle")
     chance = Chance.of(scores)
-    kept = _kept_shares(before, after, oracle or {})
+    kept = _kept_shares(before, after, oracle or {}, scores.get("oracle_spread", {}))
     counts = _count(before, after, oracle, chance)
     level, evidence = _judge(before, after, oracle, counts, chance)
     if level == "indistinguishable" and (remembered := _remembered(after)):
@@ -110,10 +110,13 @@ def verdict(scores: Mapping[str, Any]) -> Verdict:
     return Verdict(level, f"{head}: {evidence}; {_keep_clause(kept)}.")
 
 
-def _kept_shares(before: Entry, after: Entry, oracle: Entry) -> list[Share]:
+def _kept_shares(
+    before: Entry, after: Entry, oracle: Entry, spread: Mapping[str, float]
+) -> list[Share]:
     """Return how much is left of each score that should stay; what is always named comes first.
 
-    What retraining would have lost, too, is not lost by unlearning.
+    What retraining would have lost, too, is not lost by unlearning, nor is what several oracles
+    differ by.
     """
     shares: list[Share] = []
     for metric in sorted(METRICS, key=lambda metric: not metric.is_utility):
@@ -122,8 +125,9 @@ def _kept_shares(before: Entry, after: Entry, oracle: Entry) -> list[Share]:
             if old and new is not None:
                 is_named = metric.is_utility and set_name != "utility"
                 retrained = oracle.get(metric.key(set_name))
-                lower = old if retrained is None else min(old, retrained)
-                of_lower = new / lower if lower else math.inf
+                differ = spread.get(metric.key(set_name), 0.0)
+                lower = old if retrained is None else min(old, retrained - differ)
+                of_lower = new / lower if lower > 0 else math.inf
                 shares.append(Share(words, new / old, of_lower, is_named))
     return shares
 
@@ -201,7 +205,7 @@ def _judge(
     by_counts = _judge_by_counts(counts, target)
     if before.get(TOKEN_DISTANCE) is None or after.get(TOKEN_DISTANCE) is None:
         return by_counts
-    return _judge_by_tokens(before, after, oracle or {}, by_counts, chance)
+    return _judge_by_tokens((before, after, oracle or {}), counts, by_counts, chance)
 
 
 def _judge_by_counts(counts: Forgetting, target: str) -> Judgement:
@@ -223,14 +227,15 @@ def _judge_by_counts(counts: Forgetting, target: str) -> Judgement:
 
 
 def _judge_by_tokens(
-    before: Entry, after: Entry, oracle: Entry, by_counts: Judgement, chance: Chance
+    models: Sequence[Entry], counts: Forgetting, by_counts: Judgement, chance: Chance
 ) -> Judgement:
     """Judge by the distance to the oracle at each token, and by the counts where it allows.
 
-    The distance of several oracles to each other is the floor.
+    `models` are before, after and oracle. Several oracles' distance to each other is the floor.
     """
+    _, after, _ = models
     level, evidence = by_counts
-    old, new, floor = (entry.get(TOKEN_DISTANCE) for entry in (before, after, oracle))
+    old, new, floor = (entry.get(TOKEN_DISTANCE) for entry in models)
     assert old is not None and new is not None
     named, most = "the oracle", RULE.token_distance * old
     if floor is not None:
@@ -239,16 +244,16 @@ def _judge_by_tokens(
     if new <= most or chance.explains(TOKEN_DISTANCE):
         evidence += f"; token by token it lies {lies}: "
         return level, f"{evidence}its tokens cannot be told from a retrained model's"
+    found: Level
     if new < old:
-        found: Level = "over_forgotten" if level == "over_forgotten" else "traces_remain"
+        found = "over_forgotten" if level == "over_forgotten" else "traces_remain"
         return found, f"{evidence}; token by token it lies {lies}"
     below, above = (after.get(name) or 0.0 for name in (BELOW, ABOVE))
-    if below > above:
-        evidence = (
-            f"token by token it lies farther out than the original, on the other side: {lies}"
-        )
-        return "over_forgotten", evidence
-    return "traces_remain", f"token by token the model has come no nearer: it lies {lies}"
+    if below <= above:
+        return "traces_remain", f"token by token the model has come no nearer: it lies {lies}"
+    # What is still there is worse than what is missing elsewhere.
+    found = "traces_remain" if counts.missed else "over_forgotten"
+    return found, f"{evidence}; token by token it lies farther out, on the other side: {lies}"
 
 
 def _remembered(after: Entry) -> str:

@@ -4,7 +4,7 @@
 
 Each piece is a command of the product in a process of its own: data, target, oracles, and one `run` a method. What is
 complete is not made again, so that an interrupted suite goes on; the page shows what is there. Settings were chosen on
-authors-0 alone; all other problems are tests. Run it alone on the machine, as it reports seconds.
+authors-0 alone; all other problems are tests.
 """
 
 import argparse
@@ -144,10 +144,8 @@ def table(outcome: Outcome) -> list[str]:
             cells.append(number(outcome.scores[method]["models"]["after"].get(name)))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     costs = [outcome.scores[method]["cost"] for method in methods]
-    seconds = [f"{cost['solve_s'] + cost['train_s']:.0f}" for cost in costs]
     memory = [f"{cost['peak_memory_bytes'] / 2**30:.2f}" for cost in costs]
     levels = [verdict(outcome.scores[method]).level for method in methods]
-    lines.append("| seconds, workers' start included | | | " + " | ".join(seconds) + " |")
     lines.append("| peak memory of a worker, GiB | | | " + " | ".join(memory) + " |")
     lines.append("| verdict | | | " + " | ".join(levels) + " |")
     return lines

@@ -173,6 +173,9 @@ def test_tokens_farther_out_than_the_originals_are_beyond_the_oracle_or_short_of
     assert found.level == level
     assert "0.90 nats from the oracle, the original 0.72" in found.sentence
     assert ("on the other side" in found.sentence) == (level == "over_forgotten")
+    after["forget.fact_recall"] = 0.9
+    found = verdict(scores_of(before=before, after=after, oracle=forget_entry(0.5)))
+    assert found.level == "traces_remain", "facts that are recalled are the worse trace"
 
 
 def test_tokens_that_chance_cannot_tell_from_the_oracles_are_no_trace() -> None:
@@ -208,6 +211,10 @@ def test_what_retraining_loses_too_is_not_lost_by_unlearning() -> None:
     level, sentence = verdict(scores_of(**models, oracle=oracle))
     assert level == "indistinguishable"
     assert "83 % of general knowledge" in sentence
+    oracle = forget_entry(0.5, general__probability=0.56)
+    scores = scores_of(**models, oracle=oracle)
+    assert verdict(scores).level == "utility_lost"
+    assert verdict(scores | {"oracle_spread": {"general.probability": 0.05}}).level == level
 
 
 def test_forgetting_without_any_score_of_what_stays_is_undecided() -> None:
