@@ -9,7 +9,9 @@ from pydantic import Field, field_validator
 from pipelines.config.data import Section
 from pipelines.config.train import check_gpus
 
-RobustnessCheck = Literal["quantised_8bit", "quantised_4bit", "relearn"]
+RobustnessCheck = Literal[
+    "quantised_8bit", "quantised_4bit", "relearn", "relearn_retain", "relearn_general"
+]
 
 
 class EvaluationConfig(Section):
@@ -41,8 +43,10 @@ class EvaluationConfig(Section):
         default=(),
         description="Attempts to bring the forget set back, on the models after and oracle; any "
         "of quantised_8bit, quantised_4bit (the forget and retain sets scored once more, with "
-        "rounded weights) and relearn (50 steps of fine-tuning on half of the forget set; a "
-        "worker holds all parameters in fp32 with gradients and AdamW's moments).",
+        "rounded weights), relearn (50 steps of fine-tuning on half of the forget set), "
+        "relearn_retain and relearn_general (the same on as many rows of the retain or the general "
+        "set, at most 64). To relearn, a worker holds all parameters in fp32 with gradients and "
+        "AdamW's moments.",
     )
 
     @field_validator("gpus_per_worker")

@@ -197,6 +197,11 @@ class UnlearnConfig(Section):
             raise ValueError(
                 f"evaluation.robustness: found {found}, allowed with task={self.task}: []"
             )
+        if "relearn_general" in self.evaluation.robustness and self.data.general is None:
+            raise ValueError(
+                "data.general: missing, required by evaluation.robustness with relearn_general; "
+                "allowed: a set, or robustness without it"
+            )
         # Stage 3 partitions the weights, and Wanda and SalUn need complete ones.
         if self.prune.method == "wanda" and self.train.deepspeed.stage == 3:
             raise ValueError(

@@ -97,16 +97,22 @@ def gradient_norm(model: nn.Module, loss: Tensor) -> float:
     return float(torch.stack([norm.cpu() for norm in norms]).mean())
 
 
-def halves(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the rows to learn again, every second one by number, and those of the others to score.
+def learned_and_held_out(
+    rows: Sequence[dict[str, Any]],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the rows to fine-tune on, and the forget rows to score.
 
-    A row with the same words as one to learn is in neither.
+    These are the rows of another set and all forget rows, or every second forget row by number and
+    the others. A row with the same words as one to learn is in neither.
     """
     ordered = sorted(rows, key=lambda row: row["row"])
-    learned = ordered[::2]
+    learned = [row for row in ordered if row["set"] != "forget"]
+    held_out_rows = [row for row in ordered if row["set"] == "forget"]
+    if not learned:
+        learned, held_out_rows = held_out_rows[::2], held_out_rows[1::2]
     hashes = {content_hash(row["prompt"], row["answer"]) for row in learned}
     held_out: list[dict[str, Any]] = []
-    for row in ordered[1::2]:
+    for row in held_out_rows:
         if content_hash(row["prompt"], row["answer"]) not in hashes:
             held_out.append(row)
     return learned, held_out

@@ -159,14 +159,17 @@ def _scores_of_change(model: ScoredModel, samples: "SamplesByModel") -> Scores:
             if key.partition(".")[0] in QUANTISED_SETS:
                 scores[f"{model.change.name}.{key}"] = value
         return scores
+    assert isinstance(model.change, Relearned)
+    relearning = model.change.by
     curve: dict[int, list[Sample]] = {}
     for step in STEPS:
-        curve[step] = _in_order(samples.get(ScoredModel(model.name, Relearned(step)), {}))
-    held_out = samples.get(ScoredModel(model.name, Relearned(0)), {})
+        relearned = ScoredModel(model.name, Relearned(step, relearning))
+        curve[step] = _in_order(samples.get(relearned, {}))
+    held_out = samples.get(ScoredModel(model.name, Relearned(0, relearning)), {})
     before = samples.get(ScoredModel("before"), {})
-    # The original is scored on the whole set, and compared on the half that was not relearned.
+    # The original is scored on the whole set, and compared on the rows that were not learned.
     original = {row: sample for row, sample in before.items() if row in held_out}
-    return relearn_scores(curve, _in_order(original) if before else None)
+    return relearn_scores(curve, _in_order(original) if before else None, relearning)
 
 
 def _tokens(

@@ -17,6 +17,7 @@ from pipelines.cluster.resources import worker_environment, workers_now
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.data.sets import Sets
 from pipelines.evaluation.entries import Evaluation, evaluation_of
+from pipelines.evaluation.metrics.relearning import MOST_LEARNED
 from pipelines.evaluation.score_cache import Piece, ScoreCache, Task, digest_of
 from pipelines.evaluation.scored_model import (
     CHANGES,
@@ -48,7 +49,7 @@ def evaluate(
     for all others. What was scored before is read from the user's cache.
     """
     # Cutting the sets needs CPUs, and the workers take all there are: sets first.
-    tasks = _tasks(cfg, models, pieces_of(cfg, sets))
+    tasks = _tasks(cfg, models, pieces_of(cfg, sets), _learned_pieces(cfg, sets))
     cache = ScoreCache(cfg, models)
     samples: defaultdict[ScoredModel, Samples] = defaultdict(dict)
     waiting: list[Task] = []
@@ -137,7 +138,7 @@ class _Worker:
     ) -> "tuple[int, dict[ScoredModel, Samples]]":
         rows = pa.concat_tables(pieces)
         if isinstance(model.change, Relearned):
-            return index, self._scorer.relearn(model.name, rows)
+            return index, self._scorer.relearn(model, rows)
         return index, {model: self._scorer.score(model, rows)}
 
     def answers(
@@ -174,9 +175,15 @@ def _sets_of(change: Change) -> tuple[str, ...]:
 
 
 def _tasks(
-    cfg: UnlearnConfig, models: Collection[str], pieces: Mapping[str, list[Piece]]
+    cfg: UnlearnConfig,
+    models: Collection[str],
+    pieces: Mapping[str, list[Piece]],
+    learned: Mapping[str, list[Piece]],
 ) -> list[Task]:
-    """Return the longest tasks first, then model after model, so that a worker loads each once."""
+    """Return the longest tasks first, then model after model, so that a worker loads each once.
+
+    `learned` has the rows of other sets that a relearning takes, besides the forget set's.
+    """
     # A relearning is one task of many steps. Begun last, it would keep one worker busy alone.
     relearnings: list[Task] = []
     tasks: list[Task] = []
@@ -185,7 +192,8 @@ def _tasks(
         for change in _changes_of(cfg, name, models):
             model = ScoredModel(name, change)
             if isinstance(change, Relearned):
-                relearnings.append(Task(model, pieces["forget"]))
+                of_others = learned.get(change.by.learned, [])
+                relearnings.append(Task(model, pieces["forget"] + of_others))
                 continue
             for set_name in _sets_of(change):
                 tasks += [Task(model, [piece]) for piece in pieces.get(set_name, [])]
@@ -198,6 +206,25 @@ def _rows_scored(cfg: UnlearnConfig, sets: Sets, name: str) -> int:
 
 def pieces_of(cfg: UnlearnConfig, sets: Sets) -> dict[str, list[Piece]]:
     """Return small tables of rows, by set, thinned to `evaluation.max_rows` a set."""
+    return _cut(cfg, sets, {name: _rows_scored(cfg, sets, name) for name in sets.names()})
+
+
+def _learned_pieces(cfg: UnlearnConfig, sets: Sets) -> dict[str, list[Piece]]:
+    """Return the rows of other sets than the forget set that relearnings take, by set.
+
+    These are as many as relearning on half of the forget set takes, at most MOST_LEARNED.
+    """
+    half = (_rows_scored(cfg, sets, "forget") + 1) // 2
+    limits: dict[str, int] = {}
+    for check in cfg.evaluation.robustness:
+        change = CHANGES[check]
+        if isinstance(change, Relearned) and change.by.learned != "forget":
+            limits[change.by.learned] = min(half, MOST_LEARNED, sets.counts[change.by.learned])
+    return _cut(cfg, sets, limits)
+
+
+def _cut(cfg: UnlearnConfig, sets: Sets, limits: Mapping[str, int]) -> dict[str, list[Piece]]:
+    """Return small tables of so many rows of each of these sets."""
     size = max(ROWS_A_PIECE, cfg.evaluation.batch_size)
 
     @ray.remote
@@ -215,8 +242,9 @@ def pieces_of(cfg: UnlearnConfig, sets: Sets) -> dict[str, list[Piece]]:
 
     cuts: dict[str, list[Any]] = {}
     for name, rows in sets.items():
-        limit = _rows_scored(cfg, sets, name)
+        if name not in limits:
+            continue
         blocks = rows.to_arrow_refs()
-        cuts[name] = [cut.remote(name, block, sets.counts[name], limit) for block in blocks]
+        cuts[name] = [cut.remote(name, block, sets.counts[name], limits[name]) for block in blocks]
     # Awaited once all are submitted, so that sets are cut side by side.
     return {name: list(chain(*ray.get(waiting))) for name, waiting in cuts.items()}

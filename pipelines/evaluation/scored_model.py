@@ -6,13 +6,14 @@ The changes are what could bring back what a model has forgotten (`pipelines.eva
 from typing import NamedTuple
 
 from pipelines.evaluation.metrics.keys import ROUNDINGS, Rounding
-from pipelines.evaluation.metrics.relearning import STEPS
+from pipelines.evaluation.metrics.relearning import RELEARNINGS, STEPS, Relearning
 
 
 class Relearned(NamedTuple):
-    """A relearning: so many steps of fine-tuning on half of the forget set."""
+    """A relearning: so many steps of fine-tuning on its rows."""
 
     steps: int
+    by: Relearning = RELEARNINGS[0]
 
 
 class Beside(NamedTuple):
@@ -34,7 +35,7 @@ class ScoredModel(NamedTuple):
 # By their names in `evaluation.robustness`.
 CHANGES: dict[str, Change] = {
     **{rounding.name: rounding for rounding in ROUNDINGS},
-    "relearn": Relearned(STEPS[-1]),
+    **{relearning.name: Relearned(STEPS[-1], relearning) for relearning in RELEARNINGS},
 }
 QUANTISED_SETS = ("forget", "retain")  # sets that models of rounded weights are scored on
 

@@ -55,8 +55,8 @@ class Scorer(ABC):
     def _score(self, rows: pa.Table) -> Samples:
         """Return the numbers of each row under the loaded model."""
 
-    def relearn(self, name: str, rows: pa.Table) -> dict[ScoredModel, Samples]:
-        """Return the numbers of some rows after each step of relearning the others."""
+    def relearn(self, model: ScoredModel, rows: pa.Table) -> dict[ScoredModel, Samples]:
+        """Return the numbers of forget rows after each of STEPS of relearning other rows."""
         raise NotImplementedError("only language models are relearned")
 
     def answers(self, name: str, prompts: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.data.conversations import answers_of, questions_of
 from pipelines.encoding.text import TextEncoder
 from pipelines.encoding.windows import positions_of
-from pipelines.evaluation.attacks import gradient_norm, halves, relearn_
+from pipelines.evaluation.attacks import gradient_norm, learned_and_held_out, relearn_
 from pipelines.evaluation.metrics import TokenStatistics, sample_scores
 from pipelines.evaluation.metrics.distance import parts_of_divergence
 from pipelines.evaluation.metrics.forward import (
@@ -81,12 +81,13 @@ class TextScorer(Scorer):
         space = "" if self._encoder.tokenizer.chat_template else " "
         return [answer.removeprefix(space) for answer in answers]
 
-    def relearn(self, name: str, rows: pa.Table) -> dict[ScoredModel, Samples]:
-        """Return one half's teacher-forced numbers after each of STEPS on the other half."""
-        learned, held_out = halves(rows.to_pylist())
+    def relearn(self, model: ScoredModel, rows: pa.Table) -> dict[ScoredModel, Samples]:
+        """Return the forget rows' teacher-forced numbers after each of STEPS on the other rows."""
+        assert isinstance(model.change, Relearned)
+        learned, held_out = learned_and_held_out(rows.to_pylist())
         if not held_out:
             return {}
-        self.load(ScoredModel(name, Relearned(0)))
+        self.load(model)
         encoded: list[Row] = []
         for row in learned:
             encoded += self._windows(row["prompt"], row["answer"])
@@ -97,7 +98,8 @@ class TextScorer(Scorer):
         for step in relearn_(network, encoded, pad_token_id, self.cfg.seed):
             with torch.no_grad():
                 numbers = self._likelihoods(len(held_out), texts)
-            samples[ScoredModel(name, Relearned(step))] = samples_of(held_out, numbers)
+            relearned = model._replace(change=model.change._replace(steps=step))
+            samples[relearned] = samples_of(held_out, numbers)
         self._loaded = None  # training has changed it
         return samples
 

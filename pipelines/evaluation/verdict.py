@@ -21,7 +21,7 @@ from pipelines.evaluation.intervals import Chance
 from pipelines.evaluation.metrics.keys import ROUNDINGS
 from pipelines.evaluation.metrics.membership import CHANCE
 from pipelines.evaluation.metrics.metric import Metric
-from pipelines.evaluation.metrics.relearning import STEPS
+from pipelines.evaluation.metrics.relearning import RELEARNINGS, STEPS
 from pipelines.evaluation.metrics.table import BY_NAME, METRICS
 from pipelines.evaluation.rule import HEADS, RULE, Level
 
@@ -284,14 +284,18 @@ def _brought_back(before: Entry, after: Entry, oracle: Entry | None) -> list[str
             if abs(old - target) >= RULE.min_gap and abs(new - target) >= abs(new - old):
                 found.append(f"rounding to {rounding.bits} bits")
                 break
-    steps = after.get("relearn.steps")
-    if oracle and "relearn.steps" in oracle and steps is not None:
-        of_oracle = oracle["relearn.steps"]
+    for relearning in RELEARNINGS:
+        key = relearning.key("steps")
+        steps = after.get(key)
+        if not oracle or key not in oracle or steps is None:
+            continue
+        of_oracle = oracle[key]
         never = len(STEPS)
         place = never if of_oracle is None else bisect_left(STEPS, of_oracle)
         if place - bisect_left(STEPS, steps) >= RULE.sooner:
             target = "more than can be tried" if of_oracle is None else f"{of_oracle:g}"
-            found.append(f"relearning (steps: {steps:g}, the oracle: {target})")
+            words = f"relearning from {relearning.words}"
+            found.append(f"{words} (steps: {steps:g}, the oracle: {target})")
     return found
 
 

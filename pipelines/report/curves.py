@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 
 from pipelines.evaluation.metrics.distance import MARGIN
+from pipelines.evaluation.metrics.relearning import Relearning
 
 # Keys of losses.jsonl beside the terms of the objective.
 NOT_TERMS = ("step", "learning_rate", "tokens_per_s")
 # A curve whose largest value is this many times its smallest is drawn on a logarithmic axis.
 LOG_SCALE_FROM = 30
-# Precedes the number of steps in a model's scores.
-RELEARNED = "relearn.probability."
 SOFT = "#555b65"
 # Log-probabilities below this are drawn at it: further down no difference matters.
 LOWEST = -25.0
@@ -39,16 +38,20 @@ def loss_curves(losses: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     return curves
 
 
-def relearn_curve(models: Mapping[str, Mapping[str, float | None]]) -> str | None:
-    """Plot the probability of the forget set's held-out half over relearning, a line a model.
+def relearn_curve(
+    models: Mapping[str, Mapping[str, float | None]], relearning: Relearning
+) -> str | None:
+    """Plot the probability of the forget rows that are not learned over steps, a line a model.
 
-    Returns None if no model was relearned.
+    Returns None if no model was relearned so.
     """
+    # Precedes the number of steps in a model's scores.
+    beginning = relearning.key("probability.")
     lines: dict[str, dict[int, float]] = {}
     for name in LOOKS:
         for key, value in models.get(name, {}).items():
-            if key.startswith(RELEARNED):
-                lines.setdefault(name, {})[int(key.removeprefix(RELEARNED))] = _number(value)
+            if key.startswith(beginning):
+                lines.setdefault(name, {})[int(key.removeprefix(beginning))] = _number(value)
     if not lines:
         return None
     steps = sorted(set().union(*lines.values()))

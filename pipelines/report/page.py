@@ -23,6 +23,7 @@ from pipelines.evaluation.metrics.distance import MARGIN
 from pipelines.evaluation.metrics.keys import ROUNDINGS, metric_of
 from pipelines.evaluation.metrics.membership import chance_gap
 from pipelines.evaluation.metrics.metric import Metric
+from pipelines.evaluation.metrics.relearning import RELEARNINGS
 from pipelines.evaluation.metrics.table import METRICS
 from pipelines.evaluation.rule import RULE
 from pipelines.evaluation.verdict import TOKEN_DISTANCE, Entry, verdict
@@ -167,7 +168,8 @@ def _view(run: Run) -> dict[str, Any]:
         "floor": models.get("oracle", {}).get(TOKEN_DISTANCE),
         "rule": RULE,
         "curves": loss_curves(run.losses),
-        "relearning": relearn_curve(models),
+        "relearnings": RELEARNINGS,
+        "relearn_curves": {by.name: relearn_curve(models, by) for by in RELEARNINGS},
         "lowest": LOWEST,
         "margin_nats": MARGIN,
         "tokens": token_scatter(run.scores.get("tokens", {})),

@@ -64,6 +64,11 @@ CONFIGURATION = [
         "evaluation.oracle: found ['one', 'one'], allowed: a model folder, or a list of different",
     ),
     (
+        "relearning from a set that is not there",
+        ["evaluation.robustness=[relearn_general]", "data.general=null"],
+        "data.general: missing, required by evaluation.robustness with relearn_general; allowed: a",
+    ),
+    (
         "nothing forgets",
         ["objective.weights.forget=0"],
         "weights.forget, weights.output and weights.task are all 0",

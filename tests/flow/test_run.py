@@ -30,7 +30,7 @@ def run_dir(
     shutil.copytree(Path(overrides[0].split("=")[1]), folder / "oracle")
     settings = [
         f"evaluation.oracle={folder}/oracle",
-        "evaluation.robustness=[quantised_4bit,relearn]",
+        "evaluation.robustness=[quantised_4bit,relearn,relearn_retain]",
     ]
     done = command("run", "quick", *overrides, f"output_dir={folder}/out", *settings)
     assert done.returncode == 0, done.stderr
@@ -94,20 +94,21 @@ def test_robustness_is_that_of_after_and_oracle(run_dir: Path) -> None:
     rounded = {
         f"quantised_4bit.{name}.{metric}" for name in ("forget", "retain") for metric in METRICS
     }
-    relearned = {
-        f"relearn.{metric}.{step}" for metric in ("probability", "fact_recall") for step in STEPS
-    }
+    relearned: set[str] = set()
+    for name in ("relearn", "relearn_retain"):
+        relearned.add(f"{name}.steps")
+        for step in STEPS:
+            relearned |= {f"{name}.probability.{step}", f"{name}.fact_recall.{step}"}
     for name in ("after", "oracle"):
         assert {key for key in models[name] if key.startswith("quantised_")} >= rounded
-        assert {key for key in models[name] if key.startswith("relearn.")} == relearned | {
-            "relearn.steps"
-        }
+        assert {key for key in models[name] if key.startswith("relearn")} == relearned
         assert models[name]["quantised_4bit.forget.loss"] != models[name]["forget.loss"]
-        assert models[name]["relearn.probability.50"] != models[name]["relearn.probability.0"]
-    assert (
-        models["oracle"]["relearn.steps"] == 0
-    )  # it is the original itself: nothing had been lost
-    assert not [key for key in models["before"] if key.startswith(("quantised_", "relearn."))]
+        for way in ("relearn", "relearn_retain"):
+            start, end = (models[name][f"{way}.probability.{step}"] for step in (0, 50))
+            assert start != end
+    # It is the original itself: nothing had been lost.
+    assert models["oracle"]["relearn.steps"] == models["oracle"]["relearn_retain.steps"] == 0
+    assert not [key for key in models["before"] if key.startswith(("quantised_", "relearn"))]
     page = (run_dir / "report.html").read_text(encoding="utf-8")
     assert "<h2>Robustness</h2>" in page
     assert "was not measured at both 8 and 4 bits" in page

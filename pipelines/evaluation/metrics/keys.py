@@ -1,8 +1,9 @@
 """The keys of a score file, and what the table of metrics says of them.
 
 A key is a set and a metric (`forget.loss`), a metric of the whole model (`mia.loss`, `privleak`),
-one of a model that was relearned for some steps (`relearn.probability.5`), or any of these after a
-rounding (`quantised_4bit.forget.loss`).
+one of a model that was relearned for some steps (`relearn.probability.5`, and the same on other
+rows: `relearn_retain.probability.5`), or any of the first after a rounding
+(`quantised_4bit.forget.loss`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 from pipelines.config.data import SET_NAMES
 from pipelines.evaluation.metrics.metric import Metric
+from pipelines.evaluation.metrics.relearning import RELEARNINGS
 from pipelines.evaluation.metrics.table import BY_NAME, METRICS
 
 
@@ -39,7 +41,7 @@ TERMINAL_GROUPS = {
 
 
 def metric_of(key: str) -> Metric:
-    """Return the metric of a score file's key, without its rounding.
+    """Return the metric of a score file's key, whatever was done to the model.
 
     Raises:
         KeyError: the table has no such metric.
@@ -49,20 +51,21 @@ def metric_of(key: str) -> Metric:
         return metric_of(rest)
     if head in SET_NAMES:
         return BY_NAME[rest]
-    # The steps after which a relearned model was scored.
-    stem, _, steps = key.rpartition(".")
-    return BY_NAME[stem if steps.isdecimal() else key]
+    if any(head == relearning.name for relearning in RELEARNINGS):
+        # The table has one name for all of them. Behind it there may be the steps.
+        return BY_NAME[RELEARNINGS[0].key(rest.partition(".")[0])]
+    return BY_NAME[key]
 
 
 def versions(models: Iterable[Mapping[str, float | None]]) -> dict[str, int]:
-    """Return the version of every metric and rounding in these entries of a score file, by name."""
+    """Return the version of all metrics, roundings and relearnings in entries of a score file."""
     by_name: dict[str, int] = {}
     for key in set().union(*models):
         metric = metric_of(key)
         by_name[metric.name] = metric.version
-        for rounding in ROUNDINGS:
-            if key.startswith(f"{rounding.name}."):
-                by_name[rounding.name] = rounding.version
+        for change in (*ROUNDINGS, *RELEARNINGS):
+            if key.startswith(f"{change.name}."):
+                by_name[change.name] = change.version
     return dict(sorted(by_name.items()))
 
 

@@ -133,19 +133,20 @@ OF_MODELS = (
     Metric(
         name="relearn.probability",
         label="probability, relearned",
-        help="probability of the half of the forget set that is not fine-tuned on",
+        help="probability of the forget rows that are not fine-tuned on",
         of_curve=probability_of("loss"),
     ),
     Metric(
         name="relearn.fact_recall",
         label="fact recall, relearned",
-        help="fact recall of the half of the forget set that is not fine-tuned on",
+        help="fact recall of the forget rows that are not fine-tuned on",
         of_curve=mean_of("fact_recall"),
     ),
     Metric(
         name="relearn.steps",
         label="steps",
-        help="until the probability of the other half is halfway back to the original's",
+        help="until the probability of the forget rows that are not fine-tuned on is halfway back "
+        "to the original's",
         remembered="lower",
         unit="steps",
         of_curve=steps_to_relearn,

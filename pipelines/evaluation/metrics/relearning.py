@@ -1,12 +1,35 @@
-"""How soon a little fine-tuning on some forgotten rows brings back the others.
+"""How soon a little fine-tuning brings back the forgotten rows that it does not show.
 
-Knowledge that is hidden and not gone comes back fast. Beside it stands the retrain oracle, which
-has to learn it anew.
+Knowledge that is hidden and not gone comes back fast, from some of the forgotten rows, from loosely
+related text (Hu et al. 2024, arXiv 2406.13356) or from unrelated text (Łucki et al. 2024, arXiv
+2409.18025). Beside it stands the retrain oracle, which has to learn it anew.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
-# The numbers of steps after which the held-out half is scored.
+
+class Relearning(NamedTuple):
+    """A fine-tuning that may bring back what was forgotten; what is scored has a version of its own."""
+
+    name: str  # in `evaluation.robustness`, and before its scores
+    learned: str  # the set whose rows are fine-tuned on
+    words: str  # these rows
+    version: int = 1
+
+    def key(self, score: str) -> str:
+        """Return the key of one of its scores in a score file."""
+        return f"{self.name}.{score}"
+
+
+RELEARNINGS = (
+    Relearning("relearn", "forget", "half of the forget set"),
+    Relearning("relearn_retain", "retain", "retained rows"),
+    Relearning("relearn_general", "general", "rows of the general set"),
+)
+# Rows of another set than the forget set are as many as half of that, and no more than these.
+MOST_LEARNED = 64
+# The numbers of steps after which the rows that are not learned are scored.
 STEPS = (0, 1, 2, 5, 10, 20, 50)
 # Two passes over the same rows in other batches differ by fp32's rounding: that much is not lost.
 ROUNDING = 1e-5

@@ -15,7 +15,7 @@ from statistics import fmean
 from pipelines.config.data import SET_NAMES
 from pipelines.evaluation.metrics.formulas import RowsBySet, probability_of
 from pipelines.evaluation.metrics.likelihood import Answer, TokenStatistics
-from pipelines.evaluation.metrics.relearning import steps_to_relearn
+from pipelines.evaluation.metrics.relearning import RELEARNINGS, Relearning, steps_to_relearn
 from pipelines.evaluation.metrics.sample import Sample
 from pipelines.evaluation.metrics.table import METRICS
 
@@ -65,13 +65,16 @@ def summarise(samples: Sequence[Sample], oracle: Sequence[Sample] | None = None)
 
 
 def relearn_scores(
-    curve: Mapping[int, Sequence[Sample]], original: Sequence[Sample] | None
+    curve: Mapping[int, Sequence[Sample]],
+    original: Sequence[Sample] | None,
+    by: Relearning = RELEARNINGS[0],
 ) -> Scores:
     """Return each `relearn.*` metric, those of a curve after N steps as `relearn.probability.N`.
 
     Args:
-        curve: samples of the forget set's held-out half, by the steps that were taken.
+        curve: samples of the forget rows that are not learned, by the steps that were taken.
         original: the same rows under the model before unlearning, for `relearn.steps`.
+        by: the relearning, whose name stands before its scores.
     """
     scores: Scores = {}
     for metric in METRICS:
@@ -80,11 +83,11 @@ def relearn_scores(
         for step, rows in curve.items():
             value = metric.of_curve(rows)
             if value is not None:
-                scores[f"{metric.name}.{step}"] = _finite(value)
+                scores[by.key(f"{metric.name.partition('.')[2]}.{step}")] = _finite(value)
     if original is not None:
-        probabilities = {step: scores.get(f"relearn.probability.{step}") for step in curve}
+        probabilities = {step: scores.get(by.key(f"probability.{step}")) for step in curve}
         target = _finite(probability_of("loss")(original))
-        scores["relearn.steps"] = steps_to_relearn(probabilities, target)
+        scores[by.key("steps")] = steps_to_relearn(probabilities, target)
     return scores
 
 

@@ -14,18 +14,20 @@ from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.encoding.text import TextEncoder
 from pipelines.evaluation.attacks import (
     gradient_norm,
-    halves,
+    learned_and_held_out,
     quantise_,
     quantise_blocks_,
     relearn_,
 )
-from pipelines.evaluation.metrics.relearning import STEPS
+from pipelines.evaluation.metrics.relearning import RELEARNINGS, STEPS
 from pipelines.evaluation.scored_model import CHANGES, Relearned, ScoredModel
 from pipelines.evaluation.text_scorer import TextScorer
 from pipelines.model.answers import AnswerTraining
 from pipelines.model.load import load_base
 from rfa.batch import Row, collate
 from tests.tiny_families import tiny_family
+
+RELEARNED = ScoredModel("after", Relearned(STEPS[-1]))
 
 
 @pytest.fixture(scope="module")
@@ -137,21 +139,33 @@ def test_a_model_is_rounded_after_it_is_loaded(
 
 
 def test_the_halves_are_every_second_row_by_number_and_share_no_words() -> None:
-    rows = [
-        {"row": number, "prompt": f"q{number}", "answer": "a"} for number in (7, 1, 3, 9, 5, 11)
-    ]
-    learned, held_out = halves([*rows, {"row": 13, "prompt": "q13", "answer": "a"}])
+    rows = [forget_row(number) for number in (7, 1, 3, 9, 5, 11)]
+    learned, held_out = learned_and_held_out([*rows, forget_row(13)])
     assert [row["row"] for row in learned] == [1, 5, 9, 13]
     assert [row["row"] for row in held_out] == [3, 7, 11]
     rows[0]["prompt"] = " Q5 "  # row 7 is now row 5 in all but case
-    assert [row["row"] for row in halves(rows)[1]] == [3, 11]
+    assert [row["row"] for row in learned_and_held_out(rows)[1]] == [3, 11]
+
+
+def test_of_another_set_all_rows_are_learned_and_all_forget_rows_scored_but_those_that_it_has() -> (
+    None
+):
+    rows = [forget_row(number) for number in (3, 1, 2)]
+    others = [{**forget_row(number), "set": "general"} for number in (8, 3, 7)]
+    learned, held_out = learned_and_held_out([*rows, *others])
+    assert [(row["set"], row["row"]) for row in learned] == [("general", n) for n in (3, 7, 8)]
+    assert [(row["set"], row["row"]) for row in held_out] == [("forget", 1), ("forget", 2)]
+
+
+def forget_row(number: int) -> dict[str, Any]:
+    return {"set": "forget", "row": number, "prompt": f"q{number}", "answer": "a"}
 
 
 def test_a_single_row_leaves_nothing_to_score(
     cfg: UnlearnConfig, rows: list[dict[str, Any]]
 ) -> None:
     scorer = TextScorer(cfg, {"after": cfg.model})
-    assert scorer.relearn("after", pa.Table.from_pylist(rows[:1])) == {}
+    assert scorer.relearn(RELEARNED, pa.Table.from_pylist(rows[:1])) == {}
 
 
 def test_relearning_makes_the_learned_rows_more_probable(
@@ -175,7 +189,7 @@ def test_relearning_scores_the_other_half_and_starts_from_the_model(
 ) -> None:
     scorer = TextScorer(cfg, {"after": ModelConfig(path=cfg.model.path)})
     table = pa.Table.from_pylist(rows)
-    curve = scorer.relearn("after", table)
+    curve = scorer.relearn(RELEARNED, table)
     assert list(curve) == [ScoredModel("after", Relearned(step)) for step in STEPS]
     for samples in curve.values():
         assert list(samples) == [("forget", 1), ("forget", 3), ("forget", 5)]
@@ -186,7 +200,24 @@ def test_relearning_scores_the_other_half_and_starts_from_the_model(
             assert sample[name] == pytest.approx(unchanged[row][name])
         assert {"loss", "fact_recall"} < sample.keys()
     assert start != end
-    assert scorer.relearn("after", table) == curve, "the second time begins where the first did"
+    assert scorer.relearn(RELEARNED, table) == curve, "the second time begins where the first did"
+
+
+def test_relearning_from_another_set_scores_all_forget_rows(
+    cfg: UnlearnConfig, rows: list[dict[str, Any]]
+) -> None:
+    scorer = TextScorer(cfg, {"after": ModelConfig(path=cfg.model.path)})
+    others = [{**row, "set": "retain", "answer": row["paraphrased_answer"]} for row in rows[:2]]
+    by = RELEARNINGS[1]
+    relearned = ScoredModel("after", Relearned(STEPS[-1], by))
+    curve = scorer.relearn(relearned, pa.Table.from_pylist([*rows, *others]))
+    assert list(curve) == [ScoredModel("after", Relearned(step, by)) for step in STEPS]
+    unchanged = scorer.score(ScoredModel("after"), pa.Table.from_pylist(rows))
+    start, *_, end = curve.values()
+    assert start.keys() == end.keys() == unchanged.keys()
+    for row, sample in start.items():
+        assert sample["loss"] == pytest.approx(unchanged[row]["loss"])
+        assert sample["loss"] != pytest.approx(end[row]["loss"])
 
 
 def test_relearning_computes_in_fp32_whatever_the_precision(
@@ -200,7 +231,7 @@ def test_relearning_computes_in_fp32_whatever_the_precision(
 
     monkeypatch.setattr("pipelines.evaluation.text_scorer.relearn_", look)
     half = cfg.model_copy(update={"train": cfg.train.model_copy(update={"precision": "bf16"})})
-    TextScorer(half, {"after": cfg.model}).relearn("after", pa.Table.from_pylist(rows))
+    TextScorer(half, {"after": cfg.model}).relearn(RELEARNED, pa.Table.from_pylist(rows))
     assert seen == {torch.float32}
 
 

@@ -10,7 +10,7 @@ import pytest
 from pipelines.evaluation.entries import TOKENS, evaluation_of
 from pipelines.evaluation.metrics import Sample
 from pipelines.evaluation.metrics.keys import ROUNDINGS
-from pipelines.evaluation.metrics.relearning import STEPS
+from pipelines.evaluation.metrics.relearning import RELEARNINGS, STEPS
 from pipelines.evaluation.scored_model import (
     Beside,
     Relearned,
@@ -170,6 +170,23 @@ def test_attacks_are_averaged_over_the_oracles_and_one_that_never_relearns_leave
         row = Sample(set_name="forget", loss=3.0)
         samples[ScoredModel("oracle 2", Relearned(step))] = {("forget", 1): row}
     assert evaluation_of(samples, attacks).models["oracle"]["relearn.steps"] is None
+
+
+def test_relearnings_from_different_rows_are_told_apart() -> None:
+    losses = {"before": 0.1, "after": 2.0}
+    samples = samples_of(losses)
+    # Back at the original's exp(-0.1) and exp(-1.1) after so many steps.
+    for by, steps in zip(RELEARNINGS, (2, 10, 50), strict=True):
+        for step in STEPS:
+            relearned = samples[ScoredModel("after", Relearned(step, by))] = {}
+            for row in range(2):
+                loss = row + (0.1 if step >= steps else 2.0)
+                relearned["forget", row] = Sample(set_name="forget", loss=loss)
+    attacks = {"before": [], "after": [Relearned(STEPS[-1], by) for by in RELEARNINGS]}
+    after = evaluation_of(samples, attacks).models["after"]
+    assert [after[by.key("steps")] for by in RELEARNINGS] == [2, 10, 50]
+    assert after["relearn_general.probability.20"] == after["relearn.probability.0"]
+    assert after["relearn_general.probability.50"] == after["relearn.probability.2"]
 
 
 def row(loss: float, group: int | None = None, name: str = "forget") -> Sample:

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 @pytest.fixture(scope="module")
 def cfg(overrides: list[str]) -> UnlearnConfig:
     changes = [
-        "evaluation.robustness=[quantised_8bit,relearn]",
+        "evaluation.robustness=[quantised_8bit,relearn,relearn_general]",
         "evaluation.max_rows=3",
         "evaluation.max_new_tokens=1",
     ]
@@ -57,8 +57,10 @@ def test_the_work_told_in_advance_is_the_work_done(cfg: UnlearnConfig, sets: Set
     done: list[int] = []
     models = {"model": cfg.model, "oracle": cfg.model}
     evaluation = evaluate(cfg, models, sets, done.append)
-    # Two models, five sets of three rows; each rounded on two sets; each relearned; one set compared.
-    assert sum(done) == evaluation_work(cfg, models, sets) == 2 * 15 + 2 * 6 + 2 * STEPS[-1] + 3
+    # Two models, five sets of three rows; each rounded on two sets; each relearned twice; one set
+    # compared.
+    work = 2 * 15 + 2 * 6 + 2 * 2 * STEPS[-1] + 3
+    assert sum(done) == evaluation_work(cfg, models, sets) == work
     found = set(evaluation.content())
     assert found == {"models", "versions", "tokens", "rows", "intervals"}, "and no spread"
     assert set(evaluation.tokens) == {"model", "oracle"}
@@ -70,6 +72,10 @@ def test_the_work_told_in_advance_is_the_work_done(cfg: UnlearnConfig, sets: Set
         assert "quantised_8bit.holdout.loss" not in entry
         assert "relearn.probability.50" in entry
         assert "relearn.steps" not in entry, "the original is not there"
+        # Rows 0 and 2 of three are learned in the one, and in the other none.
+        start, end = (entry[f"relearn_general.probability.{step}"] for step in (0, 50))
+        assert start == pytest.approx(entry["forget.probability"])
+        assert start != pytest.approx(end)
     assert "forget.token_distance" not in evaluation.models["oracle"]
 
 
@@ -117,6 +123,24 @@ def test_two_oracles_are_compared_with_every_model_and_with_each_other(
     assert "quantised_8bit.forget.loss" in scores["oracle"]
     assert scores["after"]["retain.kept_distance"] > 1e-3
     assert "retain.kept_distance" not in scores["before"]
+
+
+def test_other_rows_are_relearned_as_many_as_half_of_the_forget_set_evenly_spaced(
+    cfg: UnlearnConfig, sets: Sets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def learned() -> list[int]:
+        pieces = pool._learned_pieces(cfg, sets)
+        assert list(pieces) == ["general"], "no relearning takes the other sets' rows"
+        return sorted(
+            pa.concat_tables(ray.get([p.rows for p in pieces["general"]]))["row"].to_pylist()
+        )
+
+    count = sets.counts["general"]
+    assert count > 4
+    # Of three forget rows, the larger half.
+    assert learned() == [(count - 1) // 2, count - 1]
+    monkeypatch.setattr(pool, "MOST_LEARNED", 1)
+    assert learned() == [count - 1]
 
 
 def test_the_original_costs_no_more_for_robustness(cfg: UnlearnConfig, sets: Sets) -> None:

@@ -400,7 +400,25 @@ def test_what_a_step_of_relearning_brings_back_was_only_hidden(
     }
     found = verdict(scores_of(**models))
     assert found.level == level
-    assert ("it comes back by relearning (steps: " in found.sentence) == (level == "traces_remain")
+    words = "it comes back by relearning from half of the forget set (steps: "
+    assert (words in found.sentence) == (level == "traces_remain")
+
+
+def test_what_relearning_from_other_text_brings_back_was_only_hidden() -> None:
+    steps = {"relearn.steps": None, "relearn_retain.steps": 5, "relearn_general.steps": 20}
+    models = {
+        "before": forget_entry(0.9),
+        "after": forget_entry(0.5) | steps,
+        "oracle": forget_entry(0.5) | dict.fromkeys(steps),
+    }
+    found = verdict(scores_of(**models))
+    assert found.level == "traces_remain"
+    words = "comes back by relearning from retained rows (steps: 5, the oracle: more than can be"
+    assert words in found.sentence
+    # From 20 to never are as many of the numbers of steps that are tried as from 5 to 20.
+    assert "and relearning from rows of the general set (steps: 20," in found.sentence
+    models["oracle"] |= {"relearn_retain.steps": 10, "relearn_general.steps": 50}
+    assert verdict(scores_of(**models)).level == "indistinguishable"
 
 
 def test_without_a_decisive_score_the_verdict_is_open() -> None:

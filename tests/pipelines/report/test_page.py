@@ -205,13 +205,15 @@ def test_relearning_and_rounding_are_limits_until_they_are_measured(tmp_path: Pa
     assert "<h2>Robustness" not in page
     after |= {
         "relearn.steps": 5.0,
+        "relearn_general.steps": 5.0,
         "quantised_4bit.forget.probability": 0.5,
         "quantised_8bit.forget.probability": 0.5,
     }
     page = write_report(write_run(tmp_path, scores_of(before=before, after=after))).read_text(
         encoding="utf-8"
     )
-    assert "was not measured." not in page
+    assert "Relearning was not measured from retained rows." in page
+    assert "Rounding was not measured" not in page
     assert "Rounded to 4 bits" in page
 
 
@@ -222,8 +224,10 @@ def test_robustness_is_shown_beside_the_oracles_with_a_curve(tmp_path: Path) -> 
         "relearn.probability.2": 0.43,
     }
     rounded = {"quantised_4bit.forget.probability": 0.623, "quantised_4bit.forget.loss": 0.789}
-    after = forget_entry(0.5) | rounded | curve | {"relearn.steps": 10}
-    oracle = forget_entry(0.5) | dict.fromkeys(rounded, 0.498) | curve | {"relearn.steps": None}
+    curve |= {"relearn_retain.probability.0": 0.31, "relearn_retain.probability.10": 0.32}
+    steps = {"relearn.steps": 10, "relearn_retain.steps": None}
+    after = forget_entry(0.5) | rounded | curve | steps
+    oracle = forget_entry(0.5) | dict.fromkeys(rounded, 0.498) | curve | dict.fromkeys(steps)
     page = write_report(
         write_run(tmp_path, scores_of(before=forget_entry(0.9), after=after, oracle=oracle))
     ).read_text(encoding="utf-8")
@@ -231,9 +235,12 @@ def test_robustness_is_shown_beside_the_oracles_with_a_curve(tmp_path: Path) -> 
     cells = re.findall(r"<td[^>]*>([^<]*)<", section)
     assert cells[cells.index("Unrounded") :][:3] == ["Unrounded", "0.500", "0.500"]
     assert cells[cells.index("Rounded to 4 bits") :][:3] == ["Rounded to 4 bits", "0.623", "0.498"]
-    assert cells[cells.index("Steps") :][:3] == ["Steps", "10", "not reached"]
+    row = cells.index("From half of the forget set")
+    assert cells[row + 1 : row + 3] == ["10", "not reached"]
+    assert cells[row + 3 : row + 6] == ["From retained rows", "not reached", "not reached"]
+    assert section.count("Relearning <small>") == 1
     assert "before" not in section
-    assert section.count("<img ") == 1
+    assert section.count("<img ") == 2, "a curve of each relearning"
     assert "0.789" not in page, "what the section leaves out is in scores.json alone"
     assert "0.623" not in scores
     assert write_report(tmp_path).read_text(encoding="utf-8") == page

@@ -3,7 +3,7 @@ from math import exp, log, nan
 import pytest
 
 from pipelines.evaluation.metrics import Sample, relearn_scores
-from pipelines.evaluation.metrics.relearning import steps_to_relearn
+from pipelines.evaluation.metrics.relearning import RELEARNINGS, steps_to_relearn
 
 
 def row(probability: float, **fields: float) -> Sample:
@@ -41,6 +41,17 @@ def test_the_curve_is_the_mean_over_rows_at_each_step() -> None:
         "relearn.probability.0": pytest.approx(0.2),
         "relearn.probability.1": pytest.approx(0.6),
         "relearn.steps": 1,  # halfway from 0.2 to 0.7 is 0.45
+    }
+
+
+def test_a_relearning_from_other_rows_has_scores_of_its_own_name() -> None:
+    curve = {0: [row(0.2, fact_recall=0.0)], 2: [row(0.6, fact_recall=1.0)]}
+    assert relearn_scores(curve, [row(0.8)], RELEARNINGS[1]) == {
+        "relearn_retain.probability.0": pytest.approx(0.2),
+        "relearn_retain.probability.2": pytest.approx(0.6),
+        "relearn_retain.fact_recall.0": 0.0,
+        "relearn_retain.fact_recall.2": 1.0,
+        "relearn_retain.steps": 2,
     }
 
 

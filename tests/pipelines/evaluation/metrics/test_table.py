@@ -10,6 +10,7 @@ from pipelines.config.data import SET_NAMES
 from pipelines.evaluation.metrics import Sample, relearn_scores, summarise
 from pipelines.evaluation.metrics.keys import ROUNDINGS, metric_of, terminal_titles, versions
 from pipelines.evaluation.metrics.metric import Metric
+from pipelines.evaluation.metrics.relearning import RELEARNINGS
 from pipelines.evaluation.metrics.table import METRICS
 from tests.pipelines.evaluation.metrics.test_summary import full_samples
 
@@ -30,7 +31,9 @@ def entry() -> dict[str, float | None]:
     rounded = {
         f"{rounding.name}.{key}": value for rounding in ROUNDINGS for key, value in scores.items()
     }
-    return scores | rounded | relearn_scores({0: samples, 50: samples}, samples)
+    for relearning in RELEARNINGS:
+        scores |= relearn_scores({0: samples, 50: samples}, samples, relearning)
+    return scores | rounded
 
 
 def test_every_score_comes_from_the_table_and_every_row_of_it_is_scored(
@@ -42,8 +45,12 @@ def test_every_score_comes_from_the_table_and_every_row_of_it_is_scored(
 def test_a_score_file_carries_the_version_of_each_of_its_metrics(
     entry: dict[str, float | None],
 ) -> None:
-    names = {metric.name for metric in METRICS} | {rounding.name for rounding in ROUNDINGS}
+    names = {named.name for named in (*METRICS, *ROUNDINGS, *RELEARNINGS)}
     assert versions([entry]).keys() == names
+    assert versions([{"relearn_retain.probability.50": 0.5}]) == {
+        "relearn.probability": 1,
+        "relearn_retain": 1,
+    }
     assert versions([{"mia.loss": 0.5}, {"quantised_4bit.forget.loss": None}]) == {
         "loss": 1,
         "mia.loss": 1,
