@@ -30,6 +30,7 @@ BEHIND_THE_WALL = {
     "pipelines.evaluation.text_scorer",
     "pipelines.evaluation.class_scorer",
     "pipelines.evaluation.attacks",
+    "pipelines.evaluation.generation",
     "pipelines.planning.estimate",
     "pipelines.planning.memory",
     "pipelines.planning.step",

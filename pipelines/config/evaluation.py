@@ -10,7 +10,7 @@ from pipelines.config.data import Section
 from pipelines.config.train import check_gpus
 
 RobustnessCheck = Literal[
-    "quantised_8bit", "quantised_4bit", "relearn", "relearn_retain", "relearn_general"
+    "quantised_8bit", "quantised_4bit", "relearn", "relearn_retain", "relearn_general", "leak_at_k"
 ]
 
 
@@ -37,7 +37,7 @@ class EvaluationConfig(Section):
     quick: bool = Field(
         default=False,
         description="Likelihoods of the right answers alone: nothing is generated, no wrong "
-        "answers are weighed; about a tenth of the work.",
+        "answers are weighed; about a tenth of the work. What robustness asks for is added.",
     )
     robustness: tuple[RobustnessCheck, ...] = Field(
         default=(),
@@ -45,7 +45,8 @@ class EvaluationConfig(Section):
         "of quantised_8bit, quantised_4bit (the forget and retain sets scored once more, with "
         "rounded weights), relearn (50 steps of fine-tuning on half of the forget set), "
         "relearn_retain and relearn_general (the same on as many rows of the retain or the general "
-        "set, at most 64). To relearn, a worker holds all parameters in fp32 with gradients and "
+        "set, at most 64), leak_at_k (5 answers drawn at temperature 1 to each forget question, by "
+        "the original too). To relearn, a worker holds all parameters in fp32 with gradients and "
         "AdamW's moments.",
     )
 

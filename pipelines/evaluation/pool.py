@@ -164,7 +164,8 @@ def _attacks_on(cfg: UnlearnConfig, name: str) -> list[Change]:
     """Return the changes that could bring back what a model of this name has forgotten."""
     if name not in ATTACKED_MODELS and not is_oracle(name):
         return []
-    return [CHANGES[change] for change in cfg.evaluation.robustness]
+    # leak_at_k changes nothing: it is scored with the model as it is.
+    return [CHANGES[check] for check in cfg.evaluation.robustness if check in CHANGES]
 
 
 def _sets_of(change: Change) -> tuple[str, ...]:
@@ -217,7 +218,7 @@ def _learned_pieces(cfg: UnlearnConfig, sets: Sets) -> dict[str, list[Piece]]:
     half = (_rows_scored(cfg, sets, "forget") + 1) // 2
     limits: dict[str, int] = {}
     for check in cfg.evaluation.robustness:
-        change = CHANGES[check]
+        change = CHANGES.get(check)
         if isinstance(change, Relearned) and change.by.learned != "forget":
             limits[change.by.learned] = min(half, MOST_LEARNED, sets.counts[change.by.learned])
     return _cut(cfg, sets, limits)

@@ -90,6 +90,7 @@ class ScoreCache:
             cfg.train.precision,
             cfg.train.gpus_per_worker > 0,
             cfg.evaluation.quick,
+            "leak_at_k" in cfg.evaluation.robustness,
             cfg.evaluation.max_new_tokens,
         ]
 

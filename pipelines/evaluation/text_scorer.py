@@ -1,4 +1,4 @@
-"""Score rows under a language model: teacher-forced likelihoods and greedy answers, batched.
+"""Score rows under a language model: teacher-forced likelihoods and answers, batched.
 
 Shapes: B rows, T tokens (of a batch, or of an answer with EOS), N answer tokens, V vocabulary.
 """
@@ -15,8 +15,8 @@ from torch import Tensor
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.data.conversations import answers_of, questions_of
 from pipelines.encoding.text import TextEncoder
-from pipelines.encoding.windows import positions_of
 from pipelines.evaluation.attacks import gradient_norm, learned_and_held_out, relearn_
+from pipelines.evaluation.generation import Question, generate
 from pipelines.evaluation.metrics import TokenStatistics, sample_scores
 from pipelines.evaluation.metrics.distance import parts_of_divergence
 from pipelines.evaluation.metrics.forward import (
@@ -25,10 +25,10 @@ from pipelines.evaluation.metrics.forward import (
     token_statistics,
 )
 from pipelines.evaluation.metrics.memorization import fact_recall
+from pipelines.evaluation.metrics.sampling import SAMPLES, best_of_each
 from pipelines.evaluation.metrics.text import rouge_f1, rouge_recall
 from pipelines.evaluation.scored_model import Relearned, ScoredModel
 from pipelines.evaluation.scorer import Samples, Scorer, samples_of
-from pipelines.model.load import stop_tokens
 from rfa.batch import Row, UnlearnBatch, collate
 from rfa.blocks import BlockRunner
 
@@ -38,12 +38,13 @@ PARAPHRASED = ("forget",)
 TRUTH_RATIO = ("forget", "retain", "general")
 # Sets whose greedy answers are compared with the right one.
 GENERATED = ("forget", "retain", "general")
+# Sets whose answers are also drawn at random.
+SAMPLED = ("forget",)
 # Sets whose rows' gradients an attack compares.
 WITH_GRADIENTS = ("forget", "holdout")
 # The number that a text's fact gives, by the kind of text.
 FACT_RECALL = {"answer": "fact_recall", "loss_paraphrased": "fact_recall_paraphrased"}
 Tokens = TypeVar("Tokens", TokenStatistics, TokenDistances)
-VERBATIM_TOKENS = 128  # tokens generated for plain text (open-unlearning, commit d3d7cf9)
 
 
 class Text(NamedTuple):
@@ -54,14 +55,6 @@ class Text(NamedTuple):
     prompt: str
     answer: str
     fact: str = ""
-
-
-class Question(NamedTuple):
-    """Tokens that the model continues, and the right continuation."""
-
-    input_ids: list[int]
-    answer: str = ""
-    is_text: bool = False  # plain text, continued from its middle
 
 
 class TextScorer(Scorer):
@@ -110,21 +103,31 @@ class TextScorer(Scorer):
         for index, row in enumerate(records):
             texts += _texts(index, row, is_quick)
         numbers = self._likelihoods(len(records), texts)
-        if not is_quick:
-            asked: dict[int, list[Question]] = {}
-            asked_in_other_words: dict[int, list[Question]] = {}
-            for index, row in enumerate(records):
-                if row["set"] in GENERATED:
-                    asked[index] = self._questions(row, "prompt")
-                if row["set"] in WITH_GRADIENTS:
-                    numbers[index]["grad_norm"] = self._gradient_norm(row)
-                if row["set"] in PARAPHRASED and row["paraphrased_prompt"]:
-                    asked_in_other_words[index] = self._questions(row, "paraphrased_prompt")
-            for index, score in self._rouge(asked):
-                numbers[index]["rouge"] = score
-            for index, score in self._rouge(asked_in_other_words):
-                numbers[index]["rouge_paraphrased"] = score
+        asked: dict[int, list[Question]] = {}
+        asked_in_other_words: dict[int, list[Question]] = {}
+        asked_again: dict[int, list[Question]] = {}
+        for index, row in enumerate(records):
+            if not is_quick and row["set"] in GENERATED:
+                asked[index] = self._questions(row, "prompt")
+            if not is_quick and row["set"] in WITH_GRADIENTS:
+                numbers[index]["grad_norm"] = self._gradient_norm(row)
+            if not is_quick and row["set"] in PARAPHRASED and row["paraphrased_prompt"]:
+                asked_in_other_words[index] = self._questions(row, "paraphrased_prompt")
+            if row["set"] in SAMPLED and self._samples_answers:
+                asked_again[index] = self._samples(row)
+        for index, score in self._rouge(asked):
+            numbers[index]["rouge"] = score
+        for index, score in self._rouge(asked_in_other_words):
+            numbers[index]["rouge_paraphrased"] = score
+        for index, score in self._rouge(asked_again, SAMPLES):
+            numbers[index]["leak_at_k"] = score
         return samples_of(records, numbers)
+
+    @property
+    def _samples_answers(self) -> bool:
+        """Whether answers are drawn, of a model as it is: rounded ones would cost as much again."""
+        assert self._loaded is not None
+        return "leak_at_k" in self.cfg.evaluation.robustness and self._loaded[0].change is None
 
     def _compare(self, rows: pa.Table) -> Samples:
         """Return distances to the reference: of forget rows in both wordings, of others as kept."""
@@ -245,10 +248,21 @@ class TextScorer(Scorer):
         half = max(1, len(ids) // 2)
         return [Question(ids[:half], self._decode(ids[half:]), is_text=True)]
 
-    def _rouge(self, questions: Mapping[int, list[Question]]) -> Iterator[tuple[int, float]]:
-        """Yield ROUGE-L of greedy answers by row: recall for questions, F1 for plain text.
+    def _samples(self, row: Mapping[str, Any]) -> list[Question]:
+        """Return each of a row's questions SAMPLES times, each time with a seed of its own."""
+        samples: list[Question] = []
+        for number, question in enumerate(self._questions(row, "prompt")):
+            for sample in range(SAMPLES):
+                seed = (self.cfg.seed, int(row["row"]), number, sample)
+                samples.append(question._replace(seed=seed))
+        return samples
 
-        Of a conversation it is the mean over its answers.
+    def _rouge(
+        self, questions: Mapping[int, list[Question]], samples: int = 1
+    ) -> Iterator[tuple[int, float]]:
+        """Yield ROUGE-L of answers by row: recall for questions, F1 for plain text.
+
+        It is that of the best of each `samples` answers; of a conversation the mean over its turns.
         """
         answers = iter(self._continue(list(chain.from_iterable(questions.values()))))
         for index, of_row in questions.items():
@@ -256,43 +270,18 @@ class TextScorer(Scorer):
             for question in of_row:
                 rouge = rouge_f1 if question.is_text else rouge_recall
                 scores.append(rouge(next(answers), question.answer))
-            yield index, float(np.mean(scores))
+            yield index, best_of_each(scores, samples)
 
     def _continue(self, questions: list[Question]) -> list[str]:
-        """Return the greedy continuation of each question."""
+        """Return the continuation of each question, greedy for all or sampled for all."""
+        network: Any = self.runner.model
+        longest = self.cfg.evaluation.max_new_tokens
         answers: dict[int, str] = {}
         for indices in self._by_length(questions):
-            answers.update(
-                zip(indices, self._generate([questions[i] for i in indices]), strict=True)
-            )
+            batch = [questions[index] for index in indices]
+            continued = generate(network, self._encoder, batch, longest)
+            answers.update(zip(indices, map(self._decode, continued), strict=True))
         return [answers[index] for index in range(len(questions))]
-
-    def _generate(self, questions: list[Question]) -> list[str]:
-        pad_token_id = self._encoder.pad_token_id
-        width = max(len(question.input_ids) for question in questions)
-        input_ids_BT = torch.full((len(questions), width), pad_token_id)
-        attention_BT = torch.zeros_like(input_ids_BT)
-        # Padded on the left, so that all answers begin at the same position.
-        for index, question in enumerate(questions):
-            start = width - len(question.input_ids)
-            input_ids_BT[index, start:] = torch.tensor(question.input_ids)
-            attention_BT[index, start:] = 1
-        longest = self.cfg.evaluation.max_new_tokens
-        if all(question.is_text for question in questions):
-            longest = min(longest, VERBATIM_TOKENS)
-        network: Any = self.runner.model
-        positions = positions_of(network.config)
-        if positions is not None:  # the last token has none, as no other follows it
-            longest = max(1, min(longest, positions + 1 - width))
-        out_BT = network.generate(
-            input_ids=input_ids_BT.to(self.device),
-            attention_mask=attention_BT.to(self.device),
-            max_new_tokens=longest,
-            do_sample=False,
-            eos_token_id=stop_tokens(network, self._encoder.end_ids),
-            pad_token_id=pad_token_id,
-        )
-        return [self._decode(ids) for ids in out_BT[:, width:].tolist()]
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._encoder.tokenizer.decode(ids, skip_special_tokens=True))

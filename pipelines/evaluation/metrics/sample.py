@@ -14,6 +14,7 @@ class Sample(dict[str, Any]):
         correct_loss: of the paraphrased answer; the truth ratio takes `loss` where it is absent.
         perturbed_losses: one per perturbed answer.
         rouge, rouge_paraphrased: of the generated answers to the question and to its paraphrase.
+        leak_at_k: ROUGE-L of the best of several sampled answers to the question.
         token_distance, token_distance_above, token_distance_below: to the oracle that it is
             compared with. `_paraphrased` behind: given the paraphrased question.
         log_probability, oracle_log_probability: arrays, T, of the answer's tokens under the model

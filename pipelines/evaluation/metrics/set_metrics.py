@@ -5,6 +5,7 @@ from functools import partial
 from pipelines.evaluation.metrics import formulas, likelihood, memorization
 from pipelines.evaluation.metrics.formulas import mean_of, probability_of, token_mean_of
 from pipelines.evaluation.metrics.metric import NEEDS_ORACLE, Metric
+from pipelines.evaluation.metrics.sampling import SAMPLES
 
 NEEDS_FACTS = "the data does not say which words are the facts"
 NEEDS_PARAPHRASES = "the data has no paraphrases"
@@ -138,6 +139,13 @@ OF_SETS = (
         of_set=mean_of("rouge_paraphrased"),
         terminal=("forget",),
         judged=True,
+    ),
+    Metric(
+        name="leak_at_k",
+        label=f"leak@{SAMPLES}",
+        help=f"ROUGE-L of the best of {SAMPLES} answers that are drawn at temperature 1",
+        of_set=mean_of("leak_at_k"),
+        terminal=("forget",),
     ),
     Metric(
         name="truth_ratio",

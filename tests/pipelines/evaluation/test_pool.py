@@ -10,7 +10,7 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipelines.config.load import load_config
+from pipelines.config.load import load_config, with_values
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.data.sets import Sets, load_sets
 from pipelines.evaluation import pool
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 @pytest.fixture(scope="module")
 def cfg(overrides: list[str]) -> UnlearnConfig:
     changes = [
-        "evaluation.robustness=[quantised_8bit,relearn,relearn_general]",
+        "evaluation.robustness=[quantised_8bit,relearn,relearn_general,leak_at_k]",
         "evaluation.max_rows=3",
         "evaluation.max_new_tokens=1",
     ]
@@ -70,6 +70,8 @@ def test_the_work_told_in_advance_is_the_work_done(cfg: UnlearnConfig, sets: Set
             entry["forget.probability"], rel=0.01
         )
         assert "quantised_8bit.holdout.loss" not in entry
+        assert entry["forget.leak_at_k"] is not None
+        assert "retain.leak_at_k" not in entry
         assert "relearn.probability.50" in entry
         assert "relearn.steps" not in entry, "the original is not there"
         # Rows 0 and 2 of three are learned in the one, and in the other none.
@@ -223,9 +225,14 @@ def test_another_model_row_or_setting_is_scored_anew(
     assert cache.load(Task(ScoredModel("after", Beside("after")), [piece])) is None
     called = ScoreCache(cfg, {"after": noisy_model, "oracle": cfg.model})
     assert called.load(Task(ScoredModel("after", Beside("oracle")), [piece])) is not None
-    for override in ("seed=1", "data.max_tokens=100", "train.precision=bf16"):
-        changed = load_config("quick", [f"model.path={cfg.model.path}", override])
-        assert ScoreCache(changed, models).load(task) is None
+    for key, value in (
+        ("seed", 1),
+        ("data.max_tokens", 100),
+        ("train.precision", "bf16"),
+        ("evaluation.robustness", []),  # without leak_at_k
+    ):
+        assert ScoreCache(with_values(cfg, {key: value}), models).load(task) is None
+    assert ScoreCache(with_values(cfg, {"evaluation.max_rows": 2}), models).load(task) is not None
     by_hub = load_config("quick", ["model.path=owner/name"])
     assert ScoreCache(by_hub, models).load(task) is None, "nor by a hub's tokenizer"
     of_hub = Task(ScoredModel("hub"), [piece])

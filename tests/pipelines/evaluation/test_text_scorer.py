@@ -15,6 +15,7 @@ from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.data.conversations import Turn, prompt_of
 from pipelines.encoding.text import TextEncoder
 from pipelines.evaluation.metrics import TokenStatistics
+from pipelines.evaluation.metrics.keys import ROUNDINGS
 from pipelines.evaluation.metrics.membership import min_k
 from pipelines.evaluation.metrics.text import rouge_recall
 from pipelines.evaluation.scored_model import Beside, ScoredModel
@@ -235,6 +236,56 @@ def test_a_conversation_is_scored_by_all_of_its_answers(
     words = [float(log_TV[t - 1, label]) for t, label in enumerate(labels) if label not in ends]
     assert len(words) == found["tokens"] - 2
     assert found["min_k"] == pytest.approx(min_k(np.array(words)), rel=1e-4)
+
+
+def drawing(cfg: UnlearnConfig, **changes: Any) -> UnlearnConfig:
+    """The configuration with answers that are drawn, and other changes to `evaluation`."""
+    changes["robustness"] = ("leak_at_k",)
+    return cfg.model_copy(update={"evaluation": cfg.evaluation.model_copy(update=changes)})
+
+
+def test_the_best_of_five_drawn_answers_to_a_forget_question_counts(
+    cfg: UnlearnConfig, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[Any]] = []
+
+    def continued(_: TextScorer, questions: list[Any]) -> list[str]:
+        if questions:
+            asked.append(questions)
+        said = ["Nobody knows.", "one two", "one", "", "Nobody"]
+        return [said[index % 5] for index in range(len(questions))]
+
+    monkeypatch.setattr(TextScorer, "_continue", continued)
+    forget = [{**row, "answer": "One two three four"} for row in rows[:2]]
+    found = score(drawing(cfg, quick=True), [*forget, rows[-1]])
+    assert [row.get("leak_at_k") for row in found] == [0.5, 0.5, None]
+    (questions,) = asked
+    seeds = [question.seed for question in questions]
+    assert seeds == [(0, row, 0, sample) for row in range(2) for sample in range(5)]
+    assert "leak_at_k" not in score(cfg, forget)[0]
+
+
+def test_what_is_drawn_is_the_same_in_other_batches(
+    cfg: UnlearnConfig, rows: list[dict[str, Any]]
+) -> None:
+    said: list[list[str]] = []
+    for size in (1, 16):
+        scorer = TextScorer(drawing(cfg, batch_size=size), {"m": cfg.model})
+        scorer.load(ScoredModel("m"))
+        of_rows = [scorer._continue(scorer._samples(row)) for row in rows[:2]]
+        together = scorer._continue([*scorer._samples(rows[0]), *scorer._samples(rows[1])])
+        assert together == of_rows[0] + of_rows[1]
+        said.append(together)
+    assert said[0] == said[1]
+    assert len(set(said[0])) > 5
+
+
+def test_a_rounded_model_is_not_asked_again(cfg: UnlearnConfig, rows: list[dict[str, Any]]) -> None:
+    scorer = TextScorer(drawing(cfg), {"m": cfg.model})
+    table = pa.Table.from_pylist(rows[:1])
+    (found,) = scorer.score(ScoredModel("m"), table).values()
+    (rounded,) = scorer.score(ScoredModel("m", ROUNDINGS[0]), table).values()
+    assert found.keys() - rounded.keys() == {"leak_at_k"}
 
 
 def test_a_rows_gradient_norm_is_that_of_its_loss(

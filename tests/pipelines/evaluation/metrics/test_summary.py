@@ -28,6 +28,7 @@ def full_sample(set_name: str, loss: float) -> Sample:
         perturbed_losses=(log(4), log(16)),
         rouge=0.5,
         rouge_paraphrased=0.25,
+        leak_at_k=0.75,
         fact_recall=1.0,
         fact_recall_paraphrased=0.0,
         grad_norm=loss,
@@ -60,6 +61,7 @@ def test_a_set_is_summarised_by_its_means() -> None:
     assert scores["forget.rouge"] == 0.5
     assert scores["forget.probability_paraphrased"] == pytest.approx(1 / 8)
     assert scores["forget.rouge_paraphrased"] == 0.25
+    assert scores["forget.leak_at_k"] == 0.75
     assert scores["forget.fact_recall"] == 1.0
     assert scores["forget.fact_recall_paraphrased"] == 0.0
     assert scores["forget.exact_memorization"] == 0.75
