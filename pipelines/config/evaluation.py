@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator
 
@@ -41,14 +41,23 @@ class EvaluationConfig(Section):
     )
     robustness: tuple[RobustnessCheck, ...] = Field(
         default=(),
-        description="Attempts to bring the forget set back, on the models after and oracle; any "
-        "of quantised_8bit, quantised_4bit (the forget and retain sets scored once more, with "
+        description="Attempts to bring the forget set back, on the models after and oracle: all, "
+        "or any of quantised_8bit, quantised_4bit (the forget and retain sets scored once more, with "
         "rounded weights), relearn (50 steps of fine-tuning on half of the forget set), "
         "relearn_retain and relearn_general (the same on as many rows of the retain or the general "
         "set, at most 64), leak_at_k (5 answers drawn at temperature 1 to each forget question, by "
         "the original too). To relearn, a worker holds all parameters in fp32 with gradients and "
         "AdamW's moments.",
     )
+
+    @field_validator("robustness", mode="before")
+    @classmethod
+    def _all_or_some(cls, checks: Any) -> Any:
+        if checks == "all":
+            return get_args(RobustnessCheck)
+        if not isinstance(checks, list | tuple):
+            raise ValueError(f"allowed: all, or a list of {', '.join(get_args(RobustnessCheck))}")
+        return checks
 
     @field_validator("gpus_per_worker")
     @classmethod

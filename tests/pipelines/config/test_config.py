@@ -2,10 +2,12 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
+from pipelines.config.evaluation import RobustnessCheck
 from pipelines.config.load import (
     changed_keys,
     describe,
@@ -16,6 +18,7 @@ from pipelines.config.load import (
 )
 from pipelines.config.objective import ObjectiveConfig
 from pipelines.config.schema import ConfigError, SolveConfig, UnlearnConfig
+from pipelines.evaluation.scored_model import CHANGES
 from pipelines.preflight import check_holdout, check_passwords, oracles_of
 from rfa.methods import METHODS
 from rfa.settings import Objective, SolveSettings, Weights
@@ -82,6 +85,23 @@ def test_other_oracles_are_refused_in_one_line(found: str) -> None:
         load_config("quick", [f"evaluation.oracle={found}"])
     allowed = "allowed: a model folder, or a list of different ones"
     assert str(caught.value) == f"evaluation.oracle: found {found}, {allowed}"
+
+
+def test_all_is_every_check_of_robustness_and_reads_back_as_their_list(tmp_path: Path) -> None:
+    cfg = load_config("quick", ["evaluation.robustness=all"])
+    assert cfg.evaluation.robustness == get_args(RobustnessCheck)
+    assert set(CHANGES) < set(cfg.evaluation.robustness), "no change is left out"
+    (tmp_path / "config.yaml").write_text(to_yaml(cfg))
+    assert load_config(str(tmp_path / "config.yaml")) == cfg
+
+
+@pytest.mark.parametrize("found", ["'every'", "''", "3", "None"])
+def test_another_word_for_robustness_is_refused_with_what_is_allowed(found: str) -> None:
+    given = "null" if found == "None" else found
+    with pytest.raises(ConfigError) as caught:
+        load_config("quick", [f"evaluation.robustness={given}"])
+    allowed = "allowed: all, or a list of quantised_8bit, quantised_4bit, relearn, relearn_retain, "
+    assert str(caught.value).startswith(f"evaluation.robustness: found {found}, {allowed}")
 
 
 def test_every_key_is_described() -> None:
