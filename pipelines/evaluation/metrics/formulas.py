@@ -181,11 +181,11 @@ def has_classifier_oracle(model: RowsBySet, oracle: RowsBySet | None) -> bool:
     return len(model["forget"]) == len(oracle["forget"])
 
 
-def attack_auc(name: str) -> OfModel:
-    """Return the formula of a membership attack's AUC by this number of a row."""
+def attack_auc(name: str, members: str = "forget") -> OfModel:
+    """Return the formula of a membership attack's AUC on a set, by this number of a row."""
 
     def formula(model: RowsBySet, _: RowsBySet | None) -> float | None:
-        return membership.auc(_values(model["forget"], name), _values(model["holdout"], name))
+        return membership.auc(_values(model[members], name), _values(model["holdout"], name))
 
     return formula
 

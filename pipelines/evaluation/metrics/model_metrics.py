@@ -72,6 +72,17 @@ OF_MODELS = (
         of_model=formulas.reference_auc,
     ),
     Metric(
+        # What is removed can expose what stays (Carlini et al. 2022, arXiv 2206.10469).
+        name="mia.retain",
+        label="loss, retained rows",
+        help="an attack by loss on the rows that stay; aim: no higher than before",
+        remembered="neither",
+        unit="AUC",
+        absent="needs a holdout set",
+        of_model=attack_auc("loss", "retain"),
+        applies=formulas.can_be_attacked,
+    ),
+    Metric(
         name="forget_quality",
         label="forget quality",
         help="p-value that the truth ratios are distributed as the oracle's (Kolmogorov-Smirnov); "

@@ -133,6 +133,14 @@ def test_attacks_compare_forget_with_holdout() -> None:
     assert [scores[name] for name in names] == [0.5, 0.0, 1.0, 0.5]
 
 
+def test_the_retained_rows_are_attacked_against_the_holdout_set_too() -> None:
+    losses = {"forget": [9.0], "retain": [1.0, 2.5, 4.0], "holdout": [2.0, 3.0]}
+    samples = [Sample(set_name=name, loss=loss) for name in losses for loss in losses[name]]
+    # Of six pairs the unseen row has the higher loss in (1, 2), (1, 3) and (2.5, 3).
+    assert summarise(samples)["mia.retain"] == 0.5
+    assert summarise(samples)["mia.loss"] == 0.0
+
+
 @pytest.mark.parametrize("missing", ["forget", "holdout"])
 def test_without_forget_or_holdout_there_is_no_attack(missing: str) -> None:
     scores = summarise([sample for sample in full_samples() if sample["set_name"] != missing])
