@@ -19,6 +19,7 @@ from pipelines.encoding.encoder import check_lengths, check_template
 from pipelines.encoding.labelled import check_labels, check_target
 from pipelines.encoding.windows import Lengths, treatment
 from pipelines.evaluation.scored_model import oracle_names
+from pipelines.storage.chain import check_parent
 from pipelines.storage.output import refuse_store
 from pipelines.storage.run_folder import RunFolder
 from pipelines.terminal import Terminal
@@ -103,6 +104,8 @@ def preflight(
         run.check_inputs(sets.inputs())
     check_template(cfg, sets)
     lengths = check_lengths(cfg, sets, others)
+    if purpose in ("run", "tune"):
+        check_parent(cfg.model.path)  # last, as it reads all weights
     terminal.say("Data: " + ", ".join(f"{name} {sets.counts[name]} rows" for name in sets.names()))
     for name, of_set in lengths.items():
         if of_set.long_rows:

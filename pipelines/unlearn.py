@@ -54,7 +54,7 @@ def unlearn(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
     with run.output.working_copy(), session(cfg.train, run.path / "run.log", terminal, preload):
         sets = preflight(cfg, "run", terminal, run=run).sets
         # From here on the folder is bound to these inputs: a restart with others is refused.
-        run.begin(sets.inputs())
+        run.begin(sets.inputs(), sets.forget_ids)
         sets = with_own_answers(cfg, sets, run.path, terminal)
         with mirrored_to_mlflow(run, terminal) as mirror:
             # A restart after training finds its cost, and the model in the folder.

@@ -292,16 +292,29 @@ def number_rows(block: pa.Table, first_row: int, count: int, limit: int) -> tupl
         The rows in SET_SCHEMA, and how many of them have no answer.
     """
     selected = block.filter(block["selected"]).select(SET_SCHEMA.names)
-    # `left_before[i]` rows are left of all that precede row i. Row i stays where the number rises,
-    # and is then the row's position. Integers make this exact for every block on its own.
-    rows_before = range(first_row, first_row + selected.num_rows + 1)
-    left_before = [row * limit // count for row in rows_before]
-    stays = pa.array([low < high for low, high in pairwise(left_before)], pa.bool_())
+    positions, stays = thinned(first_row, selected.num_rows, count, limit)
     index = SET_SCHEMA.get_field_index("row")
-    numbered = selected.set_column(index, "row", pa.array(left_before[:-1], pa.int64()))
+    numbered = selected.set_column(index, "row", positions)
     rows = numbered.filter(stays).cast(SET_SCHEMA)
     has_no_answer = pc.and_(pc.equal(rows["answer"], ""), pc.equal(rows["image"], b""))
     return rows, pc.sum(has_no_answer).as_py() or 0
+
+
+def thinned(first_row: int, number: int, count: int, limit: int) -> tuple[pa.Array, pa.Array]:
+    """Return which of `number` rows of a set stay when it is thinned, evenly, to `limit` rows.
+
+    Args:
+        first_row: position of the first of them among the set's `count` rows.
+
+    Returns:
+        The position that each row then has, and whether it stays.
+    """
+    # `left_before[i]` rows are left of all that precede row i. Row i stays where the number rises,
+    # and is then the row's position. Integers make this exact for every block on its own.
+    rows_before = range(first_row, first_row + number + 1)
+    left_before = [row * limit // count for row in rows_before]
+    stays = [low < high for low, high in pairwise(left_before)]
+    return pa.array(left_before[:-1], pa.int64()), pa.array(stays, pa.bool_())
 
 
 def quoted(ids: list[str]) -> str:

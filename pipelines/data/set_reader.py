@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from pipelines.config.data import SetName, SourceConfig
 from pipelines.config.schema import ConfigError
-from pipelines.data.rows import Selection, Summary, quoted
+from pipelines.data.rows import Selection, Summary, quoted, thinned
 from pipelines.data.sources import find_pieces, request_ids
 
 
@@ -50,6 +50,12 @@ class SetReader:
     def size(self) -> int:
         """Return the number of rows after `max_rows`."""
         return min(self.selected.num_rows, self.source.max_rows or self.selected.num_rows)
+
+    def ids(self) -> list[str]:
+        """Return the ids of the set's rows after `max_rows`, in their order."""
+        count = self.selected.num_rows
+        _, stays = thinned(0, count, count, self.size)
+        return self.selected["id"].filter(stays).to_pylist()
 
     def add_blocks(self, blocks: list[Any], summaries: list[Summary]) -> None:
         """Collect this set's blocks among those of all sets.

@@ -58,6 +58,7 @@ class Sets:
     counts: dict[str, int]  # rows by set
     digests: dict[str, str]  # 64 hexadecimal digits by set, which depend on its rows alone
     unanswered: int  # rows of the utility set without an answer
+    forget_ids: list[str]  # of the forget set's rows, in their order
 
     def names(self) -> list[str]:
         """Return the names of the sets that are present, forget first."""
@@ -125,6 +126,7 @@ def load_sets(data: DataConfig, task: Task = "causal_lm") -> Sets:
         counts={name: reader.size for name, reader in readers.items()},
         digests={name: f"{reader.digest % 2**256:064x}" for name, reader in readers.items()},
         unanswered=unanswered,
+        forget_ids=readers["forget"].ids(),
     )
 
 

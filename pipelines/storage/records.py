@@ -27,6 +27,22 @@ class SetRecord(Record):
     digest: str | None = None
 
 
+class EarlierRun(Record):
+    """What a manifest says of a run before it: where it lies, and the digest of its manifest."""
+
+    run: str
+    manifest: str
+    created: str | None = None
+
+
+class Request(Record):
+    """What a manifest says of its deletion request. `storage.chain` has the meaning of each key."""
+
+    number: int
+    earlier: list[EarlierRun]
+    rows: list[str]
+
+
 class Manifest(Record):
     """manifest.json, as far as it is read."""
 
@@ -38,6 +54,7 @@ class Manifest(Record):
     git_commit: str | None = None
     sets: dict[str, SetRecord] | None = None
     model: dict[str, str | None] | None = None
+    request: Request | None = None
     strengths: list[dict[str, float]] | None = None
     cost: dict[str, Any] | None = None
     mlflow: dict[str, Any] | None = None

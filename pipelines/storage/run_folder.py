@@ -1,13 +1,12 @@
 """The output folder of a run: checked, filled step by step and sealed by a manifest."""
 
-import hashlib
 import json
 import os
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +16,7 @@ from pipelines.config.load import changed_keys, short_hash, to_yaml
 from pipelines.config.schema import ConfigError, UnlearnConfig
 from pipelines.config.text import one_line
 from pipelines.storage.atomic import write_text
+from pipelines.storage.chain import earlier_runs, hash_of_id, write_request_key
 from pipelines.storage.output import open_output
 from pipelines.storage.records import (
     WRITTEN_BY_RUN,
@@ -26,7 +26,7 @@ from pipelines.storage.records import (
     parse_config,
     parse_record,
 )
-from pipelines.storage.seal import file_digest, file_digests
+from pipelines.storage.seal import REQUEST_KEY, digest_of_model, file_digest, file_digests
 
 PACKAGES = (
     "ray-unlearn",
@@ -66,7 +66,7 @@ class RunFolder:
 
     def _refuse_other_run(self) -> None:
         # A command writes its log before it has checked its inputs, and may then be refused.
-        names = sorted(self.output.names() - {"run.log"})
+        names = sorted(self.output.names() - {"run.log", REQUEST_KEY})
         config = self.output.read("config.yaml")
         # A run that was killed before it wrote its manifest has left only its configuration.
         if not names or (names == ["config.yaml"] and config == to_yaml(self.cfg).encode()):
@@ -133,10 +133,11 @@ class RunFolder:
         path = self.cfg.model.path
         return {"model": {"path": path, "digest": model_digest(path)}, "sets": dict(sets)}
 
-    def begin(self, sets: Mapping[str, Any]) -> None:
+    def begin(self, sets: Mapping[str, Any], forget_ids: Sequence[str] = ()) -> None:
         """Write config.yaml and the manifest's first form, unless the run has begun before.
 
-        `sets` has each set's number of rows and digest, which `check_inputs` has checked.
+        `sets` has each set's number of rows and digest, which `check_inputs` has checked, and
+        `forget_ids` the ids of the rows that a request is about.
 
         Raises:
             ConfigError: the folder cannot be written.
@@ -163,6 +164,8 @@ class RunFolder:
             "seed": self.cfg.seed,
             **self._inputs(sets),
         }
+        if self.purpose == "run":
+            manifest["request"] = self._request(forget_ids)
         write_text(self.path / "manifest.json", json.dumps(manifest, indent=2))
         try:
             self.output.upload()
@@ -170,6 +173,16 @@ class RunFolder:
             raise ConfigError(
                 f"output_dir: {self.output.url} cannot be written ({one_line(error)})"
             ) from None
+
+    def _request(self, forget_ids: Sequence[str]) -> dict[str, Any]:
+        """Return what the manifest says of a deletion request, and write the key of its hashes."""
+        earlier = earlier_runs(self.cfg.model.path)
+        key = write_request_key(self.path)
+        return {
+            "number": len(earlier) + 1,
+            "earlier": earlier,
+            "rows": sorted(hash_of_id(row_id, key) for row_id in forget_ids),
+        }
 
     def update(self, **fields: Any) -> None:
         """Add fields to the manifest, also to that of a search's trial, which never begins."""
@@ -231,11 +244,8 @@ def model_digest(path: str) -> str | None:
     folder = Path(path)
     if not folder.is_dir():
         return None
-    digest = hashlib.sha256()
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        digest.update(file.name.encode())
-        digest.update(file_digest(file).encode())
-    return digest.hexdigest()
+    files = [folder / "config.json", *folder.glob("*.safetensors")]
+    return digest_of_model({file.name: file_digest(file) for file in files})
 
 
 def weight_bytes(path: str) -> int:

@@ -3,6 +3,7 @@
 from pipelines.config.schema import ConfigError
 from pipelines.storage.output import OutputDir
 from pipelines.storage.records import read_json
+from pipelines.storage.seal import changes
 
 
 def differences(output: OutputDir) -> list[str]:
@@ -17,13 +18,4 @@ def differences(output: OutputDir) -> list[str]:
         sealed, status = manifest.get("files"), manifest.get("status")
         if status != "complete" or not sealed:
             raise ConfigError(f"{path}: status: found {status!r}, allowed: 'complete', with files")
-    present = output.digests()
-    lines: list[str] = []
-    for name in sorted(sealed.keys() | present.keys()):
-        if name not in present:
-            lines.append(f"{name}: missing")
-        elif name not in sealed:
-            lines.append(f"{name}: not in the manifest")
-        elif sealed[name] != present[name]:
-            lines.append(f"{name}: changed")
-    return lines
+    return changes(sealed, output.digests())

@@ -384,6 +384,13 @@ CASES = [
         UNLEARNING,
     ),
     Case(
+        "a changed model of an earlier request",
+        ["model.path={folder}/earlier/model"],
+        "model.path: {folder}/earlier/model is not as its run has sealed it (model/",
+        "check_parent",
+        UNLEARNING,
+    ),
+    Case(
         "learned set without answers",
         ["data.utility.path={folder}/prompts.jsonl", "finetune.sets=[utility]"],
         "2 of 2 rows have no answer, allowed for `run` only",
@@ -446,6 +453,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     for name, spoil in BAD_MODELS.items():
         if f"{{folder}}/{name}" in " ".join(case.changes):
             spoil(shutil.copytree(problem / "model", tmp_path / name))
+    shutil.copytree(problem / "model", tmp_path / "earlier" / "model")
+    (tmp_path / "earlier" / "config.yaml").touch()
+    manifest = {"purpose": "run", "status": "complete", "files": {"model/config.json": "0" * 64}}
+    (tmp_path / "earlier" / "manifest.json").write_text(json.dumps({"schema": 1, **manifest}))
     (tmp_path / "dumb").mkdir()
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "dumb" / name).symlink_to(problem / "model" / name)

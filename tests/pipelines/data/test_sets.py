@@ -528,3 +528,12 @@ def test_a_union_holds_the_rows_of_its_sets(tmp_path: Path) -> None:
     allowed = "finetune.sets: found utility, which data does not give, allowed: forget, retain"
     with pytest.raises(ConfigError, match=allowed):
         sets.union(("retain", "utility"))
+
+
+def test_the_ids_of_a_thinned_forget_set_are_those_of_the_rows_that_are_left(
+    tmp_path: Path,
+) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [question(f"f{number}") for number in range(7)])
+    sets = load(tmp_path, {"path": path, "max_rows": 3})
+    assert sets.forget_ids == ids_of(sets)
+    assert len(sets.forget_ids) == 3
