@@ -53,13 +53,13 @@ def gate(
         from deploy.gate import parse_requirement, reasons_to_refuse
         from pipelines.report.page import RUN_FILES
         from pipelines.storage.output import open_output
-        from pipelines.storage.verify import differences
+        from pipelines.storage.verify import compare
 
         requirements = [parse_requirement(text) for text in require or ()]
         output = open_output(run_dir, "RUN_DIR")
         with output.local_copy(*RUN_FILES) as folder:
             reasons = reasons_to_refuse(folder, requirements, verdict or ["indistinguishable"])
-        reasons += differences(output)
+        reasons += compare(output).differences
         for reason in reasons:
             terminal.say(reason)
         if reasons:

@@ -205,19 +205,21 @@ def report(run_dir: RunDir, debug: Debug = False) -> None:
 
 @app.command()
 def verify(run_dir: RunDir, debug: Debug = False) -> None:
-    """Compare every file of a run with the digests in its manifest; exit code 1 names what differs.
+    """Compare every file of a run, and of the requests before it, with the manifests' digests;
+    exit code 1 names what differs.
 
     The manifest itself, the page, the log and MLflow's store have no digest. A manifest is not
-    signed: keep a copy of it elsewhere if somebody might write a new one.
+    signed: keep a copy of it elsewhere if somebody might write a new one. An earlier run that is
+    neither where it was nor beside RUN_DIR is named, and is no difference.
     """
     with reporting(debug) as terminal:
         from pipelines.storage.output import open_output
-        from pipelines.storage.verify import differences
+        from pipelines.storage.verify import compare
 
-        lines = differences(open_output(run_dir, "RUN_DIR"))
-        for line in lines:
+        found = compare(open_output(run_dir, "RUN_DIR"))
+        for line in found.differences + found.unreached:
             terminal.say(line)
-        if lines:
+        if found.differences:
             raise typer.Exit(1)
         terminal.say(f"Verified: {run_dir}")
 

@@ -131,7 +131,16 @@ def test_values_of_other_types_are_one_line_that_names_file_and_key(
     assert gate(tmp_path, 0.5)[0] == 0
     path = tmp_path / name
     whole = path.read_text()
-    keys = [*json.loads(whole), "sets", "strengths", "mlflow", "model", "machine", "oracle_spread"]
+    keys = [
+        *json.loads(whole),
+        "sets",
+        "strengths",
+        "mlflow",
+        "model",
+        "machine",
+        "oracle_spread",
+        "request",
+    ]
     found: list[str] = []
     for key in keys:
         for value in WRONG:

@@ -3,17 +3,21 @@
 import hashlib
 import hmac
 import json
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from pipelines.__main__ import app
 from pipelines.config.schema import ConfigError, ModelConfig, UnlearnConfig
 from pipelines.storage.chain import check_parent, earlier_runs
 from pipelines.storage.run_folder import RunFolder
 from pipelines.storage.seal import MANIFEST, REQUEST_KEY, manifest_digest
+from tests.bucket import Bucket
 
 Finish = Callable[..., Path]
 
@@ -210,3 +214,116 @@ def test_a_model_that_is_not_what_its_run_sealed_is_refused(
         f"model.path: {model} is not as its run has sealed it (model/{found}); "
         f"allowed: the files that {model.parent}/manifest.json names, unchanged"
     )
+
+
+def verify(folder: Path) -> tuple[int, list[str]]:
+    result = CliRunner().invoke(app, ["verify", str(folder)])
+    assert result.stdout == ""
+    return result.exit_code, result.stderr.splitlines()
+
+
+def test_an_untouched_chain_is_verified_also_where_mlflow_was_told_later(
+    three: tuple[Path, Path, Path],
+) -> None:
+    manifest = manifest_of(three[0])
+    (three[0] / MANIFEST).write_text(json.dumps({**manifest, "mlflow": {"is_complete": True}}))
+    assert verify(three[2]) == (0, [f"Verified: {three[2]}"])
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("name", ["model/model.safetensors", "model/tokenizer.json", "config.yaml"])
+def test_a_changed_byte_of_an_earlier_run_is_told_with_its_request(
+    three: tuple[Path, Path, Path], number: int, name: str
+) -> None:
+    folder = three[number - 1]
+    flip_a_byte(folder / name)
+    assert verify(three[2]) == (1, [f"request {number} ({folder}): {name}: changed"])
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_every_changed_byte_of_an_earlier_manifest_is_told(
+    three: tuple[Path, Path, Path], number: int
+) -> None:
+    path = three[number - 1] / MANIFEST
+    whole = path.read_bytes()
+    told = [f"request {number} ({path.parent}): {MANIFEST}: changed"]
+    for index in range(0, len(whole), 29):
+        path.write_bytes(whole[:index] + bytes([whole[index] ^ 1]) + whole[index + 1 :])
+        if whole[index : index + 1].isspace():  # another white space, or a character for it
+            continue
+        assert verify(three[2]) == (1, told), index
+
+
+def test_a_run_that_is_not_found_is_told_and_the_others_are_compared(
+    three: tuple[Path, Path, Path],
+) -> None:
+    first, second, third = three
+    shutil.rmtree(second)
+    missing = f"request 2 ({second}): not found, so its files were not compared"
+    assert verify(third) == (0, [missing, f"Verified: {third}"])
+    flip_a_byte(first / "model" / "config.json")
+    changed = f"request 1 ({first}): model/config.json: changed"
+    assert verify(third) == (1, [changed, missing])
+
+
+def test_a_chain_that_was_moved_is_found_side_by_side(
+    three: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "archive").mkdir()
+    first, second, third = (folder.rename(tmp_path / "archive" / folder.name) for folder in three)
+    assert verify(third) == (0, [f"Verified: {third}"])
+    flip_a_byte(first / "model" / "model.safetensors")
+    told = f"request 1 ({first}): model/model.safetensors: changed"
+    assert verify(third) == (1, [told])
+    assert verify(second) == (1, [told])
+
+
+def test_a_chain_on_a_store_is_followed_there(
+    three: tuple[Path, Path, Path], bucket: Bucket
+) -> None:
+    for folder in three:
+        for path in filter(Path.is_file, folder.rglob("*")):
+            name = path.relative_to(folder.parent)
+            bucket.write(f"runs/{name}", path.read_bytes())
+        shutil.rmtree(folder)
+    url = "s3://bucket/runs/third"
+    run = CliRunner().invoke(app, ["verify", url])
+    assert (run.exit_code, run.stderr) == (0, f"Verified: {url}\n")
+    bucket.write("runs/first/model/config.json", b"[]")
+    run = CliRunner().invoke(app, ["verify", url])
+    assert run.exit_code == 1
+    assert run.stderr == "request 1 (s3://bucket/runs/first): model/config.json: changed\n"
+
+
+def test_a_run_that_began_with_another_model_than_was_left_to_it_is_told(
+    three: tuple[Path, Path, Path],
+) -> None:
+    first, second, third = three
+    manifest = manifest_of(third)
+    manifest["model"]["digest"] = "0" * 64
+    (third / MANIFEST).write_text(json.dumps(manifest))
+    told = f"request 2 ({second}): model: another one than the next request began with"
+    assert verify(third) == (1, [told])
+    manifest = manifest_of(second)
+    manifest["request"]["earlier"] = manifest["request"]["earlier"][:0]
+    (second / MANIFEST).write_text(json.dumps(manifest))
+    forged = manifest_of(third)
+    forged["request"]["earlier"][1]["manifest"] = manifest_digest(manifest)
+    (third / MANIFEST).write_text(json.dumps(forged))
+    names = f"request 2 ({second}): {MANIFEST}: names other runs before it"
+    assert verify(third) == (1, [names, told])
+    assert verify(first)[0] == 0
+
+
+def test_any_place_that_a_manifest_names_is_one_that_is_not_found(
+    base: Path, finish: Finish
+) -> None:
+    second = finish("second", base)
+    manifest = manifest_of(second)
+    for place in ("", "/", "a\0b", "x" * 5000, "ftp://host/run", "\ud800"):
+        record = {"run": place, "manifest": "0" * 64}
+        manifest["request"]["earlier"] = [record]
+        (second / MANIFEST).write_text(json.dumps(manifest))
+        code, told = verify(second)
+        assert (code, len(told)) == (0, 2), place
+        assert "not found, so its files were not compared" in told[0]
