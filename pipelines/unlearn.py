@@ -11,6 +11,7 @@ from ray.train import Result
 
 from pipelines.cluster.session import session, temporary_log
 from pipelines.cluster.tasks import on_every_node, on_this_node, result_of
+from pipelines.config.data import HELD_SETS
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.data.sets import Sets
 from pipelines.evaluation.entries import Evaluation
@@ -118,7 +119,7 @@ def evaluate_model(cfg: UnlearnConfig, model: ModelConfig, terminal: Terminal) -
 def train(run: RunFolder, sets: Sets, mirror: Mirror | None, terminal: Terminal) -> dict[str, Any]:
     """Solve or train the adapter, write it and the merged model, and return the run's cost."""
     cfg = run.cfg
-    retain = sets.union(("retain", "utility"), present_only=True)
+    retain = sets.union(HELD_SETS, present_only=True)
     streams = {
         "retain": (retain, cfg.train.retain_batch_size),
         "forget": (sets.forget, cfg.train.forget_batch_size),

@@ -21,8 +21,9 @@ class Row(NamedTuple):
     """One tokenised row, or one `part` of it by number, where a row is read in several.
 
     `answer_start` is the index of the first answer token. `label` is a class, or a group of rows,
-    and -1 if there is none. `utility` marks a row of the utility set. `fact` is the first token
-    that carries the row's fact, and the one after the last.
+    and -1 if there is none. `utility` marks a row of the utility set, and `earlier` one that was
+    forgotten before and is to be held so. `fact` is the first token that carries the row's fact,
+    and the one after the last.
     """
 
     input_ids: Sequence[int]
@@ -34,6 +35,7 @@ class Row(NamedTuple):
     pixels_CHW: Tensor | None = None
     fact: tuple[int, int] = (0, 0)
     part: int = 0
+    earlier: bool = False
 
     @property
     def size(self) -> int:
@@ -63,9 +65,10 @@ class UnlearnBatch(NamedTuple):
     token t + 1 carries the row's fact. In a batch of `classified` rows only the first position of
     `answer_BT` is true. It stands for the class.
 
-    `forget_B` marks the forget set's rows, and `utility_B` those of the others that come from the
-    utility set. `row_B` is a row's number in its set, `part_B` the part of it, `label_B` its class
-    or group. Images have `pixels_BCHW`, and one token a row.
+    `forget_B` marks the forget set's rows. Of the others, which are held, `utility_B` marks those
+    of the utility set, and `earlier_B` those that were forgotten before. `row_B` is a row's number
+    in its set, `part_B` the part of it, `label_B` its class or group. Images have `pixels_BCHW`,
+    and one token a row.
     """
 
     input_ids_BT: Tensor
@@ -77,6 +80,7 @@ class UnlearnBatch(NamedTuple):
     part_B: Tensor
     label_B: Tensor
     utility_B: Tensor
+    earlier_B: Tensor
     pixels_BCHW: Tensor | None = None
     classified: bool = False
 
@@ -149,8 +153,13 @@ class UnlearnBatch(NamedTuple):
             )
         return feature_BSD
 
+    @property
+    def retain_B(self) -> Tensor:
+        """The rows of the retain set itself, to which targets are fitted."""
+        return ~(self.forget_B | self.utility_B | self.earlier_B)
+
     def retain_tokens_BT(self, tokens: TokenKind = "all") -> Tensor:
-        """Mark tokens of the retain set's and the utility set's rows."""
+        """Mark tokens of all rows that are held: those of the retain set and the sets beside it."""
         return self._feature_tokens_BT(tokens) & ~self.forget_B[:, None]
 
     def forget_tokens_BT(self, tokens: TokenKind) -> Tensor:
@@ -246,6 +255,7 @@ def collate(
         part_B=torch.tensor([row.part for row in rows]),
         label_B=torch.tensor([row.label for row in rows]),
         utility_B=torch.tensor([row.utility for row in rows]),
+        earlier_B=torch.tensor([row.earlier for row in rows]),
         pixels_BCHW=torch.stack(images) if images else None,
         classified=classified,
     )

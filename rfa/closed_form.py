@@ -5,13 +5,16 @@ problem:
 
     minimise over rank(M) <= rank:   strength * mean over D_f of |h0 + M x - t|^2
                                      + mean over D_r of |M x|^2
-                                     + w_u * mean over D_u of |M x|^2 + ridge
+                                     + w_u * mean over D_u of |M x|^2
+                                     + mean over D_e of |M x|^2 + ridge
+
+of forget, retain and utility rows, and of those that earlier requests have forgotten.
 
 The forget set's mean is a weighted one: tokens that carry a row's fact may weigh more.
-The kept sets enter through R = G_r/n_r + w_u G_u/n_u + ridge * mean(diag) * I alone. It does not
-depend on the strength, and is factored once. The forget set enters through its (few) tokens' inputs
-X and shifts T = t - h0. With
-K = X R^-1 X^T, lambda = n_f / strength and Z = (K + lambda)^-1 T the full-rank solution is
+The kept sets enter through R = G_r/n_r + w_u G_u/n_u + G_e/n_e + ridge * mean(diag) * I alone. It
+does not depend on the strength, and is factored once. The forget set enters through its (few)
+tokens' inputs X and shifts T = t - h0. With K = X R^-1 X^T, lambda = n_f / strength and
+Z = (K + lambda)^-1 T the full-rank solution is
 
     M = Z^T X R^-1
 

@@ -156,7 +156,7 @@ class ResidualAlignment(nn.Module):
             self.run(batch, None, 0, self.hooks.last_block + 1)
         sums = {name: FeatureSums() for name in self.hooks.names}
         tokens_BT = batch.retain_tokens_BT(tokens or self.objective.tokens)
-        tokens_BT = tokens_BT & ~batch.utility_B[:, None]
+        tokens_BT = tokens_BT & batch.retain_B[:, None]
         if not sample_tokens or not tokens_BT.any():
             return sums
         if self.objective.target != "cluster_mean":

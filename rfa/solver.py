@@ -1,8 +1,8 @@
 """From data to a solved adapter: one forward over the retained sets, then the forget rows alone.
 
-`collect` streams the retain and utility rows once, for the targets and the retained sets' second
-moments. `solve` needs the forget rows only, so that another strength costs no further pass over
-what is retained. Two modes:
+`collect` streams the retained sets' rows once, for the targets and for their second moments.
+`solve` needs the forget rows only, so that another strength costs no further pass over what is
+retained. Two modes:
 
     one_pass   all modules are solved from the base model's features
     blockwise  module by module from the lowest block up, each from what it sees with the residuals
@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, reduce
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -36,8 +37,8 @@ from rfa.objective import ResidualAlignment
 from rfa.settings import SolveSettings
 from rfa.targets import SAMPLE_TOKENS, FeatureSums
 
-# The sets whose behaviour the solver holds.
-RETAINED_SETS = ("retain", "utility")
+# The sets whose behaviour the solver holds. What was forgotten before stays so.
+RETAINED_SETS = ("retain", "utility", "earlier")
 
 
 class OnePassSolver:
@@ -76,34 +77,37 @@ class OnePassSolver:
 
     @torch.no_grad()
     def collect(self, batch: UnlearnBatch, sample_tokens: int = SAMPLE_TOKENS) -> None:
-        """Add a batch of retain and utility rows.
+        """Add a batch of rows of the retained sets.
 
         Its retain rows serve the targets, too, unless `sample_tokens` is 0. `cluster_mean` samples
         that many tokens of each row.
         """
         tokens_BT = batch.retain_tokens_BT()
-        utility_B1 = batch.utility_B[:, None]
-        masks = {"retain": tokens_BT & ~utility_B1, "utility": tokens_BT & utility_B1}
+        rows = {"retain": batch.retain_B, "utility": batch.utility_B, "earlier": batch.earlier_B}
+        masks = {kind: tokens_BT & rows_B[:, None] for kind, rows_B in rows.items()}
 
         def add_input(name: str, input_BSD: Tensor, _output_BSO: Tensor) -> None:
             for kind, mask_BT in masks.items():
-                # Also for no tokens: every worker takes part in the reduction of every module.
-                if name not in self.sums[kind]:
-                    width, settings = input_width(self.layers[name]), self.settings
-                    columns = width if width <= settings.exact_width else settings.sketch_columns
-                    device = self.layers[name].lora_A[ADAPTER].weight.device
-                    self.sums[kind][name] = InputMoments.empty(name, width, columns, device)
                 if mask_BT.any():
                     selected = batch.select(input_BSD, mask_BT)
                     # The objective weighs tokens alike, and of classified rows the rows.
                     weight_N = selected.weight_N if batch.classified else None
-                    self.sums[kind][name].add(selected.feature_ND, weight_N)
+                    self._sums_of(kind, name).add(selected.feature_ND, weight_N)
 
         with self._observing(self.layers, add_input):
             features = self.alignment.feature_sums(batch, sample_tokens)
         if sample_tokens:
             for name, sums in features.items():
                 self.features[name].merge(sums)
+
+    def _sums_of(self, kind: str, name: str) -> InputMoments:
+        """Return a set's sums at a module, which take memory from the set's first token on."""
+        if name not in self.sums[kind]:
+            width, settings = input_width(self.layers[name]), self.settings
+            columns = width if width <= settings.exact_width else settings.sketch_columns
+            device = self.layers[name].lora_A[ADAPTER].weight.device
+            self.sums[kind][name] = InputMoments.empty(name, width, columns, device)
+        return self.sums[kind][name]
 
     def reduce(self) -> None:
         """Add up all workers' sums. Each module's owner factors its moments.
@@ -113,12 +117,16 @@ class OnePassSolver:
         if self.settings.reads_targets:
             self.alignment.fit(merged_features(self.features))
         inverses: dict[str, InverseMoments] = {}
+        # Also those sets of which only other workers have rows.
+        own_kinds = [kind for kind, sums in self.sums.items() if sums]
+        kinds = dict.fromkeys(chain(*exchange.gather_all(own_kinds)))
         # A reduction needs every worker, so all of them take the modules in this one order.
         for name, owner in self._owner.items():
             # Popped: a worker keeps the moments of its own modules only, and those factored.
-            moments = {kind: self.sums[kind].pop(name) for kind in RETAINED_SETS}
-            for set_moments in moments.values():
-                exchange.sum_on(owner, set_moments)
+            moments: dict[str, InputMoments] = {}
+            for kind in kinds:
+                exchange.sum_on(owner, self._sums_of(kind, name))
+                moments[kind] = self.sums[kind].pop(name)
             if owner == exchange.rank():
                 inverses[name] = inverse_of(moments, self.settings)
         self.inverses = inverses
@@ -315,7 +323,8 @@ class OnePassSolver:
 
 def inverse_of(moments: Mapping[str, InputMoments], settings: SolveSettings) -> InverseMoments:
     """Factor the weighted second moments of one module's inputs over the retained sets."""
-    weighted = [(1.0, moments["retain"]), (settings.utility_weight, moments["utility"])]
+    weights = {"retain": 1.0, "utility": settings.utility_weight, "earlier": 1.0}
+    weighted = [(weights[kind], sums) for kind, sums in moments.items()]
     return InverseMoments(weighted, settings.ridge)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from pipelines.cluster.tasks import result_of
+from pipelines.config.data import HELD_SETS
 from pipelines.config.load import with_values
 from pipelines.config.schema import UnlearnConfig
 from pipelines.data.sets import Sets
@@ -38,7 +39,7 @@ def share_work(cfg: UnlearnConfig, space: Space, sets: Sets, terminal: Terminal)
         # It is one block, as Ray Data puts a plan's batches together in order.
         return plan_stream(dataset, encoder, batch_size, cfg.seed).rows.to_arrow_refs()[0]
 
-    kept = sets.union(("retain", "utility"), present_only=True)
+    kept = sets.union(HELD_SETS, present_only=True)
     holdout = None
     if sets.holdout is not None:
         holdout = rows_of(sets.holdout, forget_batch_size)

@@ -294,6 +294,8 @@ def _of_gradient_steps(cfg: UnlearnConfig) -> dict[str, Any]:
     # A method and PruneLoRA weigh their own terms alone.
     has_own_terms = objective.method is not None or cfg.prune.method != "none"
     weights = {name: value for name, value in objective.weights if value > 0 or not has_own_terms}
+    if cfg.data.earlier is not None:
+        weights.pop("task", None)  # it would teach the rows of earlier requests again
     if len(weights) > 1:
         for name, value in weights.items():
             tree[f"objective.weights.{name}"] = _around(value or 1.0)

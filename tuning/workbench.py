@@ -36,7 +36,7 @@ from rfa.batch import UnlearnBatch, collate
 from rfa.closed_form import InverseMoments
 from rfa.moments import InputMoments
 from rfa.objective import ResidualAlignment
-from rfa.solver import RETAINED_SETS, OnePassSolver, inverse_of
+from rfa.solver import OnePassSolver, inverse_of
 from rfa.targets import FeatureSums, ModuleTarget, Targets, fit_target
 from tuning.contracts import RUNGS, Measured, Shared
 
@@ -50,7 +50,7 @@ ModuleSums = dict[str, FeatureSums]
 
 @dataclass
 class Statistics:
-    """Statistics of the retain and utility sets.
+    """Statistics of the sets that are held.
 
     `moments` are the inputs' moments by set and module. `features` are the feature sums that
     targets are fitted to, by kind of tokens and module.
@@ -62,8 +62,12 @@ class Statistics:
     def merge(self, other: "Statistics") -> None:
         """Add another worker's statistics."""
         for set_name, modules in other.moments.items():
+            own = self.moments[set_name]
             for module, moments in modules.items():
-                self.moments[set_name][module].merge(moments)
+                if module in own:
+                    own[module].merge(moments)
+                else:  # none of this worker's rows were of that set
+                    own[module] = moments
         for tokens, modules in other.features.items():
             _add(self.features[tokens], modules)
 
@@ -235,8 +239,8 @@ class Workbench:
 
         @functools.cache
         def factor(module: str) -> InverseMoments:
-            moments = {kind: self._statistics.moments[kind][module] for kind in RETAINED_SETS}
-            return inverse_of(moments, settings)
+            by_kind = self._statistics.moments.items()
+            return inverse_of({kind: sums[module] for kind, sums in by_kind if sums}, settings)
 
         return factor
 
@@ -296,8 +300,8 @@ def _pauses(steps: int) -> set[int]:
 
 
 def _retain_rows_before(batches: list[list[Any]]) -> list[int]:
-    """Return how many rows of the retain set stand before each batch of retain and utility rows."""
-    counts = [sum(not row.utility for row in rows) for rows in batches]
+    """Return how many rows of the retain set stand before each batch of rows that are held."""
+    counts = [sum(not (row.utility or row.earlier) for row in rows) for rows in batches]
     return [0, *accumulate(counts)][: len(batches)]
 
 

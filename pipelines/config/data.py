@@ -16,8 +16,12 @@ from pydantic.fields import FieldInfo
 from pipelines.config.text import CONTROL, one_line
 
 Task = Literal["causal_lm", "sequence_classification", "image_classification"]
-SetName = Literal["forget", "retain", "utility", "holdout", "general"]
+SetName = Literal["forget", "retain", "utility", "holdout", "general", "earlier"]
 SET_NAMES: tuple[SetName, ...] = get_args(SetName)
+# What a run holds as it is, and what is to be forgotten at its end. Rows of earlier requests are
+# both: they have been forgotten.
+HELD_SETS: tuple[SetName, ...] = ("retain", "utility", "earlier")
+FORGOTTEN_SETS: tuple[SetName, ...] = ("forget", "earlier")
 
 
 # No key needs a larger number, and with one a product of a few of them could overflow.
@@ -219,6 +223,11 @@ class DataConfig(Section):
     )
     general: SourceConfig | None = Field(
         default=None, description="General knowledge, only ever evaluated."
+    )
+    earlier: SourceConfig | None = Field(
+        default=None,
+        description="Rows of earlier requests, which must stay forgotten: held as they are and "
+        "scored, never learned.",
     )
     columns: ColumnsConfig = ColumnsConfig()
     share_seed: int = Field(

@@ -225,6 +225,12 @@ class UnlearnConfig(Section):
             raise ValueError(
                 "train.steps: found 0 with solve.mode=off, allowed: steps above 0, or a solve.mode"
             )
+        task_weight = self.objective.weights.task
+        if self.data.earlier is not None and self.train.steps > 0 and task_weight > 0:
+            raise ValueError(
+                f"objective.weights.task: found {task_weight:g} with data.earlier, whose answers "
+                "it would teach again; allowed: 0 (weights.kl holds answers as they are)"
+            )
         # The closed form solves for what each module adds. Drift is not linear in that.
         if self.solve.mode != "off" and self.objective.residual != "local":
             raise ValueError(

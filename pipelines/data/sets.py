@@ -31,8 +31,11 @@ from pipelines.data.columns import ANSWERED_BY_MODEL
 from pipelines.data.rows import number_rows, read_piece, summarise
 from pipelines.data.set_reader import SetReader
 
-# A row to forget can neither be retained nor count as never learned.
-SETS_DISJOINT_FROM_FORGET: tuple[SetName, ...] = ("retain", "utility", "holdout")
+# A row to forget can neither be retained nor count as never learned, whichever request it is of.
+DISJOINT: dict[SetName, tuple[SetName, ...]] = {
+    "forget": ("retain", "utility", "holdout", "earlier"),
+    "earlier": ("retain", "utility", "holdout"),
+}
 DUPLICATE_KEY_TEXT = {  # what must be equal in two rows for them to be one, whatever their labels
     "causal_lm": "prompt and (where it has one) answer",
     "sequence_classification": "text",
@@ -55,6 +58,7 @@ class Sets:
     utility: Dataset | None
     holdout: Dataset | None
     general: Dataset | None
+    earlier: Dataset | None
     counts: dict[str, int]  # rows by set
     digests: dict[str, str]  # 64 hexadecimal digits by set, which depend on its rows alone
     unanswered: int  # rows of the utility set without an answer
@@ -114,9 +118,10 @@ def load_sets(data: DataConfig, task: Task = "causal_lm") -> Sets:
         for reader in readers.values():
             reader.add_blocks(blocks, summaries)
             reader.check()
-        for name in SETS_DISJOINT_FROM_FORGET:
-            if name in readers:
-                readers["forget"].check_disjoint(readers[name], DUPLICATE_KEY_TEXT[task])
+        for name, others in DISJOINT.items():
+            for other in others:
+                if name in readers and other in readers:
+                    readers[name].check_disjoint(readers[other], DUPLICATE_KEY_TEXT[task])
         for name, reader in readers.items():
             datasets[name], num_unanswered = _number(reader)
             if name == ANSWERED_BY_MODEL:

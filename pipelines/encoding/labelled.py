@@ -76,9 +76,9 @@ class ClassEncoder:
         rows: list[Row] = []
         for record in records:
             ids, label = list(record["input_ids"]), int(record["label"])
-            is_utility = record["set"] == "utility"
-            row = Row(ids, 0, int(record["row"]), label, utility=is_utility, classified=True)
-            rows.append(row)
+            row = Row(ids, 0, int(record["row"]), label, classified=True)
+            utility, earlier = (record["set"] == name for name in ("utility", "earlier"))
+            rows.append(row._replace(utility=utility, earlier=earlier))
         if not rows or not self.reads_images:
             return rows
         pixels_BCHW = self.pixels(record["image"] for record in records)

@@ -237,10 +237,9 @@ class TextEncoder:
         for record in records:
             ids, start = list(record["input_ids"]), int(record["answer_start"])
             fact = int(record["fact_start"]), int(record["fact_end"])
-            is_utility = record["set"] == "utility"
-            label = int(record["label"])
-            row = Row(ids, start, int(record["row"]), label, utility=is_utility, fact=fact)
-            rows.append(row._replace(part=int(record["part"])))
+            row = Row(ids, start, int(record["row"]), int(record["label"]), fact=fact)
+            utility, earlier = (record["set"] == name for name in ("utility", "earlier"))
+            rows.append(row._replace(utility=utility, earlier=earlier, part=int(record["part"])))
         return rows
 
     def blank(self) -> "Row | None":

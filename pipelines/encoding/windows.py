@@ -8,10 +8,11 @@ its rows. What is learned or kept is read in the first.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from pipelines.config.data import FORGOTTEN_SETS
 from pipelines.data.rows import IDS_IN_A_MESSAGE
 
-# Sets whose rows are read whole: what is forgotten, and what it is compared with.
-COVERED_SETS = ("forget", "holdout")
+# Sets whose rows are read whole: what is or was forgotten, and what it is compared with.
+COVERED_SETS = (*FORGOTTEN_SETS, "holdout")
 
 
 class Window(NamedTuple):

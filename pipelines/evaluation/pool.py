@@ -14,6 +14,7 @@ import ray
 from ray.util import ActorPool
 
 from pipelines.cluster.resources import worker_environment, workers_now
+from pipelines.config.data import FORGOTTEN_SETS
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.data.sets import Sets
 from pipelines.evaluation.entries import Evaluation, evaluation_of
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 ROWS_A_PIECE = 16
 # Models whose robustness is measured, beside the oracles. The original has forgotten nothing.
 ATTACKED_MODELS = ("after", "model")
-# Sets whose next-token distributions are compared with the oracle's, and with the original's.
-FORGOTTEN_SETS = ("forget",)
+# Sets whose next-token distributions are compared with the original's. Those of what is, or was,
+# forgotten are compared with the oracle's.
 KEPT_SETS = ("retain", "utility", "general")
 
 
@@ -69,7 +70,7 @@ def evaluate(
         cache.save(waiting[index], of_task)
         add(waiting[index], of_task)
     for task in tasks:
-        if task.reads_forget_set:
+        if task.reads_forgotten:
             cache.drop(task)
     return evaluation_of(samples, {name: _attacks_on(cfg, name) for name in models})
 

@@ -4,8 +4,8 @@ A row's numbers depend on the files of the model and of the tokenizer, on the ro
 and on the code. The digest of all of these is an entry's name. Entries lie in the user's cache, as
 numbers without text. An evaluation that is interrupted goes on with what it has scored.
 
-Of the forget set nothing stays once an evaluation is complete: who has the model could guess at a
-row's tokens by their probabilities.
+Of the forget set, and of those of earlier requests, nothing stays once an evaluation is complete:
+who has the model could guess at a row's tokens by their probabilities.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 
 import rfa
+from pipelines.config.data import FORGOTTEN_SETS
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.evaluation.scored_model import Beside, Change, Relearned, ScoredModel
 from pipelines.storage.filesystem import cache_folder
@@ -55,8 +56,8 @@ class Task(NamedTuple):
         return sum(piece.num_rows for piece in self.pieces)
 
     @property
-    def reads_forget_set(self) -> bool:
-        return any(piece.set_name == "forget" for piece in self.pieces)
+    def reads_forgotten(self) -> bool:
+        return any(piece.set_name in FORGOTTEN_SETS for piece in self.pieces)
 
 
 def digest_of(rows: pa.Table) -> str:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from pipelines.config.data import FORGOTTEN_SETS
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.data.conversations import answers_of, questions_of
 from pipelines.encoding.text import TextEncoder
@@ -130,14 +131,16 @@ class TextScorer(Scorer):
         return "leak_at_k" in self.cfg.evaluation.robustness and self._loaded[0].change is None
 
     def _compare(self, rows: pa.Table) -> Samples:
-        """Return distances to the reference: of forget rows in both wordings, of others as kept."""
+        """Return distances to the reference: to the oracle of what is or was forgotten, else as kept.
+
+        The forget set's rows have them in both wordings, and with the tokens' log-probabilities.
+        """
         records = rows.to_pylist()
         texts: list[Text] = []
         for index, row in enumerate(records):
-            is_forgotten = row["set"] == "forget"
-            kind = "token_distance" if is_forgotten else "kept_distance"
+            kind = "token_distance" if row["set"] in FORGOTTEN_SETS else "kept_distance"
             texts.append(Text(index, kind, row["prompt"], row["answer"]))
-            if is_forgotten and row["paraphrased_prompt"]:
+            if row["set"] in PARAPHRASED and row["paraphrased_prompt"]:
                 prompt, kind = row["paraphrased_prompt"], "token_distance_paraphrased"
                 texts.append(Text(index, kind, prompt, row["answer"]))
         numbers: list[dict[str, Any]] = [{} for _ in records]
@@ -147,6 +150,7 @@ class TextScorer(Scorer):
             if text.kind == "token_distance":
                 numbers[text.row]["token_distance_above"] = parts["distance_above"]
                 numbers[text.row]["token_distance_below"] = parts["distance_below"]
+            if text.kind == "token_distance" and records[text.row]["set"] == "forget":
                 of_model_T = distances.reference + distances.surplus
                 numbers[text.row]["log_probability"] = of_model_T.astype(np.float32)
                 of_oracle_T = distances.reference.astype(np.float32)

@@ -8,6 +8,7 @@ import ray
 from pipelines.cluster.resources import zero_stage
 from pipelines.cluster.session import session, temporary_log
 from pipelines.cluster.tasks import on_this_node, result_of
+from pipelines.config.data import HELD_SETS
 from pipelines.config.schema import UnlearnConfig
 from pipelines.planning.devices import Device, planned_device, present_device
 from pipelines.planning.plan import ASSUMED_UTILISATION, Layout, Plan, RowCounts
@@ -36,7 +37,7 @@ def check(
         device = planned_device(cfg.train, gpu)
         # `max_rows` is all that is known of a set without reading it.
         limits: RowCounts = {}
-        for name in ("retain", "utility", "forget", "holdout"):
+        for name in (*HELD_SETS, "forget", "holdout"):
             source = getattr(cfg.data, name)
             if source is not None:
                 limits[name] = source.max_rows

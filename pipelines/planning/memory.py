@@ -123,7 +123,8 @@ class Planner:
         if self.cfg.solve.mode == "off":
             return 0
         entries = sum(width * columns for width, columns in self._moment_shapes())
-        return FP32_BYTES * len(RETAINED_SETS) * entries
+        number = sum(getattr(self.cfg.data, name) is not None for name in RETAINED_SETS)
+        return FP32_BYTES * number * entries
 
     def _moment_shapes(self) -> Iterator[tuple[int, int]]:
         """Yield rows and columns of each layer's second moments, a sketch for wide inputs."""
@@ -192,7 +193,7 @@ class Planner:
             counts[name] = ASSUMED_ROWS if number is None else number
         total = 0.0
         if cfg.solve.mode != "off":
-            passes = counts.get("retain", 0) + counts.get("utility", 0)
+            passes = sum(counts.get(name, 0) for name in RETAINED_SETS)
             if cfg.solve.mode == "per_token":
                 # A backward pass costs two forwards, and a round tries its factor twice or so.
                 passes += counts.get("holdout", 0) + ROUNDS * 5 * counts.get("forget", 0)

@@ -163,7 +163,7 @@ class TrainingLoop:
             sample_tokens = sampled_tokens(self.job.cfg, seen, number)
             yield batch.to(self.engine.device), sample_tokens
             if sample_tokens:
-                is_retain_B = batch.attention_BT.any(1) & ~batch.utility_B
+                is_retain_B = batch.attention_BT.any(1) & batch.retain_B
                 seen += int(self._all_reduce({"rows": float(is_retain_B.sum())})["rows"])
 
     def _fit_targets(self, module: ResidualAlignment) -> None:

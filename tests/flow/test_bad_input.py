@@ -74,6 +74,11 @@ CONFIGURATION = [
         "weights.forget, weights.output and weights.task are all 0",
     ),
     (
+        "earlier requests taught again",
+        ["data.earlier.path=rows.jsonl", "objective.weights.task=0.5"],
+        "objective.weights.task: found 0.5 with data.earlier, whose answers it would teach again",
+    ),
+    (
         "layers reversed",
         ["adapter.layers=[2,1]"],
         "allowed: [first, last] with 0 <= first <= last",

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rfa import exchange
 from rfa.adapters import ADAPTER, lora_layers
 from rfa.batch import UnlearnBatch, collate
 from rfa.blocks import call_order
@@ -217,3 +218,56 @@ def test_wide_modules_take_the_low_memory_form(build: Build) -> None:
         for name, own in one_pass.sums["retain"].items()
     }
     assert shapes == {"o_proj": (32, 32), "down_proj": (48, 20)}
+
+
+def test_rows_forgotten_before_are_held_by_a_mean_of_their_own_and_are_no_target(
+    build: Build,
+) -> None:
+    earlier = [row._replace(earlier=True) for row in tiny_rows(2, seed=4)]
+    kept = collate([*RETAIN, *earlier], [], 0)
+    assert kept.retain_B.tolist() == [True] * len(RETAIN) + [False] * 2
+    one_pass = OnePassSolver(build(Objective(target="retain_mean")), SolveSettings())
+    one_pass.collect(kept)
+    assert one_pass.sums["utility"] == {}, "a set without rows takes no memory"
+    without = OnePassSolver(build(Objective(target="retain_mean")), SolveSettings())
+    without.collect(collate(RETAIN, [], 0))
+    for name, sums in one_pass.features.items():
+        assert sums.count == without.features[name].count > 0
+    expected: dict[str, InverseMoments] = {}
+    for name, sums in one_pass.sums["earlier"].items():
+        weighted = [(1.0, one_pass.sums["retain"][name]), (1.0, sums)]
+        expected[name] = InverseMoments(weighted, 1e-3)
+    energy: list[float] = []
+    for solver in (one_pass, without):
+        solver.reduce()
+        solver.solve([collate([], FORGET, 0)], 1.0)
+        batch = collate(earlier, [], 0)
+        total = 0.0
+        for name, layer in solver.layers.items():
+            moved_BTO = recorded(solver.alignment, layer, batch)[0] @ maps(solver)[name].T
+            total += float(moved_BTO[batch.retain_tokens_BT()].square().sum())
+        energy.append(total)
+    for name, inverse in expected.items():
+        input_ND = torch.ones(1, one_pass.layers[name].in_features)
+        torch.testing.assert_close(one_pass.inverses[name](input_ND), inverse(input_ND))
+    assert energy[0] < 0.5 * energy[1], "they move less"
+
+
+def test_a_worker_reduces_also_the_sets_of_which_others_alone_have_rows(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_pass = OnePassSolver(build(), SolveSettings())
+    one_pass.collect(collate(RETAIN, [], 0))
+    added: list[tuple[str, float]] = []
+
+    def gather_all(value: Any) -> list[Any]:
+        return [value, ["utility", "earlier"]] if isinstance(value, list) else [value]
+
+    monkeypatch.setattr(exchange, "gather_all", gather_all)
+    monkeypatch.setattr(
+        exchange, "sum_on", lambda _owner, sums: added.append((sums.name, sums.count))
+    )
+    one_pass.reduce()
+    number = len(one_pass.layers)
+    assert [name for name, _ in added] == [name for name in one_pass.layers for _ in range(3)]
+    assert sum(count > 0 for _, count in added) == number

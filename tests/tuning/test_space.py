@@ -131,6 +131,8 @@ def test_the_default_space_searches_what_a_configuration_uses(cfg: UnlearnConfig
     assert {
         f"objective.weights.{name}" for name in ("retain", "forget", "kl", "task", "output")
     } <= set(rfa)
+    holding = {"solve.mode": "off", "train.steps": 9, "data.earlier": {"path": "rows.jsonl"}}
+    assert "objective.weights.task" not in default_space(with_values(cfg, holding), 4)
     assert rfa["adapter.targets"]["choice"] == [["o_proj", "down_proj"], ["o_proj"], ["down_proj"]]
     simnpo = ["objective.method=simnpo", "solve.mode=off", "train.steps=9"]
     weighed = default_space(load_config("quick", simnpo), 4)

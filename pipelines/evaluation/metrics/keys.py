@@ -33,6 +33,7 @@ ROUNDINGS = (
 # What a key begins with, in the terminal's order, and its words there.
 TERMINAL_GROUPS = {
     "forget": "forget",
+    "earlier": "earlier requests",
     "mia": "membership inference, AUC",
     "retain": "retain",
     "general": "general",

@@ -18,7 +18,7 @@ OF_SETS = (
         help="KL divergence of the model's next-token distribution from the oracle's at each token "
         "of an answer, mean over tokens; aim 0, or the distance between two oracles",
         of_set=token_mean_of("token_distance"),
-        terminal=("forget",),
+        terminal=("forget", "earlier"),
     ),
     distance(
         name="token_distance_above",
@@ -79,7 +79,7 @@ OF_SETS = (
         label="probability",
         help="how likely the labelled answer is to the model, per token",
         of_set=probability_of("loss"),
-        terminal=("forget", "retain", "general"),
+        terminal=("forget", "earlier", "retain", "general"),
         judged=True,
         kept={
             "retain": "the retained answers' probability",
@@ -106,7 +106,7 @@ OF_SETS = (
         "given the words before it",
         absent=NEEDS_FACTS,
         of_set=mean_of("fact_recall"),
-        terminal=("forget", "retain"),
+        terminal=("forget", "earlier", "retain"),
         judged=True,
         decisive="fact recall",
         kept={"retain": "the retained facts", "general": "the general facts"},
@@ -162,7 +162,7 @@ OF_SETS = (
         label="accuracy",
         help="share of rows that are given the right class",
         of_set=mean_of("accuracy"),
-        terminal=("forget", "retain", "general"),
+        terminal=("forget", "earlier", "retain", "general"),
         judged=True,
         decisive="accuracy",
         kept={"retain": "the retained rows' accuracy", "general": "the accuracy on unseen rows"},

@@ -414,7 +414,7 @@ def test_a_broken_deletion_request_is_refused(
     )
 
 
-@pytest.mark.parametrize("name", ["retain", "utility", "holdout"])
+@pytest.mark.parametrize("name", ["retain", "utility", "holdout", "earlier"])
 def test_forget_rows_that_also_stand_elsewhere_are_refused_whatever_their_ids_case_and_spaces(
     tmp_path: Path, name: str
 ) -> None:
@@ -537,3 +537,16 @@ def test_the_ids_of_a_thinned_forget_set_are_those_of_the_rows_that_are_left(
     sets = load(tmp_path, {"path": path, "max_rows": 3})
     assert sets.forget_ids == ids_of(sets)
     assert len(sets.forget_ids) == 3
+
+
+@pytest.mark.parametrize("name", ["retain", "utility", "holdout"])
+def test_rows_of_earlier_requests_that_also_stand_in_another_set_are_refused(
+    tmp_path: Path, name: str
+) -> None:
+    earlier = [question(f"e{number}") for number in range(3)]
+    others = {"retain": [question("r0")], "earlier": earlier}
+    sets = load(tmp_path, [GOOD], **others)
+    assert (sets.counts["earlier"], ids_of(sets, "earlier")) == (3, ["e0", "e1", "e2"])
+    others[name] = [*others.get(name, []), {**earlier[1], "id": "other"}]
+    words = [f"shares 1 row with {name}", "'e1'"]
+    assert_refused(tmp_path, [GOOD], key="data.earlier.path", words=words, **others)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.config.schema import ModelConfig
+from pipelines.encoding.labelled import ClassEncoder
 from pipelines.encoding.text import TextEncoder
 from pipelines.encoding.windows import Lengths, RowLength, lengths_of, treatment, windows_of
 from rfa.batch import collate
@@ -101,7 +102,7 @@ def test_forget_rows_are_trained_on_whole_and_kept_rows_are_cut(problem: Path) -
     assert {window.label for window in windows} == {kept.label}
 
 
-@pytest.mark.parametrize("name", ["forget", "holdout"])
+@pytest.mark.parametrize("name", ["forget", "holdout", "earlier"])
 def test_documents_are_covered_to_their_last_token(problem: Path, name: str) -> None:
     encoder = TextEncoder(ModelConfig(path=f"{problem}/model"), None, 16)
     lines = (problem / "data" / "forget.jsonl").read_text().splitlines()
@@ -116,8 +117,21 @@ def test_documents_are_covered_to_their_last_token(problem: Path, name: str) -> 
 
 def test_only_sets_that_are_trained_on_are_said_to_be_cut() -> None:
     lengths = Lengths(tokens=99, windows=12, long_rows=3, long_ids=[])
-    names = ("forget", "holdout", "retain", "utility", "general")
+    names = ("forget", "holdout", "earlier", "retain", "utility", "general")
     told = {name: treatment(name, lengths) for name in names}
-    assert told["forget"] == told["holdout"] == "read in 12 windows"
+    assert told["forget"] == told["holdout"] == told["earlier"] == "read in 12 windows"
     assert told["retain"] == told["utility"] == "cut in training"
     assert told["general"] == "scored in windows"
+
+
+def test_a_row_says_which_of_the_held_sets_it_is_of(problem: Path) -> None:
+    encoder = TextEncoder(ModelConfig(path=f"{problem}/model"), None, 32)
+    row = {"row": 0, "prompt": "Who?", "answer": "Me.", "fact": "", "label": ""}
+    names = ("retain", "utility", "earlier")
+    rows = encoded(encoder, [{**row, "set": name} for name in names])
+    of_classes = ClassEncoder(encoder.model, 32, reads_images=False)
+    record = {"row": 0, "input_ids": [1, 2], "label": 3}
+    classified = of_classes.rows([{**record, "set": name} for name in names])
+    for own in (rows, classified):
+        assert [one.utility for one in own] == [False, True, False]
+        assert [one.earlier for one in own] == [False, False, True]

@@ -10,6 +10,7 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipelines.config.data import SET_NAMES
 from pipelines.config.load import load_config, with_values
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.data.sets import Sets, load_sets
@@ -203,6 +204,11 @@ def test_another_model_row_or_setting_is_scored_anew(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     piece = Piece("retain", None, 3, "rows")
     task = Task(ScoredModel("after"), [piece])
+    forgotten = {
+        name: Task(task.model, [piece, piece._replace(set_name=name)]).reads_forgotten
+        for name in SET_NAMES
+    }
+    assert [name for name in forgotten if forgotten[name]] == ["forget", "earlier"]
     samples = {ScoredModel("after"): {("forget", 0): Sample(set_name="forget", loss=1.5)}}
     models = {"before": cfg.model, "after": noisy_model, "hub": ModelConfig(path="owner/name")}
     cache = ScoreCache(cfg, models)

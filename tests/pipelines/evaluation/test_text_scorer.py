@@ -171,7 +171,9 @@ def test_distances_to_another_model_are_those_of_plain_forwards(
     other.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(cfg.model.path).save_pretrained(tmp_path)
     models = {"after": cfg.model, "oracle": ModelConfig(path=str(tmp_path))}
-    table = pa.Table.from_pylist([{**row, "row": number} for number, row in enumerate(rows)])
+    forgotten_before = {**rows[0], "set": "earlier"}
+    numbered = [{**row, "row": number} for number, row in enumerate([*rows, forgotten_before])]
+    table = pa.Table.from_pylist(numbered)
     scored = TextScorer(cfg, models).score(ScoredModel("after", Beside("oracle")), table)
     tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
 
@@ -198,6 +200,12 @@ def test_distances_to_another_model_are_those_of_plain_forwards(
         parts = found["token_distance_above"] + found["token_distance_below"]
         assert parts <= found["token_distance"] + 1e-9
     assert scored["retain", len(rows) - 1].keys() == {"set_name", "kept_distance"}
+    found, earlier = scored["forget", 0], scored["earlier", len(rows)]
+    parts = ("token_distance", "token_distance_above", "token_distance_below")
+    assert {part: earlier[part] for part in parts} == pytest.approx(
+        {part: found[part] for part in parts}, rel=1e-4
+    )
+    assert "log_probability" not in earlier, "the page draws the tokens of this request"
 
 
 def test_a_conversation_is_scored_by_all_of_its_answers(

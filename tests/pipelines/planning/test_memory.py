@@ -126,6 +126,15 @@ def test_a_multiplication_and_an_addition_count_for_each_weight_and_row() -> Non
     assert tally.operations == 2 * (2 * 3 * 5 * 7)
 
 
+def test_the_solver_has_sums_of_each_set_that_it_holds() -> None:
+    found: list[int] = []
+    for sets in ([], ["utility"], ["utility", "earlier"]):
+        changes = [f"data.{name}={{path: x}}" for name in sets]
+        cfg = load_config("quick", ["data.utility=null", "train.steps=0", *changes])
+        found.append(Planner(cfg, blank(cfg, SMALL), 1).statistics_bytes())
+    assert found == [found[0], 2 * found[0], 3 * found[0]]
+
+
 def test_rounds_of_the_token_solver_need_the_memory_of_a_backward_pass() -> None:
     parts: dict[str, Parts] = {}
     for mode in ("blockwise", "per_token"):
