@@ -21,6 +21,7 @@ from pipelines.evaluation.own_answers import (
     with_own_answers,
 )
 from pipelines.evaluation.pool import evaluate, evaluation_work
+from pipelines.evaluation.verdict import verdict
 from pipelines.preflight import check_settings, oracles_of, preflight
 from pipelines.report.page import write_report
 from pipelines.storage.run_folder import RunFolder
@@ -156,7 +157,7 @@ def score(
 
 
 def record(run: RunFolder, mirror: Mirror) -> None:
-    """Send scores and adapter to MLflow, seal the folder, write the page.
+    """Send scores and adapter to MLflow, seal the folder with its verdict, write the page.
 
     The folder is sealed after the utility answers are gone, because the seal has a digest of every
     file.
@@ -164,6 +165,7 @@ def record(run: RunFolder, mirror: Mirror) -> None:
     mirror.send()
     run.update(mlflow=describe(mirror, run, is_complete=False))
     drop_answers(run.path)
+    run.update(verdict=verdict(run.scores()).level)
     run.seal()
     write_report(run.path)
 

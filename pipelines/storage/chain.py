@@ -3,7 +3,8 @@
 A run's manifest has an entry `request`:
 
     number   1 for a run on any other model, else one more than that of the run that left the model
-    earlier  the runs before it, the first one first: where each lies, and the digest of its manifest
+    earlier  the runs before it, the first one first: where each lies, when it began, its verdict,
+             and the digest of its manifest
     rows     a hash of each forget row's id, sorted
 
 A manifest has the digests of all its run's files. So the digests of manifests tie the models of all
@@ -51,6 +52,7 @@ def earlier_runs(model: str) -> list[dict[str, Any]]:
         "run": output_dir if is_stored else str(folder),
         "manifest": manifest_digest(manifest),
         "created": manifest.get("created"),
+        "verdict": manifest.get("verdict"),
     }
     return [*(manifest.get("request") or {}).get("earlier", []), record]
 

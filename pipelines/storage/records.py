@@ -33,6 +33,7 @@ class EarlierRun(Record):
     run: str
     manifest: str
     created: str | None = None
+    verdict: str | None = None
 
 
 class Request(Record):
@@ -55,6 +56,7 @@ class Manifest(Record):
     sets: dict[str, SetRecord] | None = None
     model: dict[str, str | None] | None = None
     request: Request | None = None
+    verdict: str | None = None
     strengths: list[dict[str, float]] | None = None
     cost: dict[str, Any] | None = None
     mlflow: dict[str, Any] | None = None

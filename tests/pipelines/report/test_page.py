@@ -313,3 +313,25 @@ def test_only_shares_are_kept_in_percent(tmp_path: Path) -> None:
     rows = page.split("<h2>All scores</h2>")[1].split("<tr><td>")[1:]
     kept = {row.split("<")[0]: "100 %" in row for row in rows}
     assert kept == {"Probability": True, "Loss": False, "Entropy": False}
+
+
+def test_the_requests_before_it_are_listed(tmp_path: Path) -> None:
+    scores = scores_of(before=forget_entry(0.9), after=forget_entry(0.5), oracle=forget_entry(0.5))
+    run = {"manifest": "0" * 64, "created": "2026-10-05T08:30:00Z"}
+    first = {**run, "run": "s3://bucket/one", "verdict": "over_forgotten"}
+    manifest: dict[str, Any] = {
+        "created": "2026-12-24T00:00:00Z",
+        "request": {"number": 3, "earlier": [first, {**run, "run": "<two>"}], "rows": ["ab" * 32]},
+    }
+    page = write_report(write_run(tmp_path, scores, manifest)).read_text(encoding="utf-8")
+    table = page.split("<h3>Requests</h3>")[1].split("</table>")[0]
+    rows = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in table.split("<tr>")[2:]]
+    assert rows == [
+        ["1", "2026-10-05T08:30:00Z", "over forgotten", "s3://bucket/one"],
+        ["2", "2026-10-05T08:30:00Z", "", "&lt;two&gt;"],
+        ["3", "2026-12-24T00:00:00Z", "forgotten", "this one"],
+    ]
+    assert "ab" * 32 not in page, "a row's hash is for who asks for it"
+    manifest["request"] = {"number": 1, "earlier": [], "rows": []}
+    page = write_report(write_run(tmp_path, scores, manifest)).read_text(encoding="utf-8")
+    assert "<h3>Requests</h3>" not in page
