@@ -46,6 +46,13 @@ METHODS: dict[str, Method] = {
         Weights(retain=1200, forget=1),
         {"residual": "last_drift", "target": "steering", "steering": 6.5},
     ),
+    # Zou et al. 2024 (arXiv 2406.04313). They multiply both weights by 10 for Llama 3, on which
+    # AdamW's steps hardly depend.
+    "circuit_breakers": Method(
+        "the adapted blocks' outputs to right angles with the base model's, the retain set's held",
+        Weights(retain=1, forget=1),
+        {"residual": "drift", "target": "reroute", "distance": "norm", "schedule": "crossfade"},
+    ),
 }
 
 

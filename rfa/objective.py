@@ -19,16 +19,16 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
 from rfa.adapters import adapters_off, lora_layers
 from rfa.batch import TokenCounts, UnlearnBatch
 from rfa.blocks import BlockRunner, BlocksOutput, set_recomputing
+from rfa.distances import distance, likeness
 from rfa.features import DriftFeatures, FeatureHooks, LocalFeatures
 from rfa.forget_losses import FORGET_LOSSES, Answers, divergence
-from rfa.settings import DistanceKind, Objective, TokenKind
+from rfa.settings import Objective, TokenKind
 from rfa.targets import SAMPLE_TOKENS, FeatureSums, ModuleTarget, Targets, fit_target
 
 
@@ -69,27 +69,6 @@ class _Teacher(NamedTuple):
     predictions: _Predictions | None = None
 
 
-def distance(
-    kind: DistanceKind, difference_ND: Tensor, desired_ND: Tensor, energy: float
-) -> Tensor:
-    """Return each token's distance between `desired + difference` and `desired`: [N].
-
-    `squared` is |difference|^2 / energy. `smooth_l1` is its robust form, equal to it while every
-    component is under one standard unit, sqrt(energy / D). `cosine` is 1 - cos.
-    """
-    # LoRA starts at a zero difference, where the gradient of a norm's square root is NaN. So no
-    # kind takes one of the difference.
-    difference_ND, desired_ND = difference_ND.float(), desired_ND.float()
-    if kind == "squared":
-        return difference_ND.square().sum(-1) / energy
-    if kind == "smooth_l1":
-        dimensions = difference_ND.shape[-1]
-        scaled_ND = difference_ND / (energy / dimensions) ** 0.5
-        robust_ND = F.smooth_l1_loss(scaled_ND, torch.zeros_like(scaled_ND), reduction="none")
-        return 2 * robust_ND.sum(-1) / dimensions
-    return 1 - F.cosine_similarity(desired_ND + difference_ND, desired_ND, dim=-1)
-
-
 class ResidualAlignment(nn.Module):
     """A model with LoRA and the objective that trains it, in one forward for all rows of a batch.
 
@@ -99,6 +78,7 @@ class ResidualAlignment(nn.Module):
     once for both.
 
     Where features are aligned, call `feature_sums` over the retain set and `fit` before training.
+    `progress` is the share of the steps that are taken with the next one, for weights that change.
 
     Args:
         learns_statistics: whether batch normalisation's statistics follow the rows that are trained
@@ -121,6 +101,7 @@ class ResidualAlignment(nn.Module):
         self.hooks = FeatureHooks(model, objective.residual)
         self.runner = BlockRunner(model.get_base_model())
         self.targets: Targets | None = None
+        self.progress = 0.0
         self.train()
 
     def train(self, mode: bool = True) -> "ResidualAlignment":
@@ -208,6 +189,7 @@ class ResidualAlignment(nn.Module):
         if out.logits_NV is not None and logits_at_BT is not None:
             terms |= self._logit_terms(batch, out.logits_NV, logits_at_BT, teacher, counts)
         total = zero
+        weights = objective.weights_at(self.progress)
         for name, term in terms.items():
             total = total + getattr(weights, name) * term
         return LossOutput(total=total, **terms)
@@ -292,8 +274,11 @@ class ResidualAlignment(nn.Module):
             row_N, label_N = batch.row_B[adapted.index_N], batch.label_B[adapted.index_N]
             target_ND = self.targets(name, sample_ND, row_N, label_N)
             energy = self.targets.energy(name)
-            difference_ND = adapted.feature_ND - target_ND
-            away_N = distance(self.objective.distance, difference_ND, target_ND, energy)
+            if self.objective.target == "reroute":
+                away_N = likeness(adapted.feature_ND, target_ND)
+            else:
+                difference_ND = adapted.feature_ND - target_ND
+                away_N = distance(self.objective.distance, difference_ND, target_ND, energy)
             sums.append((away_N * adapted.weight_N).sum())
         return torch.stack(sums).mean()
 

@@ -12,10 +12,11 @@ from rfa.forget_losses import FORGET_LOSSES
 
 ResidualKind = Literal["local", "drift", "last_drift"]
 TargetKind = Literal[
-    "retain_mean", "class_mean", "cluster_mean", "balanced_mean", "gaussian", "steering"
+    "retain_mean", "class_mean", "cluster_mean", "balanced_mean", "gaussian", "steering", "reroute"
 ]
-DistanceKind = Literal["squared", "smooth_l1", "cosine"]
+DistanceKind = Literal["squared", "norm", "smooth_l1", "cosine"]
 TokenKind = Literal["answer", "all"]
+ScheduleKind = Literal["constant", "crossfade"]
 SolveMode = Literal["off", "one_pass", "blockwise", "per_token"]
 
 
@@ -34,7 +35,8 @@ class Objective(NamedTuple):
 
     `clusters` is the number of centroids of the target `cluster_mean`, and `steering` the length of
     the random vector of the target `steering`. `output` names a row of
-    `FORGET_LOSSES`, and `output_parameters` has that loss's parameters by name.
+    `FORGET_LOSSES`, and `output_parameters` has that loss's parameters by name. `schedule` says how
+    the weights change over the steps.
     """
 
     residual: ResidualKind = "local"
@@ -46,6 +48,20 @@ class Objective(NamedTuple):
     output: str = "unlikelihood"
     output_parameters: Mapping[str, float] = {}
     weights: Weights = Weights()
+    schedule: ScheduleKind = "constant"
+
+    def weights_at(self, progress: float) -> Weights:
+        """Return the weights at a share of the steps, from 0 to 1.
+
+        `crossfade` lets the weight of the retain term rise from 0 to half, and that of the forget
+        term fall from the whole to half, as the authors of circuit breakers (arXiv 2406.04313) do.
+        """
+        if self.schedule == "constant":
+            return self.weights
+        return self.weights._replace(
+            retain=self.weights.retain * progress / 2,
+            forget=self.weights.forget * (1 - progress / 2),
+        )
 
     @property
     def aligns(self) -> bool:

@@ -1,8 +1,10 @@
 """The targets that the forget set's features are shifted to.
 
-There are six kinds. `retain_mean` is the target of Qin et al. 2024 (arXiv 2411.08443) as this
+There are seven kinds. `retain_mean` is the target of Qin et al. 2024 (arXiv 2411.08443) as this
 project reconstructs it. Four others answer its weakness on imbalanced or multi-modal data and are
-this project's. `steering` is that of RMU (Li et al. 2024, arXiv 2403.03218).
+this project's. `steering` is that of RMU (Li et al. 2024, arXiv 2403.03218). `reroute` has no
+place of its own: features are to be unlike what they were (Zou et al. 2024, arXiv 2406.04313), so
+the base model's own features stand for it.
 
 Shapes: N tokens, D features, K centres.
 """
@@ -91,7 +93,7 @@ def fit_target(objective: Objective, sums: FeatureSums, *, seed: int) -> ModuleT
             f"objective.target: {kind} needs a label column (data.columns.label); "
             "the retain rows have none"
         )
-    if kind == "retain_mean":
+    if kind in ("retain_mean", "reroute"):
         return ModuleTarget(energy, mean_D[None].float())
     if kind == "steering":
         # No component is negative, as in the authors' code.
@@ -134,28 +136,30 @@ def fit_target(objective: Objective, sums: FeatureSums, *, seed: int) -> ModuleT
 class Targets:
     """The targets of all aligned modules.
 
-    Nearest targets (`class_mean`, `cluster_mean`) depend on the sample's base features. With
-    `local` residuals the caller has them only with the lower residuals in place, and passes those.
+    Nearest targets (`class_mean`, `cluster_mean`) and `reroute` depend on the sample's base
+    features. With `local` residuals the caller has them only with the lower residuals in place, and passes those.
     """
 
     def __init__(self, kind: TargetKind, modules: dict[str, ModuleTarget], seed: int) -> None:
         self.kind = kind
         self.modules = modules
         self.seed = seed
-        self.looks_at_sample = kind in ("class_mean", "cluster_mean")
+        self.looks_at_sample = kind in ("class_mean", "cluster_mean", "reroute")
 
     def energy(self, name: str) -> float:
         """Return E|h0|^2 over the retain set's tokens at a module."""
         return self.modules[name].energy
 
     def __call__(self, name: str, feature_ND: Tensor, row_N: Tensor, label_N: Tensor) -> Tensor:
-        """Return the targets of N tokens, [N, D], without gradient.
+        """Return the targets of N tokens, [N, D], without gradient; for `reroute` their features.
 
         `row_N` is the number of each token's row and `label_N` that row's label.
         """
         target = self.modules[name]
         centre_KD = target.centre_KD.to(feature_ND.device, torch.float32)
         feature_ND = feature_ND.detach().float()
+        if self.kind == "reroute":
+            return feature_ND
         if self.kind == "cluster_mean":
             return centre_KD[torch.cdist(feature_ND, centre_KD).argmin(1)]
         target_ND = centre_KD[0].expand(len(feature_ND), -1)

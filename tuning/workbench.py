@@ -216,6 +216,7 @@ class Workbench:
         forget = itertools.cycle(self._rows(self.shared.forget_rows))
         pauses = _pauses(train.steps)
         for step in range(train.steps):
+            alignment.progress = (step + 1) / train.steps
             alignment(self._batch(next(kept), next(forget))).total.backward()
             if train.clip_norm:
                 torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm)

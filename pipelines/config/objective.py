@@ -7,7 +7,15 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pipelines.config.data import Section
 from rfa.forget_losses import FORGET_LOSSES, describe_losses, describe_parameters
 from rfa.methods import METHODS, describe_methods
-from rfa.settings import DistanceKind, Objective, ResidualKind, TargetKind, TokenKind, Weights
+from rfa.settings import (
+    DistanceKind,
+    Objective,
+    ResidualKind,
+    ScheduleKind,
+    TargetKind,
+    TokenKind,
+    Weights,
+)
 
 Weight = Annotated[float, Field(ge=0)]
 OBJECTIVE = Objective()
@@ -55,7 +63,9 @@ class ObjectiveConfig(Section):
         "from the base's; last_drift: the last adapted block's alone.",
     )
     target: TargetKind = Field(
-        default=OBJECTIVE.target, description="Where the forget set's features are shifted to."
+        default=OBJECTIVE.target,
+        description="Where the forget set's features are shifted to; reroute: to right angles with "
+        "the base model's.",
     )
     distance: DistanceKind = Field(
         default=OBJECTIVE.distance, description="Distance between features."
@@ -89,6 +99,11 @@ class ObjectiveConfig(Section):
         description=f"Parameters of objective.output, by name: {describe_parameters()}.",
     )
     weights: WeightsConfig = WeightsConfig()
+    schedule: ScheduleKind = Field(
+        default=OBJECTIVE.schedule,
+        description="How the weights change over train.steps. crossfade: weights.retain rises from "
+        "0 to half of it, weights.forget falls from all to half of it.",
+    )
 
     @model_validator(mode="before")
     @classmethod

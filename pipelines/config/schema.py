@@ -237,4 +237,10 @@ class UnlearnConfig(Section):
                 f"objective.residual: found {self.objective.residual}, "
                 f"allowed with solve.mode={self.solve.mode}: local"
             )
+        # It has no place that a solver could shift features to.
+        if self.objective.target == "reroute" and self.solve.settings().reads_targets:
+            raise ValueError(
+                f"objective.target: found reroute with solve.mode={self.solve.mode}, "
+                "allowed: another target, or solve.mode=off"
+            )
         return self

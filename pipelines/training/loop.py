@@ -103,6 +103,8 @@ class TrainingLoop:
         while step < self.job.steps:
             began = time.monotonic()
             rate = self.job.rate(step)
+            if isinstance(self.module, ResidualAlignment):
+                self.module.progress = (step + 1) / self.job.steps
             metrics = self.step(next(steps), rate)
             # The metrics are those of all workers already, so one worker reports them.
             if self.rank == 0:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -9,14 +10,15 @@ from torch import Tensor
 
 from rfa.adapters import adapters_off
 from rfa.batch import Row, TokenCounts, UnlearnBatch, collate
+from rfa.distances import distance
 from rfa.methods import METHODS
-from rfa.objective import LossOutput, ResidualAlignment, distance
-from rfa.settings import Objective, Weights
+from rfa.objective import LossOutput, ResidualAlignment
+from rfa.settings import DistanceKind, Objective, TargetKind, Weights
 from tests.rfa.conftest import FAMILIES, tiny_rows
 
 Build = Callable[..., ResidualAlignment]
 ALL_TERMS = Weights(1.0, 1.0, 0.5, 0.5, 0.5)
-TARGETS = ("retain_mean", "class_mean", "cluster_mean", "balanced_mean", "gaussian", "steering")
+TARGETS = get_args(TargetKind)
 
 
 def objective(residual: str = "local", **changes: object) -> Objective:
@@ -63,7 +65,7 @@ def test_recomputed_activations_give_the_same_gradients(
         torch.testing.assert_close(found[name], gradient)
 
 
-@pytest.mark.parametrize("distance_name", ["squared", "smooth_l1", "cosine"])
+@pytest.mark.parametrize("distance_name", get_args(DistanceKind))
 def test_every_adapter_gets_a_finite_gradient_at_the_start(
     build: Build, batch: UnlearnBatch, distance_name: str
 ) -> None:
@@ -284,6 +286,7 @@ def test_distances_by_hand() -> None:
     assert float(distance("squared", difference, desired, energy=5.0).sum()) == pytest.approx(
         25 / 5
     )
+    assert float(distance("norm", difference, desired, energy=4.0).sum()) == pytest.approx(5 / 2)
     # Components in units of sqrt(50 / 2) = 5: 0.6 and 0.8, both in the quadratic part.
     assert float(distance("smooth_l1", difference, desired, energy=50.0).sum()) == pytest.approx(
         25 / 50

@@ -85,6 +85,10 @@ def test_steering_is_one_random_direction_of_a_given_length() -> None:
     assert vectors[0].tolist() == vectors[1].tolist() != vectors[2].tolist()
 
 
+def test_features_that_are_rerouted_are_compared_with_themselves() -> None:
+    assert target("reroute", [[5.0, 1.0], [0.0, -2.0]]) == [[5.0, 1.0], [0.0, -2.0]]
+
+
 def test_sums_of_shards_add_up() -> None:
     whole, first, second = sums_of(ROWS), FeatureSums(), FeatureSums()
     for row, (tokens, label) in enumerate(ROWS):

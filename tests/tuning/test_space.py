@@ -143,6 +143,10 @@ def test_the_default_space_searches_what_a_configuration_uses(cfg: UnlearnConfig
     steered = default_space(rmu, 4)
     assert steered["objective.steering"] == {"loguniform": [0.65, 65.0]}
     assert "objective.target" not in steered
+    breakers = load_config("quick", ["objective.method=circuit_breakers", *simnpo[1:]])
+    assert {key for key in default_space(breakers, 4) if key.startswith("objective.")} == {
+        "objective.tokens", "objective.weights.retain", "objective.weights.forget"
+    }  # fmt: skip
     read_space(weighed, load_config("quick", simnpo), "the default space")
     solved = load_config("rfa_image", ["model.path=none"])
     assert "adapter.layers" not in default_space(solved, 0), "a head lies outside the blocks"

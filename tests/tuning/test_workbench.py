@@ -117,7 +117,8 @@ def test_a_solver_trial_finds_the_adapter_of_a_run(
 def test_a_gradient_trial_finds_the_adapter_of_a_run(
     bench: Workbench, cfg: UnlearnConfig, tmp_path: Path
 ) -> None:
-    trial = with_values(cfg, {"solve.mode": "off", "train.steps": 5, "objective.weights.kl": 0.5})
+    values = {"objective.weights.kl": 0.5, "objective.schedule": "crossfade"}
+    trial = with_values(cfg, {"solve.mode": "off", "train.steps": 5, **values})
     assert_same(products(bench, trial), of_a_run(trial, tmp_path), tolerance=1e-2)
 
 

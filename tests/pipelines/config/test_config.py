@@ -138,6 +138,10 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
             "objective.residual: found drift, allowed with solve.mode=blockwise: local",
         ),
         (
+            ["objective.target=reroute"],
+            "objective.target: found reroute with solve.mode=blockwise, allowed: another target",
+        ),
+        (
             ["solve.strength=0"],
             "solve.strength: found 0, input should be greater than 0 or input should be 'auto'",
         ),

@@ -37,6 +37,7 @@ def test_the_demo_may_be_run_by_the_other_methods(change: str) -> None:
         (["prune.sparsity=0.2"], "prune.sparsity", "a prune.method"),
         (["prune.targets=[o_proj]"], "prune.targets", "a prune.method"),
         (["objective.output=npo"], "objective.output", "train.steps above 0"),
+        (["objective.schedule=crossfade"], "objective.schedule", "train.steps above 0"),
         (["objective.method=npo"], "objective.method", "train.steps above 0"),
     ],
 )

@@ -1,12 +1,17 @@
-"""What targets are fitted on: rows of the retain set, however few of them stand among the utility set's."""
+"""The worker's loop: what targets are fitted on (rows of the retain set, however few of them stand among the utility
+set's), and what it does from step to step.
+"""
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray.train
 
 from pipelines.config.load import with_values
 from pipelines.config.schema import UnlearnConfig
+from pipelines.model.load import build_alignment
 from pipelines.training.loop import TrainingLoop, sampled_tokens
 from rfa.batch import Row, collate
 
@@ -42,3 +47,21 @@ def test_once_enough_rows_were_seen_nothing_is_sampled(cfg: UnlearnConfig) -> No
     assert sampled_tokens(cfg, 11, 100) > 0
     assert sampled_tokens(cfg, 12, 100) == 0
     assert sampled_tokens(cfg, 8, 1) == 0, "there are no more"
+
+
+def test_the_objective_knows_the_share_of_the_steps(
+    cfg: UnlearnConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: None)
+    on_outputs = {"retain": 0, "forget": 0, "output": 1}
+    values = {f"objective.weights.{name}": weight for name, weight in on_outputs.items()}
+    cfg = with_values(cfg, {"solve.mode": "off", "train.steps": 4, **values})
+    loop: Any = object.__new__(TrainingLoop)
+    loop.job = SimpleNamespace(cfg=cfg, steps=4, rate=lambda _step: 0.1)
+    loop.module, loop.rank, loop.seconds = build_alignment(cfg), 1, 0.0
+    loop.rows = SimpleNamespace(steps=lambda _start: itertools.repeat(None))
+    seen: list[float] = []
+    loop.step = lambda _rows, _rate: seen.append(loop.module.progress)
+    loop._report = lambda _step, final: None
+    loop.run()
+    assert seen == [0.25, 0.5, 0.75, 1.0]
