@@ -23,11 +23,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from rfa.adapters import adapters_off, lora_layers
+from rfa.answers import Predictions, answer_positions, forget_answers
 from rfa.batch import TokenCounts, UnlearnBatch
 from rfa.blocks import BlockRunner, BlocksOutput, set_recomputing
 from rfa.distances import distance, likeness
 from rfa.features import DriftFeatures, FeatureHooks, LocalFeatures
-from rfa.forget_losses import FORGET_LOSSES, Answers, divergence
+from rfa.forget_losses import FORGET_LOSSES, divergence
 from rfa.settings import Objective, TokenKind
 from rfa.targets import SAMPLE_TOKENS, FeatureSums, ModuleTarget, Targets, fit_target
 
@@ -43,19 +44,6 @@ class LossOutput(NamedTuple):
     output: Tensor
 
 
-class _Predictions(NamedTuple):
-    """Log-probabilities at the answers' positions of retained and of forget rows."""
-
-    retain_NV: Tensor
-    forget_NV: Tensor
-
-    @classmethod
-    def of(cls, logits_NV: Tensor, forget_N: Tensor) -> "_Predictions":
-        """Split the predictions of a batch. `forget_N` marks those of forget rows."""
-        log_NV = logits_NV.float().log_softmax(-1)
-        return cls(log_NV[~forget_N], log_NV[forget_N])
-
-
 class _Teacher(NamedTuple):
     """One pass of the base model.
 
@@ -66,7 +54,7 @@ class _Teacher(NamedTuple):
     prefix_BTD: Tensor | None = None
     rows: Tensor | None = None
     features: Mapping[str, Tensor] = MappingProxyType({})
-    predictions: _Predictions | None = None
+    predictions: Predictions | None = None
 
 
 class ResidualAlignment(nn.Module):
@@ -168,7 +156,7 @@ class ResidualAlignment(nn.Module):
         logits_at_BT = None
         if objective.needs_logits:
             reads_retained = weights.kl > 0 or weights.task > 0
-            logits_at_BT = _answers_of(batch, retain=reads_retained, forget=weights.output > 0)
+            logits_at_BT = answer_positions(batch, retain=reads_retained, forget=weights.output > 0)
         with self.hooks.recording() as recorded:
             out = self._run_above(batch, teacher.prefix_BTD, logits_at_BT)
         # This zero has a graph, so that a worker without rows of a kind has gradients to exchange.
@@ -241,7 +229,7 @@ class ResidualAlignment(nn.Module):
             above_BTD = prefix_BTD[rows]
         logits_at_BT = None
         if objective.weights.kl > 0 or objective.compares_answers:
-            logits_at_BT = _answers_of(
+            logits_at_BT = answer_positions(
                 compared, retain=objective.weights.kl > 0, forget=objective.compares_answers
             )
         with adapters_off(self.model), self.hooks.recording() as features:
@@ -249,7 +237,7 @@ class ResidualAlignment(nn.Module):
         predictions = None
         if out.logits_NV is not None and logits_at_BT is not None:
             forget_N = compared.forget_B[logits_at_BT.nonzero()[:, 0]]
-            predictions = _Predictions.of(out.logits_NV, forget_N)
+            predictions = Predictions.of(out.logits_NV, forget_N)
         return _Teacher(prefix_BTD, rows, features, predictions)
 
     def _zero(self, batch: UnlearnBatch, features: LocalFeatures | DriftFeatures) -> Tensor:
@@ -294,24 +282,22 @@ class ResidualAlignment(nn.Module):
         weights = self.objective.weights
         index_N = logits_at_BT.nonzero()[:, 0]
         forget_N = batch.forget_B[index_N]
-        label_N = batch.expected(logits_at_BT)
-        predicted = _Predictions.of(logits_NV, forget_N)
+        predicted = Predictions.of(logits_NV, forget_N)
         terms: dict[str, Tensor] = {}
         if weights.kl:
             assert teacher.predictions is not None
             kl_N = divergence(teacher.predictions.retain_NV, predicted.retain_NV)
             terms["kl"] = kl_N.sum() / max(counts.retain_answer, 1)
         if weights.task:
+            label_N = batch.expected(logits_at_BT)
             right_N1 = label_N[~forget_N, None].to(logits_NV.device)
             log_N1 = predicted.retain_NV.gather(1, right_N1)
             terms["task"] = -log_N1.sum() / max(counts.retain_answer, 1)
         if weights.output:
-            forgotten_N = index_N[forget_N]
-            answers = Answers(
+            answers = forget_answers(
+                batch,
+                logits_at_BT,
                 predicted.forget_NV,
-                label_N[forget_N].to(logits_NV.device),
-                forgotten_N.unique_consecutive(return_inverse=True)[1],
-                batch.row_B[forgotten_N].to(logits_NV.device),
                 teacher.predictions and teacher.predictions.forget_NV,
             )
             loss = FORGET_LOSSES[self.objective.output]
@@ -319,9 +305,3 @@ class ResidualAlignment(nn.Module):
             value = loss(answers, self.objective.output_parameters).sum()
             terms["output"] = value / max(number, 1)
         return terms
-
-
-def _answers_of(batch: UnlearnBatch, *, retain: bool, forget: bool) -> Tensor:
-    """Mark the positions that predict answers of retained or of forget rows, or of both: [B, T]."""
-    wanted_B = (batch.forget_B & forget) | (~batch.forget_B & retain)
-    return batch.answer_BT & wanted_B[:, None]
