@@ -139,8 +139,8 @@ def masc(answers: Answers, *, rho: float, eta: float) -> "Tensor":
     """Return how far the label's margin lies above its bound, in units of eta, [N].
 
     The margin is log p of the label against log of the sum of the ten likeliest others' p. Its
-    bound is log(rho / (1 - rho)) - eta. This is MASC's loss (arXiv 2606.02920), without the rule
-    by which it stops.
+    bound is log(rho / (1 - rho)) - eta. This is MASC's loss (arXiv 2606.02920). It is above 1
+    where the label has more than the share rho of its own and the ten others' probability.
     """
     others_NV = answers.log_NV.scatter(1, answers.label_N[:, None], -math.inf)
     rivals_N = others_NV.topk(min(10, others_NV.shape[1] - 1), dim=1).values.logsumexp(1)
@@ -193,7 +193,8 @@ class ForgetLoss(NamedTuple):
     """A loss and its properties.
 
     `help` is its aim in words, `per` the unit that it is averaged over, `needs_teacher` whether it
-    reads the base model's predictions.
+    reads the base model's predictions. A token whose loss is above `bound` is not forgotten yet,
+    for a rule that stops (`rfa.stopping`).
     """
 
     function: Callable[..., "Tensor"]
@@ -201,6 +202,7 @@ class ForgetLoss(NamedTuple):
     per: Literal["token", "row"] = "token"
     needs_teacher: bool = False
     parameters: Mapping[str, Parameter] = {}
+    bound: float | None = None
 
     def __call__(self, answers: Answers, parameters: Mapping[str, float] | None = None) -> "Tensor":
         """Return the loss of each token or row, with defaults for parameters not given."""
@@ -236,6 +238,7 @@ FORGET_LOSSES: dict[str, ForgetLoss] = {
         masc,
         "the answer is to be no likelier than its ten rivals",
         parameters={"rho": Parameter(0.7, 1e-6, 0.999999), "eta": Parameter(0.25, 0.001, 100)},
+        bound=1.0,
     ),
     "npo": ForgetLoss(
         npo,

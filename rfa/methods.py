@@ -21,13 +21,13 @@ class Method(NamedTuple):
     settings: Mapping[str, Any]
 
 
-def _on_answers(loss: str, output: float = 1.0, task: float = 1.0) -> Method:
+def _on_answers(loss: str, output: float = 1.0, task: float = 1.0, **settings: Any) -> Method:
     """Return the method of a loss in `FORGET_LOSSES`, beside the retain set's cross-entropy."""
     help_text = "forget answers alone"
     if task:
         help_text = "forget answers, and the retain set's cross-entropy"
     weights = Weights(retain=0, forget=0, task=task, output=output)
-    return Method(f"{loss} on {help_text}", weights, {"output": loss})
+    return Method(f"{loss} on {help_text}", weights, {"output": loss, **settings})
 
 
 METHODS: dict[str, Method] = {
@@ -37,7 +37,7 @@ METHODS: dict[str, Method] = {
     "simnpo": _on_answers("simnpo", output=0.125),
     "undial": _on_answers("undial", task=0),
     "ceu": _on_answers("ceu", task=0),
-    "masc": _on_answers("masc", task=0),
+    "masc": _on_answers("masc", task=0, stop_at=0.475),
     "wga": _on_answers("wga"),
     "satimp": _on_answers("satimp", output=0.1),
     # As Li et al. 2024 (arXiv 2403.03218) trained Zephyr 7B.

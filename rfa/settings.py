@@ -17,6 +17,11 @@ TargetKind = Literal[
 DistanceKind = Literal["squared", "norm", "smooth_l1", "cosine"]
 TokenKind = Literal["answer", "all"]
 ScheduleKind = Literal["constant", "crossfade"]
+
+# A rule that ends the steps looks at these many forget rows after so many steps each time. Both
+# are those of MASC's authors (arXiv 2606.02920).
+STOP_ROWS = 32
+STOP_EVERY = 2
 SolveMode = Literal["off", "one_pass", "blockwise", "per_token"]
 
 
@@ -36,7 +41,7 @@ class Objective(NamedTuple):
     `clusters` is the number of centroids of the target `cluster_mean`, and `steering` the length of
     the random vector of the target `steering`. `output` names a row of
     `FORGET_LOSSES`, and `output_parameters` has that loss's parameters by name. `schedule` says how
-    the weights change over the steps.
+    the weights change over the steps, and `stop_at` when these end early (`rfa.stopping`).
     """
 
     residual: ResidualKind = "local"
@@ -49,6 +54,7 @@ class Objective(NamedTuple):
     output_parameters: Mapping[str, float] = {}
     weights: Weights = Weights()
     schedule: ScheduleKind = "constant"
+    stop_at: float | None = None
 
     def weights_at(self, progress: float) -> Weights:
         """Return the weights at a share of the steps, from 0 to 1.

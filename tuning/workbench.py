@@ -36,7 +36,9 @@ from rfa.batch import UnlearnBatch, collate
 from rfa.closed_form import InverseMoments
 from rfa.moments import InputMoments
 from rfa.objective import ResidualAlignment
+from rfa.settings import STOP_EVERY, STOP_ROWS
 from rfa.solver import OnePassSolver, inverse_of
+from rfa.stopping import has_forgotten
 from rfa.targets import FeatureSums, ModuleTarget, Targets, fit_target
 from tuning.contracts import RUNGS, Measured, Shared
 
@@ -214,24 +216,36 @@ class Workbench:
         optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
         kept = itertools.cycle(self._rows(self.shared.kept_rows))
         forget = itertools.cycle(self._rows(self.shared.forget_rows))
+        watched = self._watched(cfg)
         pauses = _pauses(train.steps)
+        has_stopped = False
         for step in range(train.steps):
-            alignment.progress = (step + 1) / train.steps
-            alignment(self._batch(next(kept), next(forget))).total.backward()
-            if train.clip_norm:
-                torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm)
-            rate = learning_rate_at(
-                step,
-                steps=train.steps,
-                peak=train.learning_rate,
-                warmup_steps=train.warmup_steps,
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            if not has_stopped:
+                alignment.progress = (step + 1) / train.steps
+                alignment(self._batch(next(kept), next(forget))).total.backward()
+                if train.clip_norm:
+                    torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm)
+                rate = learning_rate_at(
+                    step,
+                    steps=train.steps,
+                    peak=train.learning_rate,
+                    warmup_steps=train.warmup_steps,
+                )
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            if watched and (step + 1) % STOP_EVERY == 0:
+                has_stopped = has_stopped or has_forgotten(alignment, watched)
             if step + 1 in pauses:
                 yield
+
+    def _watched(self, cfg: UnlearnConfig) -> list[UnlearnBatch]:
+        """Return the rows by which steps may end early, and none where they may not."""
+        if cfg.objective.stop_at is None:
+            return []
+        batches = -(-STOP_ROWS // cfg.train.forget_batch_size)
+        return [self._batch([], rows) for rows in self._rows(self.shared.forget_rows)[:batches]]
 
     def _factors_at(self, utility_weight: float, ridge: float) -> Callable[[str], InverseMoments]:
         """Return a function that factors a module's moments at these weights, each module once."""

@@ -8,6 +8,7 @@ from pipelines.config.data import Section
 from rfa.forget_losses import FORGET_LOSSES, describe_losses, describe_parameters
 from rfa.methods import METHODS, describe_methods
 from rfa.settings import (
+    STOP_ROWS,
     DistanceKind,
     Objective,
     ResidualKind,
@@ -19,6 +20,8 @@ from rfa.settings import (
 
 Weight = Annotated[float, Field(ge=0)]
 OBJECTIVE = Objective()
+# The losses that tell which tokens are forgotten.
+STOPPING = [name for name, loss in FORGET_LOSSES.items() if loss.bound is not None]
 if TYPE_CHECKING:
     ForgetLossName = str
     MethodName = str
@@ -105,6 +108,15 @@ class ObjectiveConfig(Section):
         "0 to half of it, weights.forget falls from all to half of it.",
     )
 
+    stop_at: float | None = Field(
+        default=OBJECTIVE.stop_at,
+        ge=0,
+        le=1,
+        description=f"Gradient steps end before train.steps once the first {STOP_ROWS} forget rows' "
+        "mean share of answer tokens not yet forgotten is at most this; null: never. Outputs that "
+        f"tell: {', '.join(STOPPING)}.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _method_sets_what_is_not_given(cls, values: Any) -> Any:
@@ -122,6 +134,19 @@ class ObjectiveConfig(Section):
                 "learned or forgotten; allowed: one above 0"
             )
         return self
+
+    @field_validator("stop_at")
+    @classmethod
+    def _the_loss_tells_when_to_stop(
+        cls, stop_at: float | None, info: ValidationInfo
+    ) -> float | None:
+        loss = info.data.get("output", OBJECTIVE.output)
+        if stop_at is not None and loss not in STOPPING:
+            raise ValueError(
+                f"allowed with objective.output={loss}: null; "
+                f"a number with objective.output={' or '.join(STOPPING)}"
+            )
+        return stop_at
 
     @field_validator("output_parameters")
     @classmethod

@@ -29,7 +29,7 @@ def _solves_for_targets(cfg: UnlearnConfig) -> bool:
 READERS = (
     Readers(
         "objective",
-        ("method", "weights", "schedule", "distance", "output", "output_parameters"),
+        ("method", "weights", "schedule", "stop_at", "distance", "output", "output_parameters"),
         _trains,
         "train.steps above 0",
     ),

@@ -21,7 +21,9 @@ from pipelines.training.worker_rows import StepRows, WorkerRows
 from rfa.adapters import ADAPTER
 from rfa.batch import TokenCounts, UnlearnBatch
 from rfa.objective import ResidualAlignment
+from rfa.settings import STOP_EVERY, STOP_ROWS
 from rfa.solver import merged_features
+from rfa.stopping import has_forgotten
 from rfa.targets import SAMPLE_TOKENS, FeatureSums
 
 # A small set of up to this many tokens a worker is one batch: the solver then needs one forward.
@@ -97,6 +99,7 @@ class TrainingLoop:
             is_fitted = self.module.targets is not None
             if self.job.steps > 0 and self.module.objective.aligns and not is_fitted:
                 self._fit_targets(self.module)
+        watched = self._watched()
         step = 0 if checkpoint is None else self._resume(checkpoint)
         steps = self.rows.steps(step)
         started = time.monotonic()
@@ -112,6 +115,12 @@ class TrainingLoop:
                 metrics["tokens_per_s"] = metrics.pop("tokens") / step_s
                 self.job.messages.put({"step": step, **metrics, "learning_rate": rate})
             step += 1
+            has_more = step < self.job.steps
+            if has_more and step % STOP_EVERY == 0 and self._may_stop(watched):
+                if self.rank == 0:
+                    self.job.messages.put({"stopped_after": step})
+                # A restarted run, too, has none left.
+                step = self.job.steps
             # A resume point's time counts to the step after it.
             self.seconds += time.monotonic() - started
             started = time.monotonic()
@@ -146,6 +155,21 @@ class TrainingLoop:
         means = self._all_reduce(terms)
         self.tokens += int(tokens)
         return {"loss": means.pop("total"), **means, "tokens": tokens}
+
+    def _watched(self) -> list[UnlearnBatch]:
+        """Return this worker's share of the rows by which steps may end early, if any may."""
+        module = self.module
+        if not isinstance(module, ResidualAlignment) or module.objective.stop_at is None:
+            return []
+        batches = -(-STOP_ROWS // self.job.cfg.train.forget_batch_size)
+        return [self._batch([], rows) for rows in self.rows.once("forget", batches)]
+
+    def _may_stop(self, watched: list[UnlearnBatch]) -> bool:
+        """Return whether enough is forgotten; all workers decide the same."""
+        if not watched:
+            return False
+        assert isinstance(self.module, ResidualAlignment)
+        return has_forgotten(self.module, watched, self._all_reduce)
 
     def _batch(self, retain: list[Any], forget: list[Any]) -> UnlearnBatch:
         return self.rows.collate(retain, forget).to(self.engine.device)

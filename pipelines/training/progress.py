@@ -29,6 +29,7 @@ class ProgressLog:
         terminal: Terminal,
         mirror: Mirror | None = None,
     ) -> None:
+        self._terminal = terminal
         self._bar = terminal.bar(title, steps or None)
         self._steps = steps
         path = output.folder / FILE_NAME
@@ -58,8 +59,16 @@ class ProgressLog:
         """Record one message of the workers.
 
         A step's message has `step`, `loss`, its terms, `tokens_per_s` and `learning_rate`. The
-        solver's has `done`, `of` and `what`, and moves the progress bar alone.
+        solver's has `done`, `of` and `what`, and moves the progress bar alone. `stopped_after` is
+        the number of steps after which enough was forgotten.
         """
+        if "stopped_after" in message:
+            steps = message["stopped_after"]
+            self._bar.at(steps, total=steps)
+            self._terminal.say(
+                f"Unlearning: {steps} of {self._steps} steps were enough (objective.stop_at)"
+            )
+            return
         if "of" in message:
             self._bar.at(message["done"], note=message["what"], total=message["of"])
             return

@@ -138,6 +138,11 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
             "objective.residual: found drift, allowed with solve.mode=blockwise: local",
         ),
         (
+            ["objective.method=masc", "objective.output=npo", "train.steps=5"],
+            "objective.stop_at: found 0.475, allowed with objective.output=npo: null; a number with "
+            "objective.output=masc",
+        ),
+        (
             ["objective.target=reroute"],
             "objective.target: found reroute with solve.mode=blockwise, allowed: another target",
         ),

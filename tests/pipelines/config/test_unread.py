@@ -38,6 +38,11 @@ def test_the_demo_may_be_run_by_the_other_methods(change: str) -> None:
         (["prune.targets=[o_proj]"], "prune.targets", "a prune.method"),
         (["objective.output=npo"], "objective.output", "train.steps above 0"),
         (["objective.schedule=crossfade"], "objective.schedule", "train.steps above 0"),
+        (
+            ["objective.stop_at=0.5", "objective.output=masc"],
+            "objective.stop_at",
+            "train.steps above 0",
+        ),
         (["objective.method=npo"], "objective.method", "train.steps above 0"),
     ],
 )

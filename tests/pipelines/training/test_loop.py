@@ -12,6 +12,7 @@ import ray.train
 from pipelines.config.load import with_values
 from pipelines.config.schema import UnlearnConfig
 from pipelines.model.load import build_alignment
+from pipelines.training import loop as training_loop
 from pipelines.training.loop import TrainingLoop, sampled_tokens
 from rfa.batch import Row, collate
 
@@ -49,19 +50,65 @@ def test_once_enough_rows_were_seen_nothing_is_sampled(cfg: UnlearnConfig) -> No
     assert sampled_tokens(cfg, 8, 1) == 0, "there are no more"
 
 
-def test_the_objective_knows_the_share_of_the_steps(
-    cfg: UnlearnConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def loop(cfg: UnlearnConfig, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The first worker's loop of 9 steps on answers, with resume points every 3.
+
+    It keeps in `taken` how far the steps are by the objective, in `messages` and `reports` what it says.
+    """
     monkeypatch.setattr(ray.train, "get_checkpoint", lambda: None)
     on_outputs = {"retain": 0, "forget": 0, "output": 1}
     values = {f"objective.weights.{name}": weight for name, weight in on_outputs.items()}
-    cfg = with_values(cfg, {"solve.mode": "off", "train.steps": 4, **values})
+    values |= {"solve.mode": "off", "train.steps": 9, "train.checkpoint_every": 3}
+    values |= {"objective.output": "masc", "objective.stop_at": 0.5, "train.forget_batch_size": 12}
+    cfg = with_values(cfg, values)
     loop: Any = object.__new__(TrainingLoop)
-    loop.job = SimpleNamespace(cfg=cfg, steps=4, rate=lambda _step: 0.1)
-    loop.module, loop.rank, loop.seconds = build_alignment(cfg), 1, 0.0
-    loop.rows = SimpleNamespace(steps=lambda _start: itertools.repeat(None))
-    seen: list[float] = []
-    loop.step = lambda _rows, _rate: seen.append(loop.module.progress)
-    loop._report = lambda _step, final: None
+    loop.taken, loop.messages, loop.reports = [], [], []
+    loop.job = SimpleNamespace(
+        cfg=cfg, steps=9, rate=lambda _: 0.1, messages=SimpleNamespace(put=loop.messages.append)
+    )
+    loop.module, loop.engine = build_alignment(cfg), SimpleNamespace(device="cpu")
+    loop.rank, loop.seconds = 0, 0.0
+    loop.rows = SimpleNamespace(
+        steps=lambda _start: itertools.repeat(None),
+        once=lambda name, batches: itertools.repeat([name], batches),
+        collate=lambda retain, forget: collate(retain, [Row([3, 4], 1) for _ in forget], 0),
+    )
+
+    def step(_rows: None, _rate: float) -> dict[str, float]:
+        loop.taken.append(loop.module.progress)
+        return {"tokens": 1.0}
+
+    loop.step = step
+    loop._report = lambda step, final: loop.reports.append((step, final))
+    return loop
+
+
+def test_the_objective_knows_the_share_of_the_steps(
+    loop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_loop, "has_forgotten", lambda *_: False)
     loop.run()
-    assert seen == [0.25, 0.5, 0.75, 1.0]
+    assert loop.taken == [step / 9 for step in range(1, 10)]
+    assert loop.reports == [(3, False), (6, False), (9, True)]
+    assert [message["step"] for message in loop.messages] == list(range(9))
+
+
+def test_once_enough_is_forgotten_no_step_is_left(
+    loop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+
+    def has_forgotten(module: Any, watched: list[Any], _total: Any) -> bool:
+        assert module is loop.module
+        assert len(watched) == 3, "32 rows in batches of 12"
+        looked.append(len(loop.taken))
+        return len(loop.taken) >= 5
+
+    monkeypatch.setattr(training_loop, "has_forgotten", has_forgotten)
+    loop.run()
+    assert looked == [2, 4, 6]
+    assert len(loop.taken) == 6
+    assert loop.messages[-1] == {"stopped_after": 6}
+    # A resume point of step 6 would go on from there.
+    assert loop.reports == [(3, False), (9, True)]

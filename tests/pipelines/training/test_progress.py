@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from pipelines.storage.output import OutputDir
 from pipelines.terminal import Terminal
 from pipelines.training.progress import FILE_NAME, ProgressLog
@@ -18,3 +20,17 @@ def test_a_run_goes_on_behind_the_last_whole_line_of_a_killed_one(tmp_path: Path
         log.on_message({"step": 1, "loss": 1.0})
     lines = (tmp_path / FILE_NAME).read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1]
+
+
+def test_it_says_after_how_many_steps_enough_was_forgotten(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    terminal = Terminal()
+    with (
+        terminal.chatter_to(tmp_path / "run.log"),
+        ProgressLog(OutputDir(str(tmp_path)), "Unlearning", 3, terminal) as log,
+    ):
+        log.on_message({"step": 0, "loss": 1.0})
+        log.on_message({"stopped_after": 2})
+    assert "Unlearning: 2 of 3 steps were enough (objective.stop_at)" in capfd.readouterr().err
+    assert len((tmp_path / FILE_NAME).read_text().splitlines()) == 1
