@@ -3,9 +3,10 @@
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -189,22 +190,35 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     return [(name, module) for name, module in modules if isinstance(module, LoraLayer)]
 
 
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
+def adapters_off(model: nn.Module) -> AbstractContextManager[None]:
     """Make the model compute as its base within the scope, by scaling the residuals with 0.
 
     Unlike PEFT's `disable_adapter` this changes neither `requires_grad` nor the order in which
     modules run, which DeepSpeed's ZeRO-3 prefetch depends on.
     """
+    return adapters_scaled(model, 0.0)
+
+
+@contextmanager
+def adapters_scaled(model: nn.Module, factor: float) -> Iterator[None]:
+    """Multiply the residuals with a factor within the scope."""
     layers = [module for _, module in lora_layers(model)]
     scales = [layer.scaling[ADAPTER] for layer in layers]
-    for layer in layers:
-        layer.scaling[ADAPTER] = 0.0
+    for layer, scale in zip(layers, scales, strict=True):
+        layer.scaling[ADAPTER] = scale * factor
     try:
         yield
     finally:
         for layer, scale in zip(layers, scales, strict=True):
             layer.scaling[ADAPTER] = scale
+
+
+@torch.no_grad()
+def scale_adapters_(model: nn.Module, factor: float) -> None:
+    """Multiply the residuals with a factor for good: what is saved or merged from then on, too."""
+    for _, layer in lora_layers(model):
+        up: Any = layer.lora_B[ADAPTER]
+        up.weight.mul_(factor)
 
 
 @contextmanager

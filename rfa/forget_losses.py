@@ -63,6 +63,15 @@ def ascent(answers: Answers) -> "Tensor":
     return answers.label_log_N(answers.log_NV)
 
 
+def descent(answers: Answers) -> "Tensor":
+    """Return -log p of the label, [N]: its cross-entropy, for what is learned to be taken away.
+
+    Ilharco et al. 2023 (arXiv 2212.04089) negate a task vector: they subtract from the weights what
+    fine-tuning adds to them.
+    """
+    return -answers.label_log_N(answers.log_NV)
+
+
 def random_label(answers: Answers) -> "Tensor":
     """Return the cross-entropy of another label, [N] (Golatkar et al. 2020, arXiv 1911.04933).
 
@@ -214,6 +223,7 @@ class ForgetLoss(NamedTuple):
 FORGET_LOSSES: dict[str, ForgetLoss] = {
     "unlikelihood": ForgetLoss(unlikelihood, "the answer is to be unlikely"),
     "ascent": ForgetLoss(ascent, "its cross-entropy is to rise"),
+    "descent": ForgetLoss(descent, "its cross-entropy is to fall, for objective.negate"),
     "random_label": ForgetLoss(random_label, "another label is to be likely"),
     "bad_teacher": ForgetLoss(bad_teacher, "every label is to be as likely"),
     "scrub": ForgetLoss(scrub, "away from the base model's output", needs_teacher=True),

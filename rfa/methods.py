@@ -40,6 +40,8 @@ METHODS: dict[str, Method] = {
     "masc": _on_answers("masc", task=0, stop_at=0.475),
     "wga": _on_answers("wga"),
     "satimp": _on_answers("satimp", output=0.1),
+    # Ilharco et al. 2023 (arXiv 2212.04089) choose the factor between 0 and 1 on held-out data.
+    "task_vector": _on_answers("descent", task=0, negate=1.0),
     # As Li et al. 2024 (arXiv 2403.03218) trained Zephyr 7B.
     "rmu": Method(
         "the last adapted block's output to one random vector, the retain set's held",

@@ -41,7 +41,8 @@ class Objective(NamedTuple):
     `clusters` is the number of centroids of the target `cluster_mean`, and `steering` the length of
     the random vector of the target `steering`. `output` names a row of
     `FORGET_LOSSES`, and `output_parameters` has that loss's parameters by name. `schedule` says how
-    the weights change over the steps, and `stop_at` when these end early (`rfa.stopping`).
+    the weights change over the steps, and `stop_at` when these end early (`rfa.stopping`). Above
+    0, `negate` takes that much of what the adapter has learned away from the model.
     """
 
     residual: ResidualKind = "local"
@@ -55,6 +56,7 @@ class Objective(NamedTuple):
     weights: Weights = Weights()
     schedule: ScheduleKind = "constant"
     stop_at: float | None = None
+    negate: float = 0.0
 
     def weights_at(self, progress: float) -> Weights:
         """Return the weights at a share of the steps, from 0 to 1.
@@ -68,6 +70,11 @@ class Objective(NamedTuple):
             retain=self.weights.retain * progress / 2,
             forget=self.weights.forget * (1 - progress / 2),
         )
+
+    @property
+    def adapter_scale(self) -> float:
+        """The factor on the trained adapter in the model that results."""
+        return -self.negate if self.negate else 1.0
 
     @property
     def aligns(self) -> bool:

@@ -286,6 +286,9 @@ def _of_gradient_steps(cfg: UnlearnConfig) -> dict[str, Any]:
     objective = cfg.objective
     if objective.target == "steering" and objective.weights.forget > 0:
         tree["objective.steering"] = _around(objective.steering)
+    if objective.negate > 0:
+        # Where Ilharco et al. 2023 (arXiv 2212.04089) search it.
+        tree["objective.negate"] = {"uniform": [0.05, 1.0]}
     if objective.weights.output > 0:
         for name, parameter in FORGET_LOSSES[objective.output].parameters.items():
             value = objective.output_parameters.get(name, parameter.default)

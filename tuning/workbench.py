@@ -31,7 +31,7 @@ from pipelines.model.load import build_alignment, load_base
 from pipelines.training.job import learning_rate_at
 from pipelines.training.loop import sampled_tokens
 from pipelines.training.strength import FIRST_STRENGTH, TRIALS, WorkerSolver
-from rfa.adapters import lora_layers
+from rfa.adapters import adapters_scaled, lora_layers, scale_adapters_
 from rfa.batch import UnlearnBatch, collate
 from rfa.closed_form import InverseMoments
 from rfa.moments import InputMoments
@@ -126,6 +126,7 @@ class Workbench:
         with self.adapted(cfg) as alignment:
             for _ in self.work(cfg, alignment):
                 pass
+            scale_adapters_(alignment.model, alignment.objective.adapter_scale)
             alignment.model.save_pretrained(str(folder))
         # PEFT writes an empty model card.
         (folder / "README.md").unlink(missing_ok=True)
@@ -142,7 +143,9 @@ class Workbench:
             started = time.monotonic()
             for rung, strengths in enumerate(self.work(cfg, alignment), start=1):
                 seconds += time.monotonic() - started
-                yield Measured(self._scores(), seconds, strengths), rung == rungs
+                with adapters_scaled(alignment.model, alignment.objective.adapter_scale):
+                    scores = self._scores()
+                yield Measured(scores, seconds, strengths), rung == rungs
                 started = time.monotonic()
 
     @contextmanager

@@ -117,6 +117,14 @@ class ObjectiveConfig(Section):
         f"tell: {', '.join(STOPPING)}.",
     )
 
+    negate: float = Field(
+        default=OBJECTIVE.negate,
+        ge=0,
+        le=100,
+        description="Above 0: the trained adapter is exported times minus this, so that what was "
+        "learned is taken away (with objective.output=descent: task vectors).",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _method_sets_what_is_not_given(cls, values: Any) -> Any:

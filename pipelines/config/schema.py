@@ -231,16 +231,26 @@ class UnlearnConfig(Section):
                 f"objective.weights.task: found {task_weight:g} with data.earlier, whose answers "
                 "it would teach again; allowed: 0 (weights.kl holds answers as they are)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _solver_and_objective_agree(self) -> "UnlearnConfig":
+        mode, objective = self.solve.mode, self.objective
         # The closed form solves for what each module adds. Drift is not linear in that.
-        if self.solve.mode != "off" and self.objective.residual != "local":
+        if mode != "off" and objective.residual != "local":
             raise ValueError(
-                f"objective.residual: found {self.objective.residual}, "
-                f"allowed with solve.mode={self.solve.mode}: local"
+                f"objective.residual: found {objective.residual}, "
+                f"allowed with solve.mode={mode}: local"
             )
         # It has no place that a solver could shift features to.
-        if self.objective.target == "reroute" and self.solve.settings().reads_targets:
+        if objective.target == "reroute" and self.solve.settings().reads_targets:
             raise ValueError(
-                f"objective.target: found reroute with solve.mode={self.solve.mode}, "
+                f"objective.target: found reroute with solve.mode={mode}, "
                 "allowed: another target, or solve.mode=off"
+            )
+        # A solution would be negated as well.
+        if mode != "off" and objective.negate > 0:
+            raise ValueError(
+                f"objective.negate: found {objective.negate:g}, allowed with solve.mode={mode}: 0"
             )
         return self

@@ -20,6 +20,7 @@ from pipelines.model.load import build_alignment, image_shape, load_base
 from pipelines.model.pruning import keep_pruned_, prune_base
 from pipelines.storage.atomic import replacing
 from pipelines.training.resume_point import ResumePoint, read_point
+from rfa.adapters import scale_adapters_
 from rfa.pruning import sparsity
 
 PROBE_TOKENS = 16
@@ -74,6 +75,8 @@ def _write_merged(
     module.load_state_dict(trained, strict=False)
     cost["trained_parameters"] = sum(trained[name].numel() for name in wanted)
     merged = module.model
+    if isinstance(merged, PeftModel):
+        scale_adapters_(merged, cfg.objective.settings().adapter_scale)
     expected = _probe(cfg, merged)
     if isinstance(merged, PeftModel):
         with replacing(folder / "adapter") as adapter:

@@ -34,6 +34,7 @@ def value(name: str, **parameters: float) -> list[float]:
 
 def test_losses_per_token_by_hand() -> None:
     assert value("ascent") == pytest.approx([math.log(p) for p in (0.5, 0.7, 0.4)])
+    assert value("descent") == pytest.approx([-math.log(p) for p in (0.5, 0.7, 0.4)])
     assert value("unlikelihood") == pytest.approx([-math.log(q) for q in (0.5, 0.3, 0.6)])
     products = [0.5 * 0.25**2, 0.1 * 0.2 * 0.7, 0.3 * 0.3 * 0.4]
     assert value("bad_teacher") == pytest.approx(

@@ -147,6 +147,8 @@ def test_the_default_space_searches_what_a_configuration_uses(cfg: UnlearnConfig
     assert {key for key in default_space(breakers, 4) if key.startswith("objective.")} == {
         "objective.tokens", "objective.weights.retain", "objective.weights.forget"
     }  # fmt: skip
+    vector = default_space(load_config("quick", ["objective.method=task_vector", *simnpo[1:]]), 4)
+    assert vector["objective.negate"] == {"uniform": [0.05, 1.0]}
     read_space(weighed, load_config("quick", simnpo), "the default space")
     solved = load_config("rfa_image", ["model.path=none"])
     assert "adapter.layers" not in default_space(solved, 0), "a head lies outside the blocks"

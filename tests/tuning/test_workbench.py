@@ -155,6 +155,29 @@ def test_gradient_trials_are_scored_at_every_rung(bench: Workbench, cfg: Unlearn
     assert [is_last for _, is_last in rungs] == [False, True], "it has fewer steps than rungs"
 
 
+def test_a_trial_is_scored_as_it_is_saved(
+    bench: Workbench, cfg: UnlearnConfig, tmp_path: Path
+) -> None:
+    """A task vector learns the forget set, and what is scored and saved has it taken away."""
+    by_gradient = {"solve.mode": "off", "train.steps": 6, "train.learning_rate": 1e-2}
+    weights = {"objective.weights.retain": 0, "objective.weights.forget": 0}
+    vector = {"objective.output": "descent", "objective.weights.output": 1, "objective.negate": 0.5}
+    taken = with_values(cfg, {**by_gradient, **weights, **vector})
+    learned = with_values(taken, {"objective.negate": 0})
+    untouched = bench._scores()["forget.probability"]
+    assert untouched is not None
+    probability: dict[str, float] = {}
+    for name, trial in {"taken": taken, "learned": learned}.items():
+        measured = [own for own, _ in bench.trial(trial)]
+        probability[name] = numbers(measured[-1])["forget.probability"]
+        bench.save_adapter(trial, tmp_path / name)
+    assert probability["taken"] < untouched < probability["learned"]
+    saved = {name: load_file(tmp_path / name / "adapter_model.safetensors") for name in probability}
+    for name, value in saved["learned"].items():
+        factor = -0.5 if "lora_B" in name else 1.0
+        torch.testing.assert_close(saved["taken"][name], factor * value)
+
+
 def test_the_strength_is_searched_from_that_of_the_most_similar_trial(
     bench: Workbench, cfg: UnlearnConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,6 +143,10 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
             "objective.output=masc",
         ),
         (
+            ["objective.method=task_vector", "train.steps=5"],
+            "objective.negate: found 1, allowed with solve.mode=blockwise: 0",
+        ),
+        (
             ["objective.target=reroute"],
             "objective.target: found reroute with solve.mode=blockwise, allowed: another target",
         ),

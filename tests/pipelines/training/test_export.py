@@ -53,6 +53,32 @@ def test_the_merged_model_says_what_the_adapter_says(
     assert float((untouched - expected).abs().max()) > 2 * tolerance
 
 
+def test_a_negated_adapter_takes_away_what_was_learned(
+    cfg: UnlearnConfig, trained: ResumePoint, tmp_path: Path
+) -> None:
+    """Task vectors: W - c (W_learned - W), in the merged model and in the adapter alike."""
+    weights: dict[float, dict[str, torch.Tensor]] = {}
+    for negate in (0.0, 0.4):
+        objective = cfg.objective.model_copy(update={"negate": negate})
+        folder = tmp_path / f"{negate:g}"
+        write(cfg.model_copy(update={"objective": objective}), folder)
+        merged = AutoModelForCausalLM.from_pretrained(folder / "model")
+        weights[negate] = dict(merged.named_parameters())
+    base = AutoModelForCausalLM.from_pretrained(cfg.model.path)
+    moved = 0.0
+    for name, before in base.named_parameters():
+        learned = weights[0.0][name] - before
+        moved = max(moved, float(learned.detach().abs().max()))
+        torch.testing.assert_close(weights[0.4][name], before - 0.4 * learned, rtol=0, atol=1e-6)
+    assert moved > 0.01
+    tokens = AutoTokenizer.from_pretrained(folder / "model")("Who?", return_tensors="pt")
+    with torch.no_grad():
+        adapted = PeftModel.from_pretrained(base, str(folder / "adapter"))
+        torch.testing.assert_close(
+            adapted(**tokens).logits, merged(**tokens).logits, rtol=0, atol=1e-4
+        )
+
+
 def test_a_merge_that_lost_the_adapter_is_no_export(
     cfg: UnlearnConfig, trained: ResumePoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
