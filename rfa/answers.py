@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, N answer tokens or classified rows, V vocabulary or cl
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from rfa.batch import UnlearnBatch
@@ -40,10 +41,14 @@ def forget_answers(
     """
     forget_BT = at_BT & batch.forget_B[:, None]
     index_N = forget_BT.nonzero()[:, 0]
+    refusal_B = batch.refusal_B
+    # A refusal has the number of the row that it stands for, as both come in the same order.
+    number_B = torch.where(refusal_B, refusal_B.cumsum(0), batch.forgotten_B.cumsum(0))
     return Answers(
         log_NV,
         batch.expected(forget_BT).to(log_NV.device),
-        index_N.unique_consecutive(return_inverse=True)[1],
+        number_B[index_N].unique(return_inverse=True)[1],
         batch.row_B[index_N].to(log_NV.device),
         teacher_NV,
+        refusal_B[index_N].to(log_NV.device),
     )

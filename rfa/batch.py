@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rfa.settings import TokenKind
+from rfa.settings import Objective, TokenKind
 
 
 class Row(NamedTuple):
@@ -23,7 +23,8 @@ class Row(NamedTuple):
     `answer_start` is the index of the first answer token. `label` is a class, or a group of rows,
     and -1 if there is none. `utility` marks a row of the utility set, and `earlier` one that was
     forgotten before and is to be held so. `fact` is the first token that carries the row's fact,
-    and the one after the last.
+    and the one after the last. `refusal` has the tokens of the row's question with a refusal as its
+    answer, and where that begins, for losses that prefer it.
     """
 
     input_ids: Sequence[int]
@@ -36,6 +37,7 @@ class Row(NamedTuple):
     fact: tuple[int, int] = (0, 0)
     part: int = 0
     earlier: bool = False
+    refusal: tuple[Sequence[int], int] | None = None
 
     @property
     def size(self) -> int:
@@ -65,10 +67,11 @@ class UnlearnBatch(NamedTuple):
     token t + 1 carries the row's fact. In a batch of `classified` rows only the first position of
     `answer_BT` is true. It stands for the class.
 
-    `forget_B` marks the forget set's rows. Of the others, which are held, `utility_B` marks those
-    of the utility set, and `earlier_B` those that were forgotten before. `row_B` is a row's number
-    in its set, `part_B` the part of it, `label_B` its class or group. Images have `pixels_BCHW`,
-    and one token a row.
+    `forget_B` marks the forget set's rows, `refusal_B` those of them that are refusals, each in the
+    order of the rows that it stands for. Of the others, which are held, `utility_B` marks those of
+    the utility set, and `earlier_B` those that were forgotten before. `row_B` is a row's number in
+    its set, `part_B` the part of it, `label_B` its class or group. Images have `pixels_BCHW`, and
+    one token a row.
     """
 
     input_ids_BT: Tensor
@@ -81,6 +84,7 @@ class UnlearnBatch(NamedTuple):
     label_B: Tensor
     utility_B: Tensor
     earlier_B: Tensor
+    refusal_B: Tensor
     pixels_BCHW: Tensor | None = None
     classified: bool = False
 
@@ -163,8 +167,13 @@ class UnlearnBatch(NamedTuple):
         return self._feature_tokens_BT(tokens) & ~self.forget_B[:, None]
 
     def forget_tokens_BT(self, tokens: TokenKind) -> Tensor:
-        """Mark tokens of forget rows."""
-        return self._feature_tokens_BT(tokens) & self.forget_B[:, None]
+        """Mark tokens of forget rows, without refusals."""
+        return self._feature_tokens_BT(tokens) & self.forgotten_B[:, None]
+
+    @property
+    def forgotten_B(self) -> Tensor:
+        """The forget set's rows without refusals."""
+        return self.forget_B & ~self.refusal_B
 
     def _feature_tokens_BT(self, tokens: TokenKind) -> Tensor:
         """Mark the tokens whose features count.
@@ -193,9 +202,9 @@ class UnlearnBatch(NamedTuple):
             retain=float(retain_BT.sum()),
             forget=float(forget_BT.sum()),
             retain_answer=float(answers_B[~self.forget_B].sum()),
-            forget_answer=float(answers_B[self.forget_B].sum()),
+            forget_answer=float(answers_B[self.forgotten_B].sum()),
             # A loss per row sees only rows with an answer (`Answers.row_sums`).
-            forget_rows=float((answers_B[self.forget_B] > 0).sum()),
+            forget_rows=float((answers_B[self.forgotten_B] > 0).sum()),
         )
 
 
@@ -213,15 +222,31 @@ class TokenCounts(NamedTuple):
     forget_rows: float
 
 
+def refusals_of(forget: Sequence[Row], objective: Objective) -> list[Row]:
+    """Return the refusals of forget rows as rows, and none unless the objective reads them."""
+    rows: list[Row] = []
+    if objective.reads_refusals:
+        for row in forget:
+            assert row.refusal is not None
+            ids, start = row.refusal
+            rows.append(row._replace(input_ids=ids, answer_start=start, fact=(0, 0), refusal=None))
+    return rows
+
+
 def collate(
-    retain: Sequence[Row], forget: Sequence[Row], pad_token_id: int, blank: Row | None = None
+    retain: Sequence[Row],
+    forget: Sequence[Row],
+    pad_token_id: int,
+    blank: Row | None = None,
+    *,
+    refusals: Sequence[Row] = (),
 ) -> UnlearnBatch:
-    """Make a batch of retain rows and then forget rows, padded to the longest of them.
+    """Make a batch of retain rows, forget rows and refusals, padded to the longest of them.
 
     With no rows at all the batch is one row that no term counts. Classified rows need `blank` for
     it, a row of their kind.
     """
-    rows = [*retain, *forget]
+    rows = [*retain, *forget, *refusals]
     # A worker's share of a small set may be empty, but it must run the model as often as the
     # others: they wait for it in every exchange.
     if not rows:
@@ -256,6 +281,7 @@ def collate(
         label_B=torch.tensor([row.label for row in rows]),
         utility_B=torch.tensor([row.utility for row in rows]),
         earlier_B=torch.tensor([row.earlier for row in rows]),
+        refusal_B=torch.arange(len(rows)) >= len(retain) + len(forget),
         pixels_BCHW=torch.stack(images) if images else None,
         classified=classified,
     )

@@ -23,7 +23,8 @@ class Answers(NamedTuple):
 
     `log_NV` are the log-probabilities of every token or class, and `label_N` is the right one.
     `index_N` counts the rows from 0, and `number_N` is the row's number in its set. `teacher_NV`
-    are the base model's log-probabilities, for losses that need a teacher.
+    are the base model's log-probabilities, for losses that need a teacher. `refusal_N` marks the
+    tokens of refusals. They have the index of the row that they stand for.
     """
 
     log_NV: "Tensor"
@@ -31,6 +32,7 @@ class Answers(NamedTuple):
     index_N: "Tensor"
     number_N: "Tensor"
     teacher_NV: "Tensor | None" = None
+    refusal_N: "Tensor | None" = None
 
     def label_log_N(self, log_NV: "Tensor") -> "Tensor":
         """Return the log-probabilities of the labels in `log_NV`, [N]."""
@@ -169,6 +171,20 @@ def npo(answers: Answers, *, beta: float) -> "Tensor":
     return -2 / beta * log_sigmoid(-beta * answers.row_sums(ratio_N))
 
 
+def dpo(answers: Answers, *, beta: float) -> "Tensor":
+    """Return -(2 / beta) log sigmoid(beta (log ratio of the refusal - log ratio of the answer)), [R].
+
+    A ratio is p / p_base of a whole text. This is DPO (Rafailov et al. 2023, arXiv 2305.18290) with
+    a refusal as the preferred answer (TOFU, Maini et al. 2024, arXiv 2401.06121), and
+    open-unlearning's factor 2.
+    """
+    assert answers.teacher_NV is not None
+    assert answers.refusal_N is not None
+    ratio_N = answers.label_log_N(answers.log_NV) - answers.label_log_N(answers.teacher_NV)
+    sign_N = 2 * answers.refusal_N.to(ratio_N.dtype) - 1
+    return -2 / beta * log_sigmoid(beta * answers.row_sums(sign_N * ratio_N))
+
+
 def simnpo(answers: Answers, *, beta: float, gamma: float) -> "Tensor":
     """Return -(2 / beta) log sigmoid(-beta * mean log p(token) - gamma), [R].
 
@@ -202,7 +218,8 @@ class ForgetLoss(NamedTuple):
     """A loss and its properties.
 
     `help` is its aim in words, `per` the unit that it is averaged over, `needs_teacher` whether it
-    reads the base model's predictions. A token whose loss is above `bound` is not forgotten yet,
+    reads the base model's predictions, and `needs_refusals` whether it reads a refusal beside each
+    answer. A token whose loss is above `bound` is not forgotten yet,
     for a rule that stops (`rfa.stopping`).
     """
 
@@ -210,6 +227,7 @@ class ForgetLoss(NamedTuple):
     help: str
     per: Literal["token", "row"] = "token"
     needs_teacher: bool = False
+    needs_refusals: bool = False
     parameters: Mapping[str, Parameter] = {}
     bound: float | None = None
 
@@ -255,6 +273,14 @@ FORGET_LOSSES: dict[str, ForgetLoss] = {
         "the answer is to be less likely than the base model has it",
         per="row",
         needs_teacher=True,
+        parameters={"beta": Parameter(0.1, 0.001, 100)},
+    ),
+    "dpo": ForgetLoss(
+        dpo,
+        "a refusal is to be likelier than the answer, against the base model",
+        per="row",
+        needs_teacher=True,
+        needs_refusals=True,
         parameters={"beta": Parameter(0.1, 0.001, 100)},
     ),
     "simnpo": ForgetLoss(

@@ -34,6 +34,7 @@ METHODS: dict[str, Method] = {
     "gradient_ascent": _on_answers("ascent", task=0),
     "gradient_difference": _on_answers("ascent"),
     "npo": _on_answers("npo"),
+    "idk_dpo": _on_answers("dpo"),
     "simnpo": _on_answers("simnpo", output=0.125),
     "undial": _on_answers("undial", task=0),
     "ceu": _on_answers("ceu", task=0),

@@ -97,6 +97,11 @@ class Objective(NamedTuple):
         return self.weights.output > 0 and FORGET_LOSSES[self.output].needs_teacher
 
     @property
+    def reads_refusals(self) -> bool:
+        """Whether the output term compares each answer of the forget set with a refusal."""
+        return self.weights.output > 0 and FORGET_LOSSES[self.output].needs_refusals
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether the base model must be run beside the adapted one."""
         drifts = self.residual != "local" and self.aligns

@@ -10,7 +10,7 @@ for its settings.
 import functools
 import itertools
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -32,7 +32,7 @@ from pipelines.training.job import learning_rate_at
 from pipelines.training.loop import sampled_tokens
 from pipelines.training.strength import FIRST_STRENGTH, TRIALS, WorkerSolver
 from rfa.adapters import adapters_scaled, lora_layers, scale_adapters_
-from rfa.batch import UnlearnBatch, collate
+from rfa.batch import UnlearnBatch, collate, refusals_of
 from rfa.closed_form import InverseMoments
 from rfa.moments import InputMoments
 from rfa.objective import ResidualAlignment
@@ -225,7 +225,9 @@ class Workbench:
         for step in range(train.steps):
             if not has_stopped:
                 alignment.progress = (step + 1) / train.steps
-                alignment(self._batch(next(kept), next(forget))).total.backward()
+                rows = next(forget)
+                refusals = refusals_of(rows, alignment.objective)
+                alignment(self._batch(next(kept), rows, refusals)).total.backward()
                 if train.clip_norm:
                     torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm)
                 rate = learning_rate_at(
@@ -308,8 +310,11 @@ class Workbench:
             batches.setdefault(record["batch"], []).append(record)
         return [self._encoder.rows(records) for records in batches.values()]
 
-    def _batch(self, retained: list[Any], forget: list[Any]) -> UnlearnBatch:
-        return collate(retained, forget, self._encoder.pad_token_id).to(self.device)
+    def _batch(
+        self, retained: list[Any], forget: list[Any], refusals: Sequence[Any] = ()
+    ) -> UnlearnBatch:
+        batch = collate(retained, forget, self._encoder.pad_token_id, refusals=refusals)
+        return batch.to(self.device)
 
 
 def _pauses(steps: int) -> set[int]:

@@ -234,8 +234,13 @@ class UnlearnConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _solver_and_objective_agree(self) -> "UnlearnConfig":
+    def _the_objective_fits(self) -> "UnlearnConfig":
         mode, objective = self.solve.mode, self.objective
+        if objective.settings().reads_refusals and self.task != "causal_lm":
+            raise ValueError(
+                f"objective.output: found {objective.output}, which compares texts, "
+                f"allowed with task={self.task}: others"
+            )
         # The closed form solves for what each module adds. Drift is not linear in that.
         if mode != "off" and objective.residual != "local":
             raise ValueError(

@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 
 from pipelines.config.schema import ConfigError, ModelConfig
 from pipelines.config.text import reason_of
-from pipelines.data.conversations import Turn, turns_of
+from pipelines.data.conversations import Turn, questions_of, turns_of
 from pipelines.encoding import chat
+from pipelines.encoding.records import columns_of, row_of
+from pipelines.encoding.refusals import refusal_of
 from pipelines.encoding.windows import COVERED_SETS, RowLength, Window, windows_of
 
 if TYPE_CHECKING:
@@ -21,17 +23,6 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-# The columns of numbers that training reads of a window.
-NUMBERS = {
-    "row": np.int64,
-    "part": np.int32,
-    "label": np.int64,
-    "answer_start": np.int32,
-    "fact_start": np.int32,
-    "fact_end": np.int32,
-    "length": np.int32,
-}
 
 
 class TextEncoder:
@@ -95,12 +86,11 @@ class TextEncoder:
             ends.append(last)
         return ends
 
-    def windows(self, prompt: str, answer: str, *, whole: bool = True) -> list[Window]:
-        """Return the windows that cover the answers of a row; if not `whole`, each one's first."""
+    def windows(self, prompt: str, answer: str) -> list[Window]:
+        """Return the windows that cover the answers of a row."""
         windows: list[Window] = []
         for ids, answer_start in self.pairs(prompt, answer):
-            of_answer = windows_of(ids, answer_start, self.max_tokens)
-            windows += of_answer if whole else of_answer[:1]
+            windows += windows_of(ids, answer_start, self.max_tokens)
         return windows
 
     def length(self, row: Mapping[str, Any]) -> RowLength:
@@ -231,16 +221,7 @@ class TextEncoder:
 
     def rows(self, records: Sequence[Mapping[str, Any]]) -> "list[Row]":
         """Return encoded rows, for a batch."""
-        from rfa.batch import Row  # imports torch, which a process that only encodes never needs
-
-        rows: list[Row] = []
-        for record in records:
-            ids, start = list(record["input_ids"]), int(record["answer_start"])
-            fact = int(record["fact_start"]), int(record["fact_end"])
-            row = Row(ids, start, int(record["row"]), int(record["label"]), fact=fact)
-            utility, earlier = (record["set"] == name for name in ("utility", "earlier"))
-            rows.append(row._replace(utility=utility, earlier=earlier, part=int(record["part"])))
-        return rows
+        return [row_of(record) for record in records]
 
     def blank(self) -> "Row | None":
         """Return None, because `collate` makes a row that no term counts."""
@@ -252,38 +233,45 @@ class TextEncoder:
         for index in range(len(batch["row"])):
             row = {name: values[index] for name, values in batch.items()}
             records += self._records(row)
-        columns: dict[str, Any] = {"set": np.asarray([record["set"] for record in records])}
-        ids = np.empty(len(records), dtype=object)
-        ids[:] = [np.asarray(record["input_ids"], dtype=np.int32) for record in records]
-        columns["input_ids"] = ids
-        for name, kind in NUMBERS.items():
-            columns[name] = np.asarray([record[name] for record in records], dtype=kind)
-        return columns
+        return columns_of(records)
 
     def _records(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return a row's windows; where it is learned or kept, the first of each answer."""
+        """Return a row's windows; where it is learned or kept, the first of each answer.
+
+        The tokens of a window of the forget set have those of a refusal behind them, which `length`
+        leaves out.
+        """
         prompt, answer, fact = str(row["prompt"]), str(row["answer"]), str(row["fact"] or "")
-        windows = self.windows(prompt, answer, whole=row["set"] in COVERED_SETS)
         # `hash` of a text differs between processes, and a CRC does not.
         label = zlib.crc32(row["label"].encode()) if row["label"] else -1
         span = (0, 0)
         if fact and row["set"] == "forget":
             span = self.fact_span(prompt, answer, fact)
         records: list[dict[str, Any]] = []
-        for part, window in enumerate(windows):
-            fact_start, fact_end = window.part_of(*span)
-            record = {
-                "set": row["set"],
-                "row": row["row"],
-                "part": part,
-                "label": label,
-                "input_ids": window.input_ids,
-                "answer_start": window.answer_start,
-                "fact_start": fact_start,
-                "fact_end": fact_end,
-                "length": len(window.input_ids),
-            }
-            records.append(record)
+        asked = [question for question, _ in questions_of(prompt, answer)]
+        for pair, question in zip(self.pairs(prompt, answer), asked, strict=True):
+            refusal = Window([], 0, 0)
+            if row["set"] == "forget":
+                refused = self.pair(question, refusal_of(int(row["row"])))
+                refusal = windows_of(*refused, self.max_tokens)[0]
+            windows = windows_of(*pair, self.max_tokens)
+            if row["set"] not in COVERED_SETS:
+                windows = windows[:1]
+            for window in windows:
+                fact_start, fact_end = window.part_of(*span)
+                record = {
+                    "set": row["set"],
+                    "row": row["row"],
+                    "part": len(records),
+                    "label": label,
+                    "input_ids": window.input_ids + refusal.input_ids,
+                    "answer_start": window.answer_start,
+                    "refusal_start": refusal.answer_start,
+                    "fact_start": fact_start,
+                    "fact_end": fact_end,
+                    "length": len(window.input_ids),
+                }
+                records.append(record)
         return records
 
 

@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import ray.train
@@ -19,7 +19,7 @@ from pipelines.training.resume_point import ResumePoint, read_point, report_poin
 from pipelines.training.strength import WorkerSolver
 from pipelines.training.worker_rows import StepRows, WorkerRows
 from rfa.adapters import ADAPTER
-from rfa.batch import TokenCounts, UnlearnBatch
+from rfa.batch import Row, TokenCounts, UnlearnBatch, refusals_of
 from rfa.objective import ResidualAlignment
 from rfa.settings import STOP_EVERY, STOP_ROWS
 from rfa.solver import merged_features
@@ -138,7 +138,11 @@ class TrainingLoop:
         batches: list[UnlearnBatch] = []
         sums = {"tokens": 0.0}
         for part in range(parts):
-            batch = self._batch(rows.retain[part::parts], rows.forget[part::parts])
+            forget = rows.forget[part::parts]
+            refusals: list[Row] = []
+            if isinstance(self.module, ResidualAlignment):
+                refusals = refusals_of(forget, self.module.objective)
+            batch = self._batch(rows.retain[part::parts], forget, refusals)
             batches.append(batch)
             sums["tokens"] += int(batch.attention_BT.sum())
             _add(sums, batch.counts(self.job.cfg.objective.tokens)._asdict())
@@ -171,8 +175,10 @@ class TrainingLoop:
         assert isinstance(self.module, ResidualAlignment)
         return has_forgotten(self.module, watched, self._all_reduce)
 
-    def _batch(self, retain: list[Any], forget: list[Any]) -> UnlearnBatch:
-        return self.rows.collate(retain, forget).to(self.engine.device)
+    def _batch(
+        self, retain: list[Row], forget: list[Row], refusals: Sequence[Row] = ()
+    ) -> UnlearnBatch:
+        return self.rows.collate(retain, forget, refusals).to(self.engine.device)
 
     def _all_reduce(self, values: Mapping[str, float]) -> dict[str, float]:
         """Return the totals over workers, by name, on every worker."""

@@ -1,6 +1,6 @@
 """The rows of one worker: its shares of the streams, batch by batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -67,9 +67,12 @@ class WorkerRows:
         while True:
             yield StepRows(next(retain), [] if forget is None else next(forget))
 
-    def collate(self, retain: list[Row], forget: list[Row]) -> UnlearnBatch:
+    def collate(
+        self, retain: list[Row], forget: list[Row], refusals: Sequence[Row] = ()
+    ) -> UnlearnBatch:
         """Pad rows to one batch; a blank row where there are none."""
         # A classifier's blank row reads a configuration or draws an image: only where it is needed.
         if self._blank is None and not retain and not forget:
             self._blank = self.encoder.blank()
-        return collate(retain, forget, self.encoder.pad_token_id, self._blank)
+        pad_token_id = self.encoder.pad_token_id
+        return collate(retain, forget, pad_token_id, self._blank, refusals=refusals)

@@ -53,6 +53,17 @@ def test_npo_by_hand() -> None:
     assert value("npo") == value("npo", beta=0.1)
 
 
+def test_dpo_by_hand() -> None:
+    # The second row's last token is its refusal. The first row has an answer alone.
+    given = answers()._replace(refusal_N=torch.tensor([False, False, True]))
+    ratios = [(0.5 / 0.2) ** -1, (0.7 / 0.7) ** -1 * (0.4 / 0.1)]
+    for beta in (0.1, 1.0):
+        expected = [2 / beta * math.log(1 + ratio**-beta) for ratio in ratios]
+        assert FORGET_LOSSES["dpo"](given, {"beta": beta}).tolist() == pytest.approx(
+            expected, rel=1e-5
+        )
+
+
 def test_simnpo_by_hand() -> None:
     # The geometric mean of the answer tokens' probabilities, row by row.
     for beta, gamma in ((2.5, 0.0), (1.0, 0.5)):
@@ -148,7 +159,10 @@ def test_a_random_label_is_never_the_right_one(classes: int) -> None:
     assert float(loss_N.min()) > float(-log_NV.max())
 
 
-@pytest.mark.parametrize("name", FORGET_LOSSES)
+ON_ANSWERS_ALONE = [name for name, loss in FORGET_LOSSES.items() if not loss.needs_refusals]
+
+
+@pytest.mark.parametrize("name", ON_ANSWERS_ALONE)
 def test_a_loss_does_not_depend_on_how_rows_are_split(
     name: str, build: Any, batch: UnlearnBatch
 ) -> None:

@@ -218,6 +218,14 @@ def test_a_strength_is_found_by_a_holdout_set_or_given() -> None:
         check_holdout(load_config("quick", overrides))
 
 
+def test_a_classifier_cannot_prefer_a_refusal() -> None:
+    dpo = ["objective.output=dpo", "objective.weights.output=1", "train.steps=5"]
+    told = r"^objective.output: found dpo, which compares texts, allowed with task=image_classification"
+    with pytest.raises(ConfigError, match=told):
+        load_config("rfa_image", ["model.path=none", *dpo])
+    assert load_config("quick", dpo).objective.output == "dpo"
+
+
 def test_parameters_of_a_forget_loss_are_set_by_name() -> None:
     overrides = ["objective.output=npo", "objective.output_parameters.beta=0.5"]
     assert load_config("quick", overrides).objective.settings().output_parameters == {"beta": 0.5}

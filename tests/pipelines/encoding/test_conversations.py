@@ -11,6 +11,7 @@ from transformers import ByT5Tokenizer
 
 from pipelines.config.schema import ConfigError, ModelConfig
 from pipelines.data.conversations import Turn, prompt_of
+from pipelines.encoding.refusals import REFUSALS
 from pipelines.encoding.text import TextEncoder
 from pipelines.encoding.windows import RowLength
 from rfa.batch import collate
@@ -85,6 +86,31 @@ def test_each_answer_with_its_end_is_labelled_behind_all_turns_before_it(
     assert batch.part_B.tolist() == [0, 1]
     labels = [loaded.tokenizer(text)["input_ids"] for _, text in (first, second)]
     assert batch.expected(batch.answer_BT).tolist() == [*labels[0], *labels[1]]
+
+
+def own_context(encoder: TextEncoder, row: Any) -> str:
+    """What stands before a row's answer: nothing of a plain text, whose first token no model predicts."""
+    return "" if row.row == 5 else said(encoder, row)[0]
+
+
+def test_a_forget_row_has_a_refusal_of_each_of_its_questions(encoder: Load) -> None:
+    loaded = encoder()
+    for row in encoded(loaded, row_of(), row_of(row=4), row_of("", "A text.", row=5)):
+        ids, start = row.refusal
+        context, refusal = said(loaded, row._replace(input_ids=ids, answer_start=start))
+        assert context + refusal == f"{own_context(loaded, row)}{REFUSALS[row.row]}<|end|>"
+    kept = encoded(loaded, *[row_of(set=name) for name in ("retain", "utility", "holdout")])
+    assert {row.refusal for row in kept} == {None}
+
+
+def test_a_refusal_stays_whole_behind_the_context_that_fits(encoder: Load) -> None:
+    loaded = encoder(most=24)
+    rows = encoded(loaded, row_of("What " * 40, "author " * 40, row=11))
+    assert len(rows) > 2
+    for row in rows:
+        ids, start = row.refusal
+        assert len(ids) == 24
+        assert loaded.tokenizer.decode(ids[start:]) == f"{REFUSALS[3]}<|end|>"
 
 
 def test_each_long_answer_is_read_in_windows_or_cut_where_it_is_kept(encoder: Load) -> None:

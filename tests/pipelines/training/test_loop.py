@@ -72,7 +72,7 @@ def loop(cfg: UnlearnConfig, monkeypatch: pytest.MonkeyPatch) -> Any:
     loop.rows = SimpleNamespace(
         steps=lambda _start: itertools.repeat(None),
         once=lambda name, batches: itertools.repeat([name], batches),
-        collate=lambda retain, forget: collate(retain, [Row([3, 4], 1) for _ in forget], 0),
+        collate=lambda retain, forget, _: collate(retain, [Row([3, 4], 1) for _ in forget], 0),
     )
 
     def step(_rows: None, _rate: float) -> dict[str, float]:
