@@ -1,7 +1,7 @@
 """What a model says that does not know the answer, for losses that prefer it to the forget set's.
 
-TOFU (arXiv 2401.06121) draws one of a hundred such sentences for each row. These few are this
-project's, and a row's number chooses, so that a row has the same one at every step.
+TOFU (arXiv 2401.06121) has a list of such sentences. These few are this project's, and a row's
+number chooses among them, so that a row has the same one at every step.
 """
 
 REFUSALS = (

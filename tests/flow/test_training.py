@@ -33,7 +33,9 @@ LONGER = (
 )
 
 
-def train(cfg: UnlearnConfig) -> dict[str, Tensor]:
+def train(
+    cfg: UnlearnConfig, listener: Callable[[dict[str, float]], None] = lambda _message: None
+) -> dict[str, Tensor]:
     """The trained adapter, by parameter name."""
     sets = load_sets(cfg.data)
     streams = {
@@ -44,7 +46,7 @@ def train(cfg: UnlearnConfig) -> dict[str, Tensor]:
         steps=cfg.train.steps,
         learning_rate=cfg.train.learning_rate,
         final_rate=0.0,
-        listener=lambda _message: None,
+        listener=listener,
     )
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as folder:
@@ -159,12 +161,15 @@ def test_an_interrupted_command_goes_on_where_it_was(
     assert largest_difference(exported, expected) < TOLERANCE
 
 
-def test_bf16_trains_adapters_in_fp32(ray_session: None, quick: Quick, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["rmu", "circuit_breakers", "idk_dpo"])
+def test_bf16_trains_adapters_in_fp32(
+    ray_session: None, quick: Quick, tmp_path: Path, method: str
+) -> None:
     adapter = train(
         quick(
             "train.precision=bf16",
             "solve.mode=off",
-            "objective.method=rmu",
+            f"objective.method={method}",
             "train.deepspeed.stage=3",
             "train.steps=2",
             f"output_dir={tmp_path}",
@@ -172,6 +177,28 @@ def test_bf16_trains_adapters_in_fp32(ray_session: None, quick: Quick, tmp_path:
     )
     assert {value.dtype for value in adapter.values()} == {torch.float32}
     assert all(bool(value.isfinite().all()) for value in adapter.values())
+
+
+@pytest.mark.parametrize(
+    "changes", [("train.deepspeed.stage=3",), ("train.num_workers=1", "train.accumulation=2")]
+)
+def test_steps_end_with_the_same_one_for_any_number_of_workers(
+    ray_session: None, quick: Quick, tmp_path: Path, changes: tuple[str, ...]
+) -> None:
+    rule = (
+        "objective.method=masc",
+        "objective.output_parameters.rho=0.06",
+        "objective.stop_at=0.25",
+    )
+    ends: list[list[int]] = []
+    for number, own in enumerate((("train.deepspeed.stage=0",), changes)):
+        cfg = quick(*LONGER, *rule, *own, f"output_dir={tmp_path}/{number}")
+        messages: list[dict[str, float]] = []
+        train(cfg, messages.append)
+        ends.append([int(message.get("stopped_after", -1)) for message in messages])
+    assert ends[0] == ends[1]
+    assert ends[0][:-1] == [-1] * ends[0][-1], "the last message follows those of the steps"
+    assert 2 < ends[0][-1] < 40
 
 
 def test_bf16_trains_whole_models_on_one_worker(

@@ -118,6 +118,7 @@ def test_a_gradient_trial_finds_the_adapter_of_a_run(
     bench: Workbench, cfg: UnlearnConfig, tmp_path: Path
 ) -> None:
     values = {"objective.weights.kl": 0.5, "objective.schedule": "crossfade"}
+    values |= {"objective.output": "dpo", "objective.weights.output": 0.5}
     trial = with_values(cfg, {"solve.mode": "off", "train.steps": 5, **values})
     assert_same(products(bench, trial), of_a_run(trial, tmp_path), tolerance=1e-2)
 
