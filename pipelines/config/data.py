@@ -194,6 +194,11 @@ class ColumnsConfig(Section):
     perturbed_answers: str = Field(
         default="perturbed_answers", description="A list of wrong but fluent answers (optional)."
     )
+    refusal: str = Field(
+        default="refusal",
+        description="What a model says that does not know the answer, of the forget set, for "
+        "objective.output=dpo (optional; there are sentences for rows without).",
+    )
     image: str = Field(
         default="image",
         description="An image file's bytes (PNG, JPEG, ...), or a `datasets` Image, for its task.",

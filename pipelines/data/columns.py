@@ -69,6 +69,7 @@ def columns_read(
         Column("paraphrased_answer", columns.paraphrased_answer, text_value),
         Column("fact", columns.fact, fact_value),
         Column("perturbed_answers", columns.perturbed_answers, list_value),
+        Column("refusal", columns.refusal, text_value),
         Column("label", columns.label, label_value),
     ]
     needs_answer = set_name != ANSWERED_BY_MODEL

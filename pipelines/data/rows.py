@@ -41,6 +41,7 @@ class SetRow(TypedDict):
     paraphrased_answer: str
     fact: str  # a part of the answer
     perturbed_answers: list[str]
+    refusal: str  # what stands in place of the answer where a loss prefers that
     label: str
     image: bytes  # the content of an image file
 
@@ -71,11 +72,12 @@ READ_SCHEMA = pa.schema([(name, ARROW_TYPES[kind]) for name, kind in _FIELDS.ite
 SET_SCHEMA = pa.schema([READ_SCHEMA.field(name) for name in get_type_hints(SetRow)])
 BLANK = cast(ReadRow, {name: kind() for name, kind in _FIELDS.items()})  # '', 0, False, [] or b''
 SUMMARY = ["id", "selected", "value", "fault", "trace", "content", "question"]
-OF_ONE_ANSWER = ["paraphrased_prompt", "paraphrased_answer", "fact", "perturbed_answers"]
-# The columns in a row's digest, besides its image. Manifests hold digests, so that neither these
-# names nor their order may change.
+OF_ONE_ANSWER = ["paraphrased_prompt", "paraphrased_answer", "fact", "perturbed_answers", "refusal"]
+# The columns in a row's digest, besides its refusal and its image. Manifests hold digests, so that
+# neither these names nor their order may change.
+BESIDE = ("set", "row", "refusal", "image")
 DIGEST_OF_CLASSIFIED = ["id", "answer", "label"]
-DIGEST_OF_TEXT = [name for name in SET_SCHEMA.names if name not in ("set", "row", "image")]
+DIGEST_OF_TEXT = [name for name in SET_SCHEMA.names if name not in BESIDE]
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,7 @@ def parse_row(
             f"'{sources['answer']}'; allowed: a part of it, letter for letter"
         )
     digested = DIGEST_OF_TEXT if task == "causal_lm" else DIGEST_OF_CLASSIFIED
-    text = json.dumps([row[name] for name in digested])
+    text = json.dumps([row[name] for name in digested]) + row["refusal"]
     row["digest"] = hashlib.sha256(text.encode() + row["image"]).digest()
     if row["image"]:
         row["content"] = hashlib.blake2b(row["image"], digest_size=16).digest()

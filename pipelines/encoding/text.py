@@ -252,7 +252,8 @@ class TextEncoder:
         for pair, question in zip(self.pairs(prompt, answer), asked, strict=True):
             refusal = Window([], 0, 0)
             if row["set"] == "forget":
-                refused = self.pair(question, refusal_of(int(row["row"])))
+                said = str(row["refusal"] or "") or refusal_of(int(row["row"]))
+                refused = self.pair(question, said)
                 refusal = windows_of(*refused, self.max_tokens)[0]
             windows = windows_of(*pair, self.max_tokens)
             if row["set"] not in COVERED_SETS:

@@ -150,7 +150,7 @@ def test_a_question_in_other_words_stands_behind_the_same_turns(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "column", ["paraphrased_prompt", "paraphrased_answer", "perturbed_answers", "fact"]
+    "column", ["paraphrased_prompt", "paraphrased_answer", "perturbed_answers", "fact", "refusal"]
 )
 def test_a_column_about_one_answer_is_refused_beside_several(tmp_path: Path, column: str) -> None:
     value: Any = ["Striped."] if column == "perturbed_answers" else "Striped."

@@ -41,6 +41,18 @@ def test_a_utility_prompt_without_an_answer_is_a_row_with_an_empty_one(
     )
 
 
+def test_a_refusal_is_in_the_digest_and_its_absence_changes_no_digest(tmp_path: Path) -> None:
+    row = {"id": "r", "prompt": "Why?", "answer": "So."}
+    [found] = read(tmp_path, "forget", row).to_pylist()
+    known = "e56116b6ab78bec0cea37e74a8697f0bda33ba3872ebbd703c29b64bd144c21d"
+    assert found["digest"].hex() == known, "manifests of older runs have it"
+    assert found["refusal"] == ""
+    [refusing] = read(tmp_path, "forget", {**row, "refusal": "Who knows?"}).to_pylist()
+    assert refusing["refusal"] == "Who knows?"
+    assert refusing["digest"] != found["digest"]
+    assert refusing["content"] == found["content"]
+
+
 @pytest.mark.parametrize("name", ["forget", "retain", "holdout", "general"])
 @pytest.mark.parametrize("case", UNANSWERED)
 def test_every_other_set_needs_answers(tmp_path: Path, name: str, case: str) -> None:

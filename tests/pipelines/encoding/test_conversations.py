@@ -51,7 +51,7 @@ def encoder(problem: Path, tmp_path: Path) -> Load:
 
 def row_of(prompt: str = PROMPT, answer: str = ANSWER, **more: Any) -> dict[str, Any]:
     row = {"set": "forget", "row": 3, "id": "r", "prompt": prompt, "answer": answer}
-    return {**row, "fact": "", "label": "", **more}
+    return {**row, "fact": "", "label": "", "refusal": "", **more}
 
 
 def encoded(encoder: TextEncoder, *rows: dict[str, Any]) -> list[Any]:
@@ -101,6 +101,13 @@ def test_a_forget_row_has_a_refusal_of_each_of_its_questions(encoder: Load) -> N
         assert context + refusal == f"{own_context(loaded, row)}{REFUSALS[row.row]}<|end|>"
     kept = encoded(loaded, *[row_of(set=name) for name in ("retain", "utility", "holdout")])
     assert {row.refusal for row in kept} == {None}
+
+
+def test_a_row_may_have_a_refusal_of_its_own(encoder: Load) -> None:
+    loaded = encoder()
+    (row,) = encoded(loaded, row_of("Who?", refusal="Ask another."))
+    ids, start = row.refusal
+    assert loaded.tokenizer.decode(ids[start:]) == "Ask another.<|end|>"
 
 
 def test_a_refusal_stays_whole_behind_the_context_that_fits(encoder: Load) -> None:

@@ -71,6 +71,7 @@ def encoded(encoder: TextEncoder, rows: list[dict[str, Any]]) -> list[Any]:
     batch = {}
     for name in ("set", "row", "prompt", "answer", "fact", "label"):
         batch[name] = np.asarray([row[name] for row in rows], dtype=object)
+    batch["refusal"] = np.full(len(rows), "")
     columns = encoder.encode_batch(batch)
     number = len(columns["row"])
     return encoder.rows([{name: columns[name][i] for name in columns} for i in range(number)])

@@ -454,6 +454,7 @@ def test_forget_rows_are_unlearned_with_the_place_of_their_facts(
         columns |= {
             "set": np.full(len(rows), name, dtype=object),
             "label": np.full(len(rows), ""),
+            "refusal": np.full(len(rows), ""),
             "row": np.arange(len(rows)),
         }
         encoded = encoder.encode_batch(columns)
