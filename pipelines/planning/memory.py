@@ -140,10 +140,14 @@ class Planner:
         """Return memory and arithmetic of one micro-batch, forward and backward."""
         train = self.cfg.train
         parts = self.workers * layout.accumulation
+        forget = _largest_share(train.forget_batch_size, parts)
+        # Each forget row has its refusal beside it.
+        if self.cfg.objective.settings().reads_refusals:
+            forget *= 2
         return self._step(
             StepShape(
                 retain=_largest_share(train.retain_batch_size, parts),
-                forget=_largest_share(train.forget_batch_size, parts),
+                forget=forget,
                 checkpointing=layout.checkpointing,
                 backward=True,
             )

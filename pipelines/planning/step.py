@@ -192,9 +192,7 @@ def _meta_batch(cfg: UnlearnConfig, model_config: Any, shape: StepShape) -> Unle
     row = Row(
         [0] * tokens, answer_start=1, classified=cfg.task != "causal_lm", pixels_CHW=pixels_CHW
     )
-    reads_refusals = shape.backward and cfg.objective.settings().reads_refusals
-    refusals = [row] * shape.forget if reads_refusals else []
-    return collate([row] * shape.retain, [row] * shape.forget, pad_token_id=0, refusals=refusals)
+    return collate([row] * shape.retain, [row] * shape.forget, pad_token_id=0)
 
 
 def _meta_targets(alignment: ResidualAlignment, batch: UnlearnBatch) -> Targets:

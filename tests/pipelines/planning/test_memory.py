@@ -143,6 +143,17 @@ def test_rounds_of_the_token_solver_need_the_memory_of_a_backward_pass() -> None
     assert parts["per_token"].activations > 2 * parts["blockwise"].activations
 
 
+def test_methods_with_targets_or_texts_of_their_own_are_traced() -> None:
+    activations: dict[str, int] = {}
+    for method in ("npo", "idk_dpo", "circuit_breakers"):
+        cfg = load_config("quick", [f"objective.method={method}", *STEPS])
+        planner = Planner(cfg, blank(cfg, SMALL), 1)
+        activations[method] = planner.parts(Layout.of(cfg, 0)).activations
+        assert planner.fault is None
+    # 8 retain rows and 4 of the forget set, to which idk_dpo adds as many refusals.
+    assert activations["idk_dpo"] / activations["npo"] == pytest.approx(16 / 12, rel=0.1)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("model", [SMALL, WIDE], ids=["small", "wide"])
 def test_a_model_that_cannot_run_without_values_is_planned_by_formula(
