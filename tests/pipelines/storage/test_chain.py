@@ -59,7 +59,7 @@ def finish(begin: Callable[..., RunFolder]) -> Finish:
         for file, text in (("config.json", "{}"), ("tokenizer.json", "[]")):
             (run.path / "model" / file).write_text(text)
         (run.path / "model" / "model.safetensors").write_bytes(name.encode() * 99)
-        run.update(verdict="forgotten")
+        run.update(verdict="traces_remain")
         run.seal()
         return run.path
 
@@ -84,7 +84,7 @@ def test_a_request_has_the_number_and_the_digests_of_all_before_it(
     for folder in three[:2]:
         manifest = manifest_of(folder)
         record = {"run": str(folder), "manifest": manifest_digest(manifest)}
-        expected.append({**record, "created": manifest["created"], "verdict": "forgotten"})
+        expected.append({**record, "created": manifest["created"], "verdict": "traces_remain"})
     assert requests[1]["earlier"] == expected[:1]
     assert requests[2]["earlier"] == expected
 
