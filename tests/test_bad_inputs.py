@@ -37,7 +37,11 @@ def told(command: str, given: BadInput, folder: Path) -> tuple[int, str]:
     if given.text is not None:
         config = str(folder / "config.yaml")
         Path(config).write_text(given.text, encoding="utf-8")
-    overrides = [f"output_dir={folder}/out", *([given.override] if given.override else [])]
+    overrides = [f"output_dir={folder}/out"]
+    if given.override.startswith("data.earlier"):
+        overrides.append("data.earlier.path=rows.jsonl")  # the preset has no such set
+    if given.override:
+        overrides.append(given.override)
     arguments = [command.split()[0], *COMMANDS[command], config, *overrides]
     result = CliRunner().invoke(app, arguments)
     assert result.stdout == ""

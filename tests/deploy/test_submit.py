@@ -106,7 +106,7 @@ def test_secrets_travel_in_a_file_and_not_in_what_the_job_server_shows(
         (["check", "{config}", "data.holdout=null"], "data.holdout: missing, required by solve"),
         (["check", "{config}", "tracking.model_name=a/b"], "tracking.model_name: found 'a/b'"),
         (
-            ["tune", "{config}", "data.holdout=null", "solve.strength=1"],
+            ["tune", "{config}", "data.holdout=null", "solve.mode=blockwise", "solve.strength=1"],
             "data.holdout: missing, required by a search without evaluation.oracle",
         ),
         (
