@@ -34,6 +34,8 @@ class Rule(NamedTuple):
     floor: float = 1.1
     # A single oracle has no floor. Up to this share of the original's distance another may lie.
     token_distance: float = 0.2
+    # Fewer forget rows than these decide nothing: an interval over them is too narrow.
+    few_rows: int = 5
     # An attack's AUC that lies further from the target than this is a leak by itself.
     attack_gap: float = 0.2
     # Row by row: less than this share may be nearer to the original than to the target, of all rows

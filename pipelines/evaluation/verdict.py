@@ -103,6 +103,10 @@ def verdict(scores: Mapping[str, Any]) -> Verdict:
     if level == "indistinguishable" and counts.unsettled:
         level, head = "undecided", "Undecided: too few rows"
         evidence += f"; but chance alone may explain {_named(counts.unsettled)}"
+    is_too_few = scores.get("rows", {}).get("forget", RULE.few_rows) < RULE.few_rows
+    if is_too_few and level != "utility_lost":
+        level, head = "undecided", "Undecided: too few rows"
+        evidence += f"; but fewer than {RULE.few_rows} forget rows decide nothing"
     if level == "indistinguishable" and not kept:
         level, head = "undecided", HEADS["undecided"]
     if not oracle:
@@ -244,9 +248,8 @@ def _judge_by_tokens(
     if new <= most or chance.explains(TOKEN_DISTANCE):
         evidence += f"; token by token it lies {lies}: "
         return level, f"{evidence}its tokens cannot be told from a retrained model's"
-    found: Level
-    if new < old:
-        found = "over_forgotten" if level == "over_forgotten" else "traces_remain"
+    if new < old or level == "over_forgotten":
+        found: Level = "over_forgotten" if level == "over_forgotten" else "traces_remain"
         return found, f"{evidence}; token by token it lies {lies}"
     below, above = (after.get(name) or 0.0 for name in (BELOW, ABOVE))
     if below <= above:

@@ -176,6 +176,9 @@ def test_tokens_farther_out_than_the_originals_are_beyond_the_oracle_or_short_of
     after["forget.fact_recall"] = 0.9
     found = verdict(scores_of(before=before, after=after, oracle=forget_entry(0.5)))
     assert found.level == "traces_remain", "facts that are recalled are the worse trace"
+    after |= {"forget.fact_recall": 0.5, "mia.grad_norm": 0.2}
+    found = verdict(scores_of(before=before, after=after, oracle=forget_entry(0.5)))
+    assert found.level == "over_forgotten", "an attack finds what was removed"
 
 
 def test_tokens_that_chance_cannot_tell_from_the_oracles_are_no_trace() -> None:
@@ -484,6 +487,16 @@ def test_a_difference_that_chance_explains_is_undecided_and_the_rows_that_decide
     assert f"{told}; about 1.1 times as many rows would decide" in sentence
     scores["intervals"]["after - oracle"]["mia.grad_norm"] = [-0.5, -0.1]
     assert verdict(scores).level == "over_forgotten"
+
+
+@pytest.mark.parametrize(("rows", "found"), [(4, "undecided"), (5, "traces_remain")])
+def test_a_few_rows_decide_nothing_but_that_utility_is_lost(rows: int, found: str) -> None:
+    models = {"before": forget_entry(0.9), "oracle": forget_entry(0.5)}
+    scores = scores_of(after=forget_entry(0.9), **models) | {"rows": {"forget": rows}}
+    assert verdict(scores).level == found
+    ruined = forget_entry(0.9, general__probability=0.0)
+    scores = scores_of(after=ruined, **models) | {"rows": {"forget": rows}}
+    assert verdict(scores).level == "utility_lost"
 
 
 def test_what_chance_explains_does_not_hide_what_it_does_not() -> None:

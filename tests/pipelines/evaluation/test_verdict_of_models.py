@@ -20,38 +20,36 @@ from rfa.blocks import BlockRunner
 from tests.tiny_model import write_tiny_model
 
 SETS = ("forget", "retain", "utility", "holdout", "general")
-GENERAL_ROWS = 40  # that are taught
-STEPS, BATCH = 150, 32
+BROAD_ROWS = 40  # of the general and utility sets
+STEPS, BATCH = 250, 16
 
 
 def settings(folder: Path) -> list[str]:
     """Return what the `quick` preset is given."""
     sets = [f"data.{name}.path={folder}/data/{name}.jsonl" for name in SETS]
-    rows = ["evaluation.max_new_tokens=16", "evaluation.max_rows=40", "data.utility.max_rows=8"]
-    return [f"model.path={folder}/model", *sets, *rows]
+    return [f"model.path={folder}/model", *sets, "evaluation.quick=true", "evaluation.max_rows=40"]
 
 
 def encoded(folder: Path, name: str) -> list[Row]:
     """Return a set's rows as the model reads them."""
     cfg = load_config("quick", settings(folder))
     encoder = TextEncoder(cfg.model, cfg.data.system_prompt, cfg.data.max_tokens)
+    lines = (folder / "data" / f"{name}.jsonl").read_text().splitlines()
     rows: list[Row] = []
-    for line in (folder / "data" / f"{name}.jsonl").read_text().splitlines():
+    for line in lines:
         row = json.loads(line)
         rows.append(Row(*encoder.pair(row["prompt"], row["answer"])))
     return rows
 
 
-def train(
-    start: Path, end: Path, rows: Sequence[Row], seed: int, steps: int = STEPS, rate: float = 4e-3
-) -> None:
-    """Train a model on answers, with a negative rate away from them, and write it."""
+def train(start: Path, end: Path, rows: Sequence[Row], seed: int) -> None:
+    """Train a model on answers, and write it."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(start)
     runner = BlockRunner(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=abs(rate), weight_decay=0.0, maximize=rate < 0)  # fmt: skip
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / steps, steps)
-    for _ in range(steps):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / STEPS, STEPS)
+    for _ in range(STEPS):
         picked = [rows[index] for index in torch.randperm(len(rows))[:BATCH].tolist()]
         batch = collate(picked, [], model.config.pad_token_id)
         logits_NV = runner(batch, logits_at_BT=batch.answer_BT).logits_NV
@@ -67,16 +65,20 @@ def train(
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A problem, a model that learned all of it, three without the forget set, one of gradient ascent."""
+    """A problem, a model that learned all of it, and three without the forget set."""
     folder = tmp_path_factory.mktemp("taught")
     base = write_tiny_model(folder / "model")
     write_problem(folder / "data", authors=16, questions=3, seed=0, forget=4)
-    kept = encoded(folder, "retain") + encoded(folder, "general")[:GENERAL_ROWS]
+    kept = encoded(folder, "retain")
+    for name in ("general", "utility"):
+        path = folder / "data" / f"{name}.jsonl"
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(lines[:BROAD_ROWS]))
+        kept += encoded(folder, name)
     forget = encoded(folder, "forget")
     train(base, folder / "learned", kept + forget, 0)
     for seed in (1, 2, 3):
         train(base, folder / f"oracle{seed}", kept, seed)
-    train(folder / "learned", folder / "ascent", forget, 0, steps=6, rate=-3e-4)
     return folder
 
 
@@ -94,7 +96,6 @@ def test_the_verdict_says_what_was_done_to_a_model(taught: Path) -> None:
     done = {
         "learned": "traces_remain",
         "model": "utility_lost",
-        "ascent": "over_forgotten",
         "oracle3": "indistinguishable",
     }
     found = {name: verdict_on(taught, name) for name in done}
