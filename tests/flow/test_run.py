@@ -12,7 +12,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipelines.evaluation.metrics.relearning import STEPS
-from tests.flow.conftest import Command
+from pipelines.storage.chain import hash_of_id
+from pipelines.storage.seal import manifest_digest
+from tests.flow.conftest import Command, CommandHere
 
 CONTRACT = {"config.yaml", "manifest.json", "adapter", "model", "scores.json", "report.html"}
 METRICS = (
@@ -201,3 +203,56 @@ def test_the_report_is_rebuilt_from_the_folder(run_dir: Path, command: Command) 
     (run_dir / "report.html").unlink()
     assert command("report", str(run_dir)).returncode == 0
     assert (run_dir / "report.html").read_bytes() == page
+
+
+def test_the_next_request_begins_with_the_model_that_this_one_left_and_holds_its_rows(
+    run_dir: Path,
+    problem: Path,
+    overrides: list[str],
+    command_here: CommandHere,
+    tmp_path: Path,
+) -> None:
+    data, out = problem / "data", tmp_path / "second"
+    ids = [json.loads(line)["id"] for line in (data / "retain.jsonl").read_text().splitlines()][:3]
+    request = tmp_path / "request.jsonl"
+    request.write_text("".join(json.dumps(row_id) + "\n" for row_id in ids))
+    settings = [
+        f"model.path={run_dir}/model",
+        f"data.forget={{path: {data}/retain.jsonl, ids: {request}}}",
+        f"data.retain.exclude_ids={request}",
+        f"data.earlier.path={data}/forget.jsonl",
+        f"evaluation.oracle={problem}/model",
+        *("solve.strength=0.01", "train.steps=1", "evaluation.quick=true", f"output_dir={out}"),
+    ]
+    code, told = command_here("run", "quick", *overrides, *settings)
+    assert code == 0, told
+    first = json.loads((run_dir / "manifest.json").read_text())
+    manifest = json.loads((out / "manifest.json").read_text())
+    record = {"run": str(run_dir), "manifest": manifest_digest(first)}
+    record |= {"created": first["created"], "verdict": first["verdict"]}
+    key = bytes.fromhex((out / "request.key").read_text())
+    rows = sorted(hash_of_id(row_id, key) for row_id in ids)
+    assert manifest["request"] == {"number": 2, "earlier": [record], "rows": rows}
+    assert len(first["request"]["rows"]) == 6
+    assert manifest["sets"]["earlier"] == first["sets"]["forget"]
+    scores = json.loads((out / "scores.json").read_text())["models"]["after"]
+    assert {f"earlier.{name}" for name in ("probability", "token_distance", "fact_recall")} <= set(
+        scores
+    )
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "<h3>Requests</h3>" in page and "Earlier requests" in page
+    facts = {json.loads(line)["fact"] for line in (data / "forget.jsonl").read_text().splitlines()}
+    for path in out.rglob("*"):
+        found = path.is_file() and [fact for fact in facts if fact.encode() in path.read_bytes()]
+        assert not found, path
+
+    assert command_here("verify", str(out)) == (0, f"Verified: {out}\n")
+    scored = run_dir / "scores.json"
+    whole = scored.read_bytes()
+    scored.write_bytes(whole.replace(b"0", b"1", 1))
+    told = f"request 1 ({run_dir}): scores.json: changed\n"
+    try:
+        assert command_here("verify", str(out)) == (1, told)
+        assert command_here("gate", str(out))[1].endswith(told)
+    finally:
+        scored.write_bytes(whole)
