@@ -39,13 +39,13 @@ class ClassEncoder:
         """Return the columns of a batch that training needs. Images stay the bytes of files."""
         classes = class_numbers(self.model)
         size = len(batch["row"])
-        ids = np.empty(size, dtype=object)
+        ids: list[list[int]] = []  # no arrays, of which Ray would make tensors of several types
         label, length = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int32)
         for index in range(size):
             tokens = [0]  # an image counts as one
             if not self.reads_images:
                 tokens = self._tokens(str(batch["answer"][index]))
-            ids[index] = np.asarray(tokens, dtype=np.int32)
+            ids.append(tokens)
             length[index] = len(tokens)
             label[index] = class_number(str(batch["label"][index]), classes)
         columns = {

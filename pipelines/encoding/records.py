@@ -28,9 +28,9 @@ NUMBERS = {
 def columns_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return records as columns of a batch of Ray Data."""
     columns: dict[str, Any] = {"set": np.asarray([record["set"] for record in records])}
-    ids = np.empty(len(records), dtype=object)
-    ids[:] = [np.asarray(record["input_ids"], dtype=np.int32) for record in records]
-    columns["input_ids"] = ids
+    # Of arrays Ray would make a tensor where all are of one length, a type that blocks of other
+    # rows do not have. Lists stay lists.
+    columns["input_ids"] = [list(record["input_ids"]) for record in records]
     for name, kind in NUMBERS.items():
         columns[name] = np.asarray([record[name] for record in records], dtype=kind)
     return columns

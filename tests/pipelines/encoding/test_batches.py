@@ -7,16 +7,37 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.data.block import BlockAccessor
 
 from pipelines.encoding.batches import _arrange, batches_of, share_of
+from pipelines.encoding.records import NUMBERS, columns_of
 
 Key = tuple[str, int]
 
 
 def block(lengths: list[int], name: str = "retain", first: int = 0) -> pa.Table:
-    return pa.table(
-        {"set": [name] * len(lengths), "row": range(first, first + len(lengths)), "length": lengths}
-    )
+    columns = {"row": range(first, first + len(lengths)), "length": lengths}
+    return pa.table({"set": [name] * len(lengths), "input_ids": [[1]] * len(lengths), **columns})
+
+
+@pytest.mark.parametrize("lengths", [[[4]], [[3, 4], [5]], [[2, 2], [1, 7], [6]]])
+def test_blocks_whose_rows_are_all_of_one_length_go_with_any_others(
+    lengths: list[list[int]],
+) -> None:
+    blocks: list[Any] = []
+    for of_block in lengths:
+        records: list[dict[str, Any]] = []
+        for length in of_block:
+            numbers = dict.fromkeys(NUMBERS, 0) | {"row": len(records), "length": length}
+            ids = list(range(length))
+            records.append({"set": f"set {len(blocks)}", "input_ids": ids, **numbers})
+        # As Ray Data makes a block of what a task returns.
+        blocks.append(BlockAccessor.batch_to_block(columns_of(records)))
+    _, table = _arrange(2, 0, False, *blocks)
+    found = {(row["set"], len(row["input_ids"])) for row in table.to_pylist()}
+    assert found == {
+        (f"set {index}", length) for index, of_block in enumerate(lengths) for length in of_block
+    }
 
 
 class Share:
