@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 
 import matplotlib as mpl
 
-from pipelines.config.data import SET_NAMES
 from pipelines.evaluation.verdict import verdict
 
 FOLDER = Path("outputs/suite")
 DOCS = Path(__file__).parents[2] / "docs"
 MODEL = "models/SmolLM2-135M-Instruct"
 ORACLES = (0, 1)  # their seeds
+SETS = ("forget", "retain", "utility", "holdout", "general")  # of `make-data`
 TEACH = ("train.num_workers=1", "train.cpus_per_worker=2", "data.utility.max_rows=40")
 
 # Options of `make-data`.
@@ -106,7 +106,7 @@ def solve(problem: str, methods: Sequence[str]) -> Outcome:
     if not data.exists():
         make_data = [sys.executable, "-m", "pipelines", "make-data", str(data), *PROBLEMS[problem]]
         subprocess.run(make_data, check=True)
-    sets = [f"data.{name}.path={data}/{name}.jsonl" for name in SET_NAMES]
+    sets = [f"data.{name}.path={data}/{name}.jsonl" for name in SETS]
     teach = ("finetune", "demo", *sets, f"model.path={MODEL}", *TEACH)
     target = ray_unlearn(*teach, output=folder / "target")
     oracles: list[str] = []
@@ -138,8 +138,10 @@ def table(outcome: Outcome) -> list[str]:
     ]
     for name in SCORES:
         cells = [number(first["models"]["before"].get(name))]
-        half = number(spread[name] / 2) if name in spread else ""
-        cells.append(f"{number(first['models']['oracle'].get(name))} ± {half}")
+        of_oracles = number(first["models"]["oracle"].get(name))
+        if name in spread:
+            of_oracles += f" ± {number(spread[name] / 2)}"
+        cells.append(of_oracles)
         for method in methods:
             cells.append(number(outcome.scores[method]["models"]["after"].get(name)))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
