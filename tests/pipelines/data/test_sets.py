@@ -65,7 +65,8 @@ def test_every_set_has_the_same_columns_and_absence_is_empty(tmp_path: Path) -> 
     assert sets.counts == {"forget": 2, "retain": 2, "utility": 1}
     first, second = rows_of(sets)
     theirs = {k: v for k, v in full.items() if k != "author"}
-    assert first == {"set": "forget", "row": 0, "label": "Ann", "image": b"", **theirs}
+    absent = {"image": b"", "refusal": ""}
+    assert first == {"set": "forget", "row": 0, "label": "Ann", **absent, **theirs}
     assert second == {
         **first,
         **question("f1"),
