@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 
 from pyarrow import fs, parquet
 
-from pipelines.config.text import one_line
+from pipelines.config.text import one_line, reason_of
+from pipelines.storage.hub import require_hub
 
 SUFFIXES = {
     ".jsonl": "jsonl",
@@ -303,11 +304,12 @@ def open_hub(piece: Piece, wanted: set[str]) -> Generator[Rows]:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     name, _, configuration = piece.path.partition(":")
     try:
+        require_hub(name, "dataset")
         loaded = datasets.load_dataset(name, configuration or None, split=piece.split)
     # These are raised before rows are read, so their messages are safe to show: they name splits,
     # configurations or the network.
     except (OSError, ValueError) as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
+        reason = reason_of(error)
         raise SourceError(
             f"is no file here, and the hub does not give it ({reason}); allowed: {ALLOWED}"
         ) from None

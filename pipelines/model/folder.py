@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from pipelines.config.schema import ConfigError, ModelConfig
 from pipelines.config.text import reason_of
+from pipelines.storage.hub import require_hub
 
 AUTO_CLASSES: dict[str, Any] = {
     "causal_lm": AutoModelForCausalLM,
@@ -40,6 +41,8 @@ def load_model_config(
     if is_local(model):
         check_folder(folder, key, wants_weights=wants_weights)
     try:
+        if not folder.exists():
+            require_hub(model.path, "model", model.revision)
         config = AutoConfig.from_pretrained(
             model.path,
             revision=model.revision,
