@@ -85,6 +85,20 @@ FAMILIES = {
         },
         ("q_b_proj", "o_proj"),
     ),
+    "falcon_h1": Family(
+        "falcon_h1",
+        {
+            **GROUPED,
+            "head_dim": 8,
+            "mamba_d_ssm": 32,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 8,
+            "mamba_d_state": 4,
+            "mamba_n_groups": 1,
+            "mamba_chunk_size": 8,
+        },
+        DOWN,
+    ),
     "mamba": Family(
         "mamba", {"hidden_size": 32, "num_hidden_layers": 4, "state_size": 4}, ("in_proj",)
     ),

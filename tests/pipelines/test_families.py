@@ -24,6 +24,7 @@ from tests.tiny_families import FAMILIES, endings, write_family
 # Layers whose weights are read beside them, that see heads instead of positions, or that share a name with experts.
 REFUSED = {
     "mamba": {"out_proj", "dt_proj"},
+    "falcon_h1": {"out_proj"},
     "deepseek_v3": {"kv_b_proj", "gate_proj", "up_proj", "down_proj"},
 }
 VOCABULARY = 300

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ from pipelines.config.schema import ConfigError, ModelConfig
 from pipelines.encoding.text import load_tokenizer
 from pipelines.model import load
 from pipelines.model.folder import check_weights, load_model_config
-from pipelines.model.load import blank_model, load_base
-from rfa.adapters import lora_layers
-from tests.tiny_classifiers import write_text_model
+from pipelines.model.load import blank_model, build_alignment, load_base
+from pipelines.model.pruning import held_rows, keep_pruned_, prune_base
+from rfa.adapters import ADAPTER, lora_layers
+from tests.tiny_classifiers import write_image_model, write_text_model
 
 
 @pytest.fixture
@@ -215,3 +217,24 @@ def test_presets_name_layers_that_published_models_have(
     preset: str, architecture: PretrainedConfig, adapted: int
 ) -> None:
     assert len(lora_layers(blank_model(load_config(preset), architecture))) == adapted
+
+
+def test_prunelora_resnet_drops_and_refills_as_published(tmp_path: Path) -> None:
+    """Dropout of 0.1 before every adapter, also a convolution's, and adapters that fill pruned filters again."""
+    torch.manual_seed(0)
+    cfg = load_config("prunelora_resnet", [f"model.path={write_image_model('resnet', tmp_path)}"])
+    base = load_base(cfg.model, task=cfg.task)
+    masks = prune_base(cfg, base, {})
+    alignment = build_alignment(cfg, base, masks)
+    layers = dict(lora_layers(alignment.model))
+    assert {layer.lora_dropout[ADAPTER].p for layer in layers.values()} == {0.1}
+    for layer in layers.values():
+        torch.nn.init.normal_(layer.lora_B[ADAPTER].weight)
+    merged: Any = alignment.model.merge_and_unload()
+    keep_pruned_(cfg, merged, masks)
+    refilled: list[bool] = []
+    for name, kept_O in held_rows(merged, masks).items():
+        assert not kept_O.all(), f"{name}: nothing is pruned"
+        refilled.append(bool(merged.get_parameter(name)[~kept_O].abs().amax() > 0))
+    assert refilled
+    assert all(refilled)
