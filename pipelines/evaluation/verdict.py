@@ -13,25 +13,26 @@ the verdict is `undecided`, and only what is left is `indistinguishable`.
 """
 
 import math
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pipelines.evaluation.intervals import Chance
-from pipelines.evaluation.metrics.keys import ROUNDINGS
-from pipelines.evaluation.metrics.membership import CHANCE
-from pipelines.evaluation.metrics.metric import Metric
-from pipelines.evaluation.metrics.relearning import RELEARNINGS, STEPS
-from pipelines.evaluation.metrics.table import BY_NAME, METRICS
+from pipelines.evaluation.metrics.table import BY_NAME, JUDGED, METRICS
 from pipelines.evaluation.rule import HEADS, RULE, Level
+from pipelines.evaluation.traces import (
+    Entry,
+    hidden_traces,
+    join_words,
+    percent,
+    returned,
+    stand_in,
+)
 
 TOKEN_DISTANCE = BY_NAME["token_distance"].key("forget")
 ABOVE = BY_NAME["token_distance_above"].key("forget")
 BELOW = BY_NAME["token_distance_below"].key("forget")
 MOST_NAMED = 3  # of what was kept or lost, in a sentence
-JUDGED = [metric for metric in METRICS if metric.judged]
 
-Entry = Mapping[str, float | None]
 Models = Mapping[str, Entry | None]
 Judgement = tuple[Level, str]  # a verdict's level and the evidence
 
@@ -86,25 +87,26 @@ def verdict(scores: Mapping[str, Any]) -> Verdict:
     kept = _kept_shares(before, after, oracle or {}, scores.get("oracle_spread", {}))
     counts = _count(before, after, oracle, chance)
     level, evidence = _judge(before, after, oracle, counts, chance)
-    if level == "indistinguishable" and (remembered := _remembered(after)):
+    traces = hidden_traces(before, after, oracle)
+    if level == "indistinguishable" and traces:
         level = "traces_remain"
-        evidence += f", but not row by row: {remembered}"
-    brought_back = _brought_back(before, after, oracle)
-    if level == "indistinguishable" and brought_back:
-        level = "traces_remain"
-        evidence += f"; but it comes back by {_join(brought_back)}"
+        evidence += f", but {'; '.join(traces)}"
+    back = returned(before, after, oracle)
+    if back:
+        level = "traces_remain" if level in ("indistinguishable", "undecided") else level
+        evidence += f"; rows of earlier requests are back ({join_words(back)})"
     lost = [share.words for share in kept if share.of_lower < RULE.kept]
     is_ruined = any(share.of_lower < RULE.ruined for share in kept)
     if is_ruined or (level == "indistinguishable" and lost):
         level = "utility_lost"
     head = HEADS[level]
     if level == "utility_lost":
-        head += f" ({_join(_first(lost))})"
+        head += f" ({join_words(_first(lost))})"
     if level == "indistinguishable" and counts.unsettled:
         level, head = "undecided", "Undecided: too few rows"
         evidence += f"; but chance alone may explain {_named(counts.unsettled)}"
     is_too_few = scores.get("rows", {}).get("forget", RULE.few_rows) < RULE.few_rows
-    if is_too_few and level != "utility_lost":
+    if is_too_few and level != "utility_lost" and not back:
         level, head = "undecided", "Undecided: too few rows"
         evidence += f"; but fewer than {RULE.few_rows} forget rows decide nothing"
     if level == "indistinguishable" and not kept:
@@ -144,7 +146,7 @@ def _count(before: Entry, after: Entry, oracle: Entry | None, chance: Chance) ->
     for metric in JUDGED:
         name = metric.key("forget")
         old, new = before.get(name), after.get(name)
-        target = oracle.get(name) if oracle else _stand_in(metric, before)
+        target = oracle.get(name) if oracle else stand_in(metric, before)
         if old is None or new is None or target is None:
             continue
         measured += 1
@@ -181,14 +183,7 @@ def _named(unsettled: Sequence[Unsettled]) -> str:
     """Name scores with their differences, and how many rows would decide on all of them."""
     parts = [f"what {one.words} finds ({one.difference:+.2f} from the oracle)" for one in unsettled]
     times = max(one.times for one in unsettled)
-    return f"{_join(parts)}; about {times:.1f} times as many rows would decide"
-
-
-def _stand_in(metric: Metric, before: Entry) -> float | None:
-    """Return a score's target without an oracle; None where only an oracle can tell."""
-    if metric.unit == "AUC":
-        return CHANCE
-    return before.get(metric.key("holdout")) if metric.of_set else None
+    return f"{join_words(parts)}; about {times:.1f} times as many rows would decide"
 
 
 def _judge(
@@ -219,10 +214,10 @@ def _judge_by_counts(counts: Forgetting, target: str) -> Judgement:
     if counts.exposed:
         return (
             "over_forgotten",
-            f"{evidence}, but {_join(counts.exposed)} sees that something was removed",
+            f"{evidence}, but {join_words(counts.exposed)} sees that something was removed",
         )
     if counts.missed:
-        return "traces_remain", f"{evidence}, but not on {_join(counts.missed)}"
+        return "traces_remain", f"{evidence}, but not on {join_words(counts.missed)}"
     if counts.nearer < RULE.nearer * counts.telling:
         return "traces_remain", evidence
     if not counts.decisive:
@@ -259,49 +254,6 @@ def _judge_by_tokens(
     return found, f"{evidence}; token by token it lies farther out, on the other side: {lies}"
 
 
-def _remembered(after: Entry) -> str:
-    """Say what single rows or groups of them still have of the original, '' where it is little."""
-    share = after.get(BY_NAME["remembered_rows"].key("forget")) or 0.0
-    if share >= RULE.remembered_rows:
-        return f"{_percent(share)} of the rows are nearer to the original"
-    share = after.get(BY_NAME["remembered_rows_worst_group"].key("forget")) or 0.0
-    if share >= RULE.remembered_in_group:
-        return f"of one group {_percent(share)} of the rows are nearer to the original"
-    share = after.get(BY_NAME["untouched_groups"].key("forget")) or 0.0
-    if share > 0:
-        return f"of the groups of rows {100 * share:.2g} % stand where the original has them"
-    return ""
-
-
-def _brought_back(before: Entry, after: Entry, oracle: Entry | None) -> list[str]:
-    """Name what brings the forget set back: roundings, and relearning sooner than the oracle."""
-    found: list[str] = []
-    for rounding in ROUNDINGS:
-        for metric in JUDGED:
-            name = metric.key("forget")
-            rounded = f"{rounding.name}.{name}"
-            old, new = before.get(name), after.get(rounded)
-            target = oracle.get(rounded) if oracle else _stand_in(metric, before)
-            if not metric.decisive or old is None or new is None or target is None:
-                continue
-            if abs(old - target) >= RULE.min_gap and abs(new - target) >= abs(new - old):
-                found.append(f"rounding to {rounding.bits} bits")
-                break
-    for relearning in RELEARNINGS:
-        key = relearning.key("steps")
-        steps = after.get(key)
-        if not oracle or key not in oracle or steps is None:
-            continue
-        of_oracle = oracle[key]
-        never = len(STEPS)
-        place = never if of_oracle is None else bisect_left(STEPS, of_oracle)
-        if place - bisect_left(STEPS, steps) >= RULE.sooner:
-            target = "more than can be tried" if of_oracle is None else f"{of_oracle:g}"
-            words = f"relearning from {relearning.words}"
-            found.append(f"{words} (steps: {steps:g}, the oracle: {target})")
-    return found
-
-
 def _judge_without_target(before: Entry, after: Entry) -> Judgement:
     total = left = 0.0
     for metric in JUDGED:
@@ -313,7 +265,7 @@ def _judge_without_target(before: Entry, after: Entry) -> Judgement:
     if total == 0:
         return "undecided", "no score of the forget set was measured before, after and for a target"
     share = left / total
-    evidence = f"the forget-set scores stand at {_percent(share)} of the original's on average"
+    evidence = f"the forget-set scores stand at {percent(share)} of the original's on average"
     if share >= RULE.still_there:
         return "traces_remain", evidence
     return "undecided", f"{evidence}, but nothing given says how low is right"
@@ -324,8 +276,8 @@ def _keep_clause(kept: Sequence[Share]) -> str:
     if not kept:
         return "what it keeps was not measured"
     named = [share for share in kept if share.always_named or share.of_lower < RULE.kept]
-    shares = [f"{_percent(share.value)} of {share.words}" for share in named or kept[:1]]
-    return f"it keeps {_join(_first(shares))}"
+    shares = [f"{percent(share.value)} of {share.words}" for share in named or kept[:1]]
+    return f"it keeps {join_words(_first(shares))}"
 
 
 def _first(parts: Sequence[str]) -> list[str]:
@@ -333,14 +285,3 @@ def _first(parts: Sequence[str]) -> list[str]:
     if len(parts) <= MOST_NAMED:
         return list(parts)
     return [*parts[:MOST_NAMED], f"{len(parts) - MOST_NAMED} more"]
-
-
-def _percent(share: float) -> str:
-    """Round down, so that 94.9 % never reads as the 95 % it missed."""
-    # 0.29 * 100 is a hair below 29 in floating point, and would read as 28.
-    return f"{math.floor(share * 100 + 1e-9)} %"
-
-
-def _join(parts: Sequence[str]) -> str:
-    *others, last = parts
-    return f"{', '.join(others)} and {last}" if others else last

@@ -7,3 +7,4 @@ from pipelines.evaluation.metrics.set_metrics import OF_SETS
 
 METRICS = (*OF_SETS, *OF_MODELS)
 BY_NAME = {metric.name: metric for metric in METRICS}
+JUDGED = [metric for metric in METRICS if metric.judged]  # what the verdict counts

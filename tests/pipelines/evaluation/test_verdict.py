@@ -456,6 +456,29 @@ def test_rows_left_alone_are_not_hidden_by_a_mean(
     assert ("row by row" in found.sentence) == (level == "traces_remain")
 
 
+@pytest.mark.parametrize(
+    "recalled, of_oracle, rows, level",
+    [
+        (0.3, 0.0, 9, "traces_remain"),
+        (0.3, None, 9, "traces_remain"),
+        (0.3, 0.0, 3, "traces_remain"),  # of other rows than the few
+        (0.1, 0.0, 9, "indistinguishable"),
+        (0.3, 0.25, 9, "indistinguishable"),
+    ],
+)
+def test_rows_of_earlier_requests_that_are_back_are_traces(
+    recalled: float, of_oracle: float | None, rows: int, level: str
+) -> None:
+    before = forget_entry(0.9, earlier__fact_recall=0.05, earlier__probability=0.4)
+    after = forget_entry(0.5, earlier__fact_recall=recalled, earlier__probability=0.9)
+    oracle = forget_entry(0.5, earlier__fact_recall=of_oracle)
+    scores = scores_of(before=before, after=after, oracle=oracle) | {"rows": {"forget": rows}}
+    found = verdict(scores)
+    assert found.level == level
+    told = "; rows of earlier requests are back (fact recall 0.05 to 0.30)" in found.sentence
+    assert told == (level == "traces_remain")
+
+
 def test_a_group_that_is_left_alone_is_not_hidden_by_the_others() -> None:
     before = {"mia.min_k": 0.98, "mia.loss": 0.97, "forget.rouge": 0.9} | KEPT
     for share, level in ((0.0, "indistinguishable"), (1 / 300, "traces_remain")):
