@@ -1,5 +1,6 @@
 """The configuration tree: every key with its meaning, unit and range."""
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -23,6 +24,21 @@ class ModelConfig(Section):
         default=False,
         description="Run Python code that comes with the model. Off unless you say so.",
     )
+    date: str | None = Field(
+        default=None,
+        description="The day that the chat template writes, YYYY-MM-DD, for a template that would "
+        "write today's (Llama 3.2's): that of the model's training.",
+    )
+
+    @field_validator("date")
+    @classmethod
+    def _date_is_a_day(cls, text: str | None) -> str | None:
+        if text is None:
+            return None
+        try:
+            return date.fromisoformat(text).isoformat()
+        except ValueError:
+            raise ValueError("allowed: a day as YYYY-MM-DD, or null") from None
 
 
 class AdapterConfig(Section):

@@ -63,6 +63,10 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# A date is a text, as no key takes anything else for one.
+_StrictLoader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
+
+
 def parse_yaml(text: str) -> Any:
     """Parse YAML.
 

@@ -98,6 +98,18 @@ def check(tokenizer: "PreTrainedTokenizerBase", path: str, system_prompt: str | 
             ) from None
 
 
+def write_day(tokenizer: "PreTrainedTokenizerBase", day: datetime) -> None:
+    """Let the tokenizer's template write this day where it would write the present one."""
+    dated: Any = tokenizer
+    apply: Callable[..., Any] = dated.apply_chat_template
+
+    def apply_on_day(*args: Any, **kwargs: Any) -> Any:
+        with _clock_at(day):
+            return apply(*args, **kwargs)
+
+    dated.apply_chat_template = apply_on_day
+
+
 def _check_time(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn]) -> None:
     """Refuse a template that writes turns otherwise at another time."""
     with _clock_at(datetime(2001, 2, 3, 4, 5, 6, tzinfo=UTC)):
@@ -107,8 +119,7 @@ def _check_time(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn]) -> 
     if once != later:
         raise ConfigError(
             "the chat template writes the date or the time (strftime_now), so that a row has other "
-            "tokens than those that were trained; allowed: a template with the date of the "
-            "training in place of strftime_now(...)"
+            "tokens than those that were trained; allowed: the day of the training as model.date"
         )
 
 

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -317,4 +318,6 @@ def load_tokenizer(model: ModelConfig, *, ends: bool = True) -> "PreTrainedToken
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if model.date is not None:
+        chat.write_day(tokenizer, datetime.fromisoformat(model.date))
     return tokenizer

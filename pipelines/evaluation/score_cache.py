@@ -87,6 +87,7 @@ class ScoreCache:
             cfg.task,
             cfg.seed,
             cfg.data.system_prompt,
+            cfg.model.date,
             cfg.data.max_tokens,
             cfg.train.precision,
             cfg.train.gpus_per_worker > 0,

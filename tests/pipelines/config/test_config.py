@@ -104,6 +104,20 @@ def test_another_word_for_robustness_is_refused_with_what_is_allowed(found: str)
     assert str(caught.value).startswith(f"evaluation.robustness: found {found}, {allowed}")
 
 
+def test_a_day_needs_no_quotes_and_is_one_of_the_calendar(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(load_config("quick", ["model.date=2025-04-10"])))
+    assert "  date: '2025-04-10'\n" in path.read_text()
+    path.write_text(path.read_text().replace("'2025-04-10'", "2025-04-10"))
+    assert load_config(str(path)).model.date == "2025-04-10"
+    for found in ("2025-02-30", "10 Apr 2025", "today"):
+        with pytest.raises(ConfigError) as caught:
+            load_config("quick", [f"model.date={found}"])
+        assert str(caught.value) == (
+            f"model.date: found '{found}', allowed: a day as YYYY-MM-DD, or null"
+        )
+
+
 def test_every_key_is_described() -> None:
     keys = {key: (default, meaning) for key, default, meaning in describe()}
     assert all(meaning and "None" not in meaning for _, meaning in keys.values())

@@ -51,7 +51,7 @@ def refusal(problem: Path, template: str, system: str | None = None) -> str:
 def test_a_template_with_a_part_of_the_time_is_refused(problem: Path, unit: str) -> None:
     found = refusal(problem, DATED.replace("%d %b %Y", unit))
     assert found.startswith("model.path: M: the chat template writes the date or the time")
-    assert "allowed: a template with the date of the training in place of" in found
+    assert found.endswith("allowed: the day of the training as model.date")
 
 
 def test_the_date_of_today_is_refused_and_a_fixed_one_is_taken(problem: Path) -> None:
@@ -60,6 +60,19 @@ def test_the_date_of_today_is_refused_and_a_fixed_one_is_taken(problem: Path) ->
     assert chat_template_utils.datetime is clock
     assert refusal(problem, FIXED) == ""
     assert refusal(problem, TEMPLATE, "Be kind.") == ""
+
+
+def test_the_day_of_the_training_is_written_where_it_is_given(
+    problem: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(problem / "model", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(TODAY)
+    model = ModelConfig(path=f"{tmp_path}/model", date="2025-04-10")
+    _check_template(model, None)
+    encoder = TextEncoder(model, None, 64)
+    assert encoder.tokenizer.decode(encoder.prompt("What?")).startswith("10 Apr 2025")
+    with pytest.raises(ConfigError, match=r"\(strftime_now\).* as model\.date"):
+        _check_template(model.model_copy(update={"date": None}), None)
 
 
 def test_thoughts_that_a_question_opens_are_refused_unless_answers_begin_with_them(
