@@ -7,7 +7,7 @@ Most imports are inside the commands, so that `--help` need not wait for Ray.
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer._click.exceptions import UsageError
@@ -191,14 +191,29 @@ def evaluate(
 
 
 @app.command()
-def report(run_dir: RunDir, debug: Debug = False) -> None:
-    """Rebuild a run's page, report.html, from the files beside it."""
+def report(
+    run_dir: RunDir,
+    format: Annotated[
+        Literal["html", "open-unlearning"],
+        typer.Option(
+            help="The page, or the scores on stdout as JSON, under the names of open-unlearning's "
+            "TOFU evaluation."
+        ),
+    ] = "html",
+    debug: Debug = False,
+) -> None:
+    """Rebuild a run's page, report.html, from the files beside it, or print its scores."""
     with reporting(debug) as terminal:
-        from pipelines.report.page import RUN_FILES, write_report
+        from pipelines.report.open_unlearning import summary
+        from pipelines.report.page import RUN_FILES, read_run, write_report
         from pipelines.storage.output import open_output
 
         output = open_output(run_dir, "RUN_DIR")
         with output.local_copy(*RUN_FILES) as folder:
+            if format == "open-unlearning":
+                after = read_run(folder).scores["models"]["after"] or {}
+                typer.echo(json.dumps(summary(after), indent=2))
+                return
             output.upload_file(write_report(folder))
         terminal.say(f"Report: {output.url}/report.html")
 

@@ -203,6 +203,9 @@ def test_the_report_is_rebuilt_from_the_folder(run_dir: Path, command: Command) 
     (run_dir / "report.html").unlink()
     assert command("report", str(run_dir)).returncode == 0
     assert (run_dir / "report.html").read_bytes() == page
+    printed = command("report", str(run_dir), "--format", "open-unlearning").stdout
+    after = json.loads((run_dir / "scores.json").read_text())["models"]["after"]
+    assert json.loads(printed)["forget_Q_A_Prob"] == after["forget.probability"]
 
 
 def test_the_next_request_begins_with_the_model_that_this_one_left_and_holds_its_rows(
