@@ -60,7 +60,8 @@ by its name where the solver could not read it. What cannot be adapted:
   weights as they are: name layers instead. The attack by rounding rounds fused experts, too.
 - **Experts that each see the tokens routed to them**, also where they are layers.
 - **Layers that see the sequence before the rows, or heads instead of positions**, as DeepSeek's `kv_b_proj`.
-- **Weights that are read beside their layer**, as Mamba's `out_proj` and `dt_proj`: an adapter would compute nothing.
+- **Weights that are read beside their layer**, as Mamba's `out_proj` and `dt_proj`, and Falcon-H1's `out_proj`: an
+  adapter would compute nothing.
 - In DeepSeek-V3, **layers that share a name with the experts**: PEFT takes them for those.
 
 Layers that see rows and tokens flattened, as OPT's `fc1` and `fc2`, are read. Where a model cannot run without its
