@@ -44,7 +44,8 @@ PAGE = """# Models
 Measured with tiny random models of each family: `python -m tests.benchmarks.families` builds them, runs
 `ray-unlearn check` and `ray-unlearn run` over Ray with an adapter on every kind of layer that can have one, and writes
 this page. A run solves, takes a step, merges, compares the merged model's logits with the adapter's, and scores.
-transformers {transformers}, peft {peft}, CPU, fp32. `tests/pipelines/test_families.py` holds the same without Ray.
+transformers {transformers}, peft {peft}, CPU, fp32. `tests/pipelines/test_families.py` holds the same without Ray,
+and that the token solver brings what each of them knows down to what it thinks of never-seen rows.
 
 | family | check | run | `adapter.targets` | refused, in a line |
 |---|---|---|---|---|

@@ -19,6 +19,7 @@ from rfa.batch import Row, UnlearnBatch, collate
 from rfa.objective import ResidualAlignment
 from rfa.settings import SolveSettings
 from rfa.solver import OnePassSolver
+from rfa.token_solver import TokenSolver
 from tests.tiny_families import FAMILIES, endings, write_family
 
 # Layers whose weights are read beside them, that see heads instead of positions, or that share a name with experts.
@@ -132,3 +133,37 @@ def test_all_layers_that_pass_the_check_are_planned_solved_and_merged(
     checkpoint: Any = None
     cost = export.write_model(cfg, checkpoint, str(tmp_path), full=False)  # compares the logits
     assert cost["trained_parameters"] == size.adapter
+
+
+def answered(alignment: ResidualAlignment, number: int) -> list[Row]:
+    """Rows whose answers are the four tokens that the model itself finds likeliest: it knows them."""
+    known: list[Row] = []
+    for row in rows(number, seed=2):
+        ids = list(row.input_ids[:4])
+        for _ in range(4):
+            with torch.no_grad():
+                logits = alignment.model(torch.tensor([ids])).logits
+            ids = [*ids, int(logits[0, -1].argmax())]
+        known.append(Row(ids, 4, row.row))
+    return known
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_known_comes_down_to_what_never_seen_rows_have(
+    folders: dict[str, Path], name: str
+) -> None:
+    """Token by token, as language models are solved unless another mode is given."""
+    torch.manual_seed(0)
+    targets = sorted(set(endings(name)) - REFUSED.get(name, set()))
+    alignment = build_alignment(config(folders, name, targets))
+    alignment.model.eval()
+    solver = OnePassSolver(alignment, SolveSettings(mode="per_token"))
+    solver.collect(collate(rows(8, seed=1), [], 0))
+    solver.reduce()
+    forget = [collate([], answered(alignment, 4), 0)]
+    unseen = [collate([], rows(8, seed=3), 0)]
+    first, *_, last = TokenSolver(solver, lambda *_: None).solve(forget, unseen)
+    assert first.away == 16
+    assert first.log_p > first.aim + 2
+    assert last.away <= 1
+    assert last.log_p == pytest.approx(last.aim, abs=0.3)
