@@ -28,6 +28,7 @@ from pipelines.evaluation.metrics.table import METRICS
 from pipelines.evaluation.rule import RULE
 from pipelines.evaluation.verdict import TOKEN_DISTANCE, Entry, verdict
 from pipelines.report.curves import LOWEST, loss_curves, relearn_curve, token_scatter
+from pipelines.storage.holders import holders
 from pipelines.storage.records import Scores, read_json, read_text
 
 # The files that the page is made from.
@@ -157,6 +158,7 @@ def _view(run: Run) -> dict[str, Any]:
         # The template reads a key that a run did not write as None.
         "manifest": defaultdict(lambda: None, run.manifest),
         "cost": defaultdict(lambda: None, run.scores.get("cost") or {}),
+        "holders": holders(run.config, run.manifest),
         "sets": sets,
         "rows": rows,
         "models": list(models),

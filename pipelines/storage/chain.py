@@ -3,8 +3,8 @@
 A run's manifest has an entry `request`:
 
     number   1 for a run on any other model, else one more than that of the run that left the model
-    earlier  the runs before it, the first one first: where each lies, when it began, its verdict,
-             and the digest of its manifest
+    earlier  the runs before it, the first one first: where each lies, the model that it began with,
+             when it began, its verdict, and the digest of its manifest
     rows     a hash of each forget row's id, sorted
 
 A manifest has the digests of all its run's files. So the digests of manifests tie the models of all
@@ -51,6 +51,7 @@ def earlier_runs(model: str) -> list[dict[str, Any]]:
     record = {
         "run": output_dir if is_stored else str(folder),
         "manifest": manifest_digest(manifest),
+        "model": (manifest.get("model") or {}).get("path"),
         "created": manifest.get("created"),
         "verdict": manifest.get("verdict"),
     }

@@ -32,6 +32,7 @@ class EarlierRun(Record):
 
     run: str
     manifest: str
+    model: str | None = None
     created: str | None = None
     verdict: str | None = None
 

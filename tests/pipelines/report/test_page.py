@@ -123,7 +123,9 @@ def test_what_comes_from_files_is_escaped(tmp_path: Path) -> None:
     assert "<evil" not in page
     assert page.count("&lt;evil&gt;") == 7
     assert "<script" not in page
-    assert page.count("&lt;script&gt;alert(1)") == 4  # title, sentence, provenance, configuration
+    assert (
+        page.count("&lt;script&gt;alert(1)") == 5
+    )  # title, sentence, provenance, holders, configuration
 
 
 def test_facts_that_are_still_recalled_are_not_forgotten_and_stand_beside_rouge(
@@ -315,13 +317,20 @@ def test_only_shares_are_kept_in_percent(tmp_path: Path) -> None:
     assert kept == {"Probability": True, "Loss": False, "Entropy": False}
 
 
+def holders_on(page: str) -> list[tuple[str, str]]:
+    part = page.split("<h3>What still holds the rows</h3>")[1].split("</dl>")[0]
+    return re.findall(r"<dt><b>([^<]*)</b></dt><dd[^>]*>([^<]*)</dd>", part)
+
+
 def test_the_requests_before_it_are_listed(tmp_path: Path) -> None:
     scores = scores_of(before=forget_entry(0.9), after=forget_entry(0.5), oracle=forget_entry(0.5))
     run = {"manifest": "0" * 64, "created": "2026-10-05T08:30:00Z"}
-    first = {**run, "run": "s3://bucket/one", "verdict": "over_forgotten"}
+    first = {**run, "run": "s3://bucket/one", "model": "/models/base", "verdict": "over_forgotten"}
     manifest: dict[str, Any] = {
         "created": "2026-12-24T00:00:00Z",
         "request": {"number": 3, "earlier": [first, {**run, "run": "<two>"}], "rows": ["ab" * 32]},
+        "model": {"path": "<two>/model"},
+        "mlflow": {"model_version": 3},
     }
     page = write_report(write_run(tmp_path, scores, manifest)).read_text(encoding="utf-8")
     table = page.split("<h3>Requests</h3>")[1].split("</table>")[0]
@@ -332,6 +341,19 @@ def test_the_requests_before_it_are_listed(tmp_path: Path) -> None:
         ["3", "2026-12-24T00:00:00Z", "indistinguishable", "this one"],
     ]
     assert "ab" * 32 not in page, "a row's hash is for who asks for it"
-    manifest["request"] = {"number": 1, "earlier": [], "rows": []}
+    assert holders_on(page) == [
+        ("the rows themselves", "forget.jsonl"),
+        ("model before request 1", "/models/base"),
+        ("model of request 1", "s3://bucket/one/model"),
+        ("adapter of request 1", "s3://bucket/one/adapter"),
+        ("model of request 2", "&lt;two&gt;/model"),
+        ("adapter of request 2", "&lt;two&gt;/adapter"),
+        ("adapters in MLflow, versions before 3", "models:/ray-unlearn-adapter"),
+    ]
+    manifest = {"model": {"path": "/models/base"}, "mlflow": {"model_version": 1}}
     page = write_report(write_run(tmp_path, scores, manifest)).read_text(encoding="utf-8")
     assert "<h3>Requests</h3>" not in page
+    assert holders_on(page) == [
+        ("the rows themselves", "forget.jsonl"),
+        ("the model that this run began with", "/models/base"),
+    ]

@@ -75,15 +75,16 @@ def three(base: Path, finish: Finish) -> tuple[Path, Path, Path]:
 
 
 def test_a_request_has_the_number_and_the_digests_of_all_before_it(
-    three: tuple[Path, Path, Path],
+    three: tuple[Path, Path, Path], base: Path
 ) -> None:
     requests = [manifest_of(folder)["request"] for folder in three]
     assert [request["number"] for request in requests] == [1, 2, 3]
     assert requests[0]["earlier"] == []
     expected: list[dict[str, Any]] = []
-    for folder in three[:2]:
+    for folder, model in zip(three, (base, three[0] / "model"), strict=False):
         manifest = manifest_of(folder)
-        record = {"run": str(folder), "manifest": manifest_digest(manifest)}
+        digest = manifest_digest(manifest)
+        record = {"run": str(folder), "manifest": digest, "model": str(model)}
         expected.append({**record, "created": manifest["created"], "verdict": "traces_remain"})
     assert requests[1]["earlier"] == expected[:1]
     assert requests[2]["earlier"] == expected
