@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from pipelines.config.text import CONTROL, one_line
 
 Task = Literal["causal_lm", "sequence_classification", "image_classification"]
-SetName = Literal["forget", "retain", "utility", "holdout", "general", "earlier"]
+SetName = Literal["forget", "retain", "utility", "holdout", "general", "neighbours", "earlier"]
 SET_NAMES: tuple[SetName, ...] = get_args(SetName)
 # What a run holds as it is, and what is to be forgotten at its end. Rows of earlier requests are
 # both: they have been forgotten.
@@ -228,6 +228,11 @@ class DataConfig(Section):
     )
     general: SourceConfig | None = Field(
         default=None, description="General knowledge, only ever evaluated."
+    )
+    neighbours: SourceConfig | None = Field(
+        default=None,
+        description="Rows near the forget set, of the same places, form or kind, that must stay; "
+        "only ever evaluated.",
     )
     earlier: SourceConfig | None = Field(
         default=None,

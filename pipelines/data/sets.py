@@ -33,7 +33,7 @@ from pipelines.data.set_reader import SetReader
 
 # A row to forget can neither be retained nor count as never learned, whichever request it is of.
 DISJOINT: dict[SetName, tuple[SetName, ...]] = {
-    "forget": ("retain", "utility", "holdout", "earlier"),
+    "forget": ("retain", "utility", "holdout", "neighbours", "earlier"),
     "earlier": ("retain", "utility", "holdout"),
 }
 DUPLICATE_KEY_TEXT = {  # what must be equal in two rows for them to be one, whatever their labels
@@ -58,6 +58,7 @@ class Sets:
     utility: Dataset | None
     holdout: Dataset | None
     general: Dataset | None
+    neighbours: Dataset | None
     earlier: Dataset | None
     counts: dict[str, int]  # rows by set
     digests: dict[str, str]  # 64 hexadecimal digits by set, which depend on its rows alone

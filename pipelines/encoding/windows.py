@@ -13,6 +13,7 @@ from pipelines.data.rows import IDS_IN_A_MESSAGE
 
 # Sets whose rows are read whole: what is or was forgotten, and what it is compared with.
 COVERED_SETS = (*FORGOTTEN_SETS, "holdout")
+EVALUATED_SETS = ("general", "neighbours")  # no worker trains on them
 
 
 class Window(NamedTuple):
@@ -111,4 +112,4 @@ def treatment(name: str, lengths: Lengths) -> str:
     """Say what becomes of a set's rows that are longer than the model reads at once."""
     if name in COVERED_SETS:
         return f"read in {lengths.windows:,} windows"
-    return "scored in windows" if name == "general" else "cut in training"
+    return "scored in windows" if name in EVALUATED_SETS else "cut in training"

@@ -38,7 +38,7 @@ ROWS_A_PIECE = 16
 ATTACKED_MODELS = ("after", "model")
 # Sets whose next-token distributions are compared with the original's. Those of what is, or was,
 # forgotten are compared with the oracle's.
-KEPT_SETS = ("retain", "utility", "general")
+KEPT_SETS = ("retain", "utility", "general", "neighbours")
 
 
 def evaluate(

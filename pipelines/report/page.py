@@ -33,7 +33,7 @@ from pipelines.storage.records import Scores, read_json, read_text
 
 # The files that the page is made from.
 RUN_FILES = ("config.yaml", "scores.json", "losses.jsonl", "manifest.json")
-KEPT_SETS = ("retain", "general", "utility")
+KEPT_SETS = ("retain", "general", "neighbours", "utility")
 
 
 class Run(NamedTuple):

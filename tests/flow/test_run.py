@@ -224,6 +224,7 @@ def test_the_next_request_begins_with_the_model_that_this_one_left_and_holds_its
         f"data.forget={{path: {data}/retain.jsonl, ids: {request}}}",
         f"data.retain.exclude_ids={request}",
         f"data.earlier.path={data}/forget.jsonl",
+        f"data.neighbours={{path: {data}/holdout.jsonl, max_rows: 3}}",
         f"evaluation.oracle={problem}/model",
         *("solve.strength=0.01", "train.steps=1", "evaluation.quick=true", f"output_dir={out}"),
     ]
@@ -233,6 +234,7 @@ def test_the_next_request_begins_with_the_model_that_this_one_left_and_holds_its
     manifest = json.loads((out / "manifest.json").read_text())
     record = {"run": str(run_dir), "manifest": manifest_digest(first)}
     record |= {"created": first["created"], "verdict": first["verdict"]}
+    record["model"] = first["model"]["path"]
     key = bytes.fromhex((out / "request.key").read_text())
     rows = sorted(hash_of_id(row_id, key) for row_id in ids)
     assert manifest["request"] == {"number": 2, "earlier": [record], "rows": rows}
@@ -242,8 +244,12 @@ def test_the_next_request_begins_with_the_model_that_this_one_left_and_holds_its
     assert {f"earlier.{name}" for name in ("probability", "token_distance", "fact_recall")} <= set(
         scores
     )
+    assert {
+        f"neighbours.{name}" for name in ("probability", "kept_distance", "fact_recall")
+    } <= set(scores)
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "<h3>Requests</h3>" in page and "Earlier requests" in page
+    assert "Neighbours of the forget set" in page
     facts = {json.loads(line)["fact"] for line in (data / "forget.jsonl").read_text().splitlines()}
     for path in out.rglob("*"):
         found = path.is_file() and [fact for fact in facts if fact.encode() in path.read_bytes()]

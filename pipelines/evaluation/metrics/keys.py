@@ -37,6 +37,7 @@ TERMINAL_GROUPS = {
     "mia": "membership inference, AUC",
     "retain": "retain",
     "general": "general",
+    "neighbours": "neighbours",
     "": "",
 }
 

@@ -123,7 +123,10 @@ def test_every_key_is_described() -> None:
     assert all(meaning and "None" not in meaning for _, meaning in keys.values())
     assert keys["seed"] == ("0", "Seed of everything random. (>= 0, < 4.29497e+09)")
     assert keys["objective.residual"][1].endswith("(one of local, drift, last_drift)")
-    assert keys["data.{forget,retain,utility,holdout,general,earlier}.path"][0] == "required"
+    assert (
+        keys["data.{forget,retain,utility,holdout,general,neighbours,earlier}.path"][0]
+        == "required"
+    )
     assert not [key for key in keys if key.startswith("data.retain.")]
 
 

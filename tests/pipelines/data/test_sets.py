@@ -415,7 +415,7 @@ def test_a_broken_deletion_request_is_refused(
     )
 
 
-@pytest.mark.parametrize("name", ["retain", "utility", "holdout", "earlier"])
+@pytest.mark.parametrize("name", ["retain", "utility", "holdout", "neighbours", "earlier"])
 def test_forget_rows_that_also_stand_elsewhere_are_refused_whatever_their_ids_case_and_spaces(
     tmp_path: Path, name: str
 ) -> None:
