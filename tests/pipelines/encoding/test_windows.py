@@ -118,11 +118,11 @@ def test_documents_are_covered_to_their_last_token(problem: Path, name: str) -> 
 
 def test_only_sets_that_are_trained_on_are_said_to_be_cut() -> None:
     lengths = Lengths(tokens=99, windows=12, long_rows=3, long_ids=[])
-    names = ("forget", "holdout", "earlier", "retain", "utility", "general")
+    names = ("forget", "holdout", "earlier", "retain", "utility", "general", "neighbours")
     told = {name: treatment(name, lengths) for name in names}
     assert told["forget"] == told["holdout"] == told["earlier"] == "read in 12 windows"
     assert told["retain"] == told["utility"] == "cut in training"
-    assert told["general"] == "scored in windows"
+    assert told["general"] == told["neighbours"] == "scored in windows"
 
 
 def test_a_row_says_which_of_the_held_sets_it_is_of(problem: Path) -> None:
