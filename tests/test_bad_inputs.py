@@ -38,8 +38,9 @@ def told(command: str, given: BadInput, folder: Path) -> tuple[int, str]:
         config = str(folder / "config.yaml")
         Path(config).write_text(given.text, encoding="utf-8")
     overrides = [f"output_dir={folder}/out"]
-    if given.override.startswith("data.earlier"):
-        overrides.append("data.earlier.path=rows.jsonl")  # the preset has no such set
+    for name in ("earlier", "neighbours"):
+        if given.override.startswith(f"data.{name}"):
+            overrides.append(f"data.{name}.path=rows.jsonl")  # the preset has no such set
     if given.override:
         overrides.append(given.override)
     arguments = [command.split()[0], *COMMANDS[command], config, *overrides]
