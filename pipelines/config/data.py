@@ -22,6 +22,8 @@ SET_NAMES: tuple[SetName, ...] = get_args(SetName)
 # both: they have been forgotten.
 HELD_SETS: tuple[SetName, ...] = ("retain", "utility", "earlier")
 FORGOTTEN_SETS: tuple[SetName, ...] = ("forget", "earlier")
+# What must stay as the original has it.
+KEPT_SETS: tuple[SetName, ...] = ("retain", "general", "neighbours", "utility")
 
 
 # No key needs a larger number, and with one a product of a few of them could overflow.

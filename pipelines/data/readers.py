@@ -309,10 +309,8 @@ def open_hub(piece: Piece, wanted: set[str]) -> Generator[Rows]:
     # These are raised before rows are read, so their messages are safe to show: they name splits,
     # configurations or the network.
     except (OSError, ValueError) as error:
-        reason = reason_of(error)
-        raise SourceError(
-            f"is no file here, and the hub does not give it ({reason}); allowed: {ALLOWED}"
-        ) from None
+        fault = f"is no file here, and the hub does not give it ({reason_of(error)})"
+        raise SourceError(f"{fault}; allowed: {ALLOWED}") from None
     yield _dataset_rows(loaded, wanted)
 
 

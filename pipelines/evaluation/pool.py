@@ -14,7 +14,7 @@ import ray
 from ray.util import ActorPool
 
 from pipelines.cluster.resources import worker_environment, workers_now
-from pipelines.config.data import FORGOTTEN_SETS
+from pipelines.config.data import FORGOTTEN_SETS, KEPT_SETS
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.data.sets import Sets
 from pipelines.evaluation.entries import Evaluation, evaluation_of
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 ROWS_A_PIECE = 16
 # Models whose robustness is measured, beside the oracles. The original has forgotten nothing.
 ATTACKED_MODELS = ("after", "model")
-# Sets whose next-token distributions are compared with the original's. Those of what is, or was,
-# forgotten are compared with the oracle's.
-KEPT_SETS = ("retain", "utility", "general", "neighbours")
 
 
 def evaluate(
@@ -172,6 +169,8 @@ def _attacks_on(cfg: UnlearnConfig, name: str) -> list[Change]:
 def _sets_of(change: Change) -> tuple[str, ...]:
     """Return the sets that are scored after or beside a change, besides all."""
     if isinstance(change, Beside):
+        # Next-token distributions of what is, or was, forgotten are compared with the oracle's, and
+        # those of what must stay with the original's.
         return FORGOTTEN_SETS if is_oracle(change.reference) else KEPT_SETS
     return QUANTISED_SETS
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
 
+from pipelines.config.data import KEPT_SETS
 from pipelines.config.load import load_config
 from pipelines.config.schema import ConfigError, UnlearnConfig
 from pipelines.evaluation.metrics.distance import MARGIN
@@ -26,14 +27,14 @@ from pipelines.evaluation.metrics.metric import Metric
 from pipelines.evaluation.metrics.relearning import RELEARNINGS
 from pipelines.evaluation.metrics.table import METRICS
 from pipelines.evaluation.rule import RULE
-from pipelines.evaluation.verdict import TOKEN_DISTANCE, Entry, verdict
+from pipelines.evaluation.traces import Entry
+from pipelines.evaluation.verdict import TOKEN_DISTANCE, verdict
 from pipelines.report.curves import LOWEST, loss_curves, relearn_curve, token_scatter
 from pipelines.storage.holders import holders
 from pipelines.storage.records import Scores, read_json, read_text
 
 # The files that the page is made from.
 RUN_FILES = ("config.yaml", "scores.json", "losses.jsonl", "manifest.json")
-KEPT_SETS = ("retain", "general", "neighbours", "utility")
 
 
 class Run(NamedTuple):
