@@ -22,9 +22,9 @@ class Shared(NamedTuple):
     cfg: UnlearnConfig
     covering: UnlearnConfig
     token_kinds: tuple[TokenKind, ...]
-    kept_rows: Any
-    forget_rows: Any
-    holdout_rows: Any
+    kept_rows: list[Any]
+    forget_rows: list[Any]
+    holdout_rows: list[Any]
     scored_rows: list[Any]
     statistics: Any = None
 

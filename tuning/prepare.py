@@ -35,12 +35,11 @@ def share_work(cfg: UnlearnConfig, space: Space, sets: Sets, terminal: Terminal)
     encoder = build_encoder(cfg)
     forget_batch_size = cfg.train.forget_batch_size
 
-    def rows_of(dataset: Any, batch_size: int) -> Any:
-        # It is one block, as Ray Data puts a plan's batches together in order.
-        return plan_stream(dataset, encoder, batch_size, cfg.seed).rows.to_arrow_refs()[0]
+    def rows_of(dataset: Any, batch_size: int) -> list[Any]:
+        return plan_stream(dataset, encoder, batch_size, cfg.seed).rows.to_arrow_refs()
 
     kept = sets.union(HELD_SETS, present_only=True)
-    holdout = None
+    holdout: list[Any] = []
     if sets.holdout is not None:
         holdout = rows_of(sets.holdout, forget_batch_size)
     kinds: list[TokenKind] = [cfg.objective.tokens, *space.values("objective.tokens")]

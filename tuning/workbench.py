@@ -300,14 +300,13 @@ class Workbench:
         # Fetched at first use, as the workbench that collects them is made without any.
         return ray.get(self.shared.statistics)
 
-    def _rows(self, table: Any) -> list[list[Any]]:
-        """Return a table's rows for the model, batch by batch, and none if there is no table."""
-        if table is None:
-            return []
+    def _rows(self, tables: list[Any]) -> list[list[Any]]:
+        """Return the tables' rows for the model, batch by batch."""
         batches: dict[int, list[Any]] = {}
-        rows: Any = ray.get(table)
-        for record in rows.to_pylist():
-            batches.setdefault(record["batch"], []).append(record)
+        for table in tables:
+            rows: Any = ray.get(table)
+            for record in rows.to_pylist():
+                batches.setdefault(record["batch"], []).append(record)
         return [self._encoder.rows(records) for records in batches.values()]
 
     def _batch(

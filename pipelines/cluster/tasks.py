@@ -1,6 +1,6 @@
 """Ray tasks beside the user's files, because the driver holds neither models nor text."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -37,6 +37,24 @@ def result_of(task: Any) -> Any:
         if isinstance(error.cause, ConfigError):
             raise error.cause from None
         raise
+
+
+def all_results(tasks: Sequence[Any]) -> list[Any]:
+    """Return the result of every task.
+
+    Every task is awaited even after a failure, because Ray logs the message of a failure that
+    nobody fetches, and it may quote a row.
+    """
+    results: list[Any] = []
+    failures: list[RayError] = []
+    for task in tasks:
+        try:
+            results.append(ray.get(task))
+        except RayError as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
+    return results
 
 
 @contextmanager

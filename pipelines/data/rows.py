@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, TypedDict, cast, get_type_hints
+from typing import Any, TypedDict, cast, get_type_hints
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -71,7 +71,6 @@ _FIELDS = get_type_hints(ReadRow)
 READ_SCHEMA = pa.schema([(name, ARROW_TYPES[kind]) for name, kind in _FIELDS.items()])
 SET_SCHEMA = pa.schema([READ_SCHEMA.field(name) for name in get_type_hints(SetRow)])
 BLANK = cast(ReadRow, {name: kind() for name, kind in _FIELDS.items()})  # '', 0, False, [] or b''
-SUMMARY = ["id", "selected", "value", "fault", "trace", "content", "question"]
 OF_ONE_ANSWER = ["paraphrased_prompt", "paraphrased_answer", "fact", "perturbed_answers", "refusal"]
 # The columns in a row's digest, besides its refusal and its image. Manifests hold digests, so that
 # neither these names nor their order may change.
@@ -121,14 +120,6 @@ class Selection:
         # A float holds 53 bits exactly, so that the position is never rounded up to 1.
         position = (int.from_bytes(seeded, "big") >> 11) / 2**53
         return first <= position < end
-
-
-class Summary(NamedTuple):
-    """The columns of a block that the driver checks. They hold no text of the rows."""
-
-    set: str | None  # None where the block is empty
-    rows: pa.Table  # the columns SUMMARY
-    digest: int  # sum of the selected rows' digests
 
 
 def read_piece(
@@ -266,19 +257,6 @@ def content_hash(prompt: str, answer: str) -> bytes:
     # Unicode can spell "é" as one character or as two. NFC makes both spellings one.
     words = unicodedata.normalize("NFC", f"{prompt} {answer}").casefold().split()
     return hashlib.blake2b(" ".join(words).encode(), digest_size=16).digest()
-
-
-def summarise(block: pa.Table) -> Summary:
-    """Return the columns SUMMARY of a block, and the sum of its rows' digests."""
-    rows = block.select(SUMMARY)
-    if block.num_rows == 0:
-        return Summary(None, rows, 0)
-    names = pc.unique(block["set"]).to_pylist()
-    assert len(names) == 1, "a block comes from one piece, and a piece from one set"
-    # A sum does not depend on the order of rows and blocks, and unlike XOR it counts a row that
-    # comes twice. Rows that are not selected have b'' as their digest, which adds 0.
-    digest = sum(int.from_bytes(digest, "big") for digest in block["digest"].to_pylist())
-    return Summary(names[0], rows, digest)
 
 
 def number_rows(block: pa.Table, first_row: int, count: int, limit: int) -> tuple[pa.Table, int]:

@@ -1,8 +1,8 @@
 """The sets of an unlearning problem: from sources and selectors to validated Ray Datasets.
 
 One Ray Data execution reads all sets, with a task per file, since every execution costs a second
-and the sets are often small. Plain Ray tasks then reduce each block to its ids and hashes, which
-the driver checks, and number the rows. The rows themselves never leave the object store.
+and the sets are often small. Plain Ray tasks then check each block's ids and hashes, and number the
+rows. Neither rows nor anything that every row has leaves the object store.
 """
 
 import logging
@@ -18,6 +18,7 @@ import ray.data
 from ray.data import Dataset
 from ray.exceptions import RayError, RayTaskError
 
+from pipelines.cluster.tasks import all_results
 from pipelines.config.data import (
     SET_NAMES,
     ColumnsConfig,
@@ -28,7 +29,8 @@ from pipelines.config.data import (
 )
 from pipelines.config.schema import ConfigError
 from pipelines.data.columns import ANSWERED_BY_MODEL
-from pipelines.data.rows import number_rows, read_piece, summarise
+from pipelines.data.keys import summarise
+from pipelines.data.rows import number_rows, read_piece
 from pipelines.data.set_reader import SetReader
 
 # A row to forget can neither be retained nor count as never learned, whichever request it is of.
@@ -115,9 +117,12 @@ def load_sets(data: DataConfig, task: Task = "causal_lm") -> Sets:
     unanswered = 0
     with _quiet_ray():
         blocks = _read_blocks(list(readers.values()), data.columns, task)
-        summaries = _all_results([_summarise.remote(block) for block in blocks])
+        requests: Any = ray.put({name: reader.requested for name, reader in readers.items()})
+        tasks: list[Any] = [_summarise.remote(block, requests) for block in blocks]
+        summaries = all_results([summary for summary, _ in tasks])
         for reader in readers.values():
-            reader.add_blocks(blocks, summaries)
+            for block, summary, (_, keys) in zip(blocks, summaries, tasks, strict=True):
+                reader.add_block(block, summary, keys)
             reader.check()
         for name, others in DISJOINT.items():
             for other in others:
@@ -126,7 +131,7 @@ def load_sets(data: DataConfig, task: Task = "causal_lm") -> Sets:
         for name, reader in readers.items():
             datasets[name], num_unanswered = _number(reader)
             if name == ANSWERED_BY_MODEL:
-                unanswered = sum(_all_results(num_unanswered))
+                unanswered = sum(all_results(num_unanswered))
     return Sets(
         **{name: datasets.get(name) for name in SET_NAMES},  # pyright: ignore[reportArgumentType]
         counts={name: reader.size for name, reader in readers.items()},
@@ -201,8 +206,7 @@ def _number(reader: SetReader) -> tuple[Dataset, list[Any]]:
     rows: list[Any] = []
     num_unanswered: list[Any] = []
     for block, first_row in zip(reader.blocks, reader.first_rows, strict=True):
-        num_selected = reader.selected.num_rows
-        results: Any = _number_rows.remote(block, first_row, num_selected, reader.size)
+        results: Any = _number_rows.remote(block, first_row, reader.selected, reader.size)
         rows.append(results[0])
         num_unanswered.append(results[1])
     return dataset_of(rows), num_unanswered
@@ -210,26 +214,8 @@ def _number(reader: SetReader) -> tuple[Dataset, list[Any]]:
 
 # "DEFAULT" keeps these tasks out of a Tune trial's placement group, whose resources belong to its
 # workers. A task there would wait for resources that they hold.
-_summarise = ray.remote(scheduling_strategy="DEFAULT")(summarise)
+_summarise = ray.remote(scheduling_strategy="DEFAULT", num_returns=2)(summarise)
 _number_rows = ray.remote(scheduling_strategy="DEFAULT", num_returns=2)(number_rows)
-
-
-def _all_results(tasks: list[Any]) -> list[Any]:
-    """Return the result of every task.
-
-    Every task is awaited even after a failure, because Ray logs the message of a failure that
-    nobody fetches, and it may quote a row.
-    """
-    results: list[Any] = []
-    failures: list[RayError] = []
-    for task in tasks:
-        try:
-            results.append(ray.get(task))
-        except RayError as error:
-            failures.append(error)
-    if failures:
-        raise failures[0]
-    return results
 
 
 def dataset_of(blocks: list[Any]) -> Dataset:

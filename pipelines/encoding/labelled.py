@@ -54,6 +54,7 @@ class ClassEncoder:
             "label": label,
             "input_ids": ids,
             "answer_start": np.zeros(size, dtype=np.int32),
+            "part": np.zeros(size, dtype=np.int32),
             "length": length,
         }
         if self.reads_images:

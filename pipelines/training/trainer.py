@@ -22,7 +22,7 @@ from ray.util.queue import Queue
 from pipelines.cluster.resources import stage_of, worker_environment
 from pipelines.cluster.tasks import this_node
 from pipelines.config.schema import ConfigError, UnlearnConfig
-from pipelines.encoding.batches import ShardByRank, Stream, plan_stream
+from pipelines.encoding.batches import Stream, plan_stream, whole_streams
 from pipelines.encoding.encoder import build_encoder
 from pipelines.places import place_in
 from pipelines.storage.filesystem import open_filesystem
@@ -107,7 +107,7 @@ class Trainer:
             ),
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
             datasets={name: stream.rows for name, stream in self.streams.items()},
-            dataset_config=ShardByRank(),
+            dataset_config=whole_streams(),
         )
         try:
             with forwarded_messages(messages, listener), raised_interrupts():

@@ -33,9 +33,11 @@ class WorkerRows:
 
     def of(self, name: str, start: int = 0) -> Iterator[list[Row]]:
         """Yield the rows of a stream without end, from batch `start` on."""
-        share = ray.train.get_dataset_shard(name)
-        assert share is not None
-        for records in batches_of(share, self.job.batches[name], start):
+        stream = ray.train.get_dataset_shard(name)
+        assert stream is not None
+        context = ray.train.get_context()
+        rank, world_size = context.get_world_rank(), context.get_world_size()
+        for records in batches_of(stream, self.job.batches[name], rank, world_size, start):
             yield self.encoder.rows(records)
 
     def once(self, name: str, limit: int | None = None) -> Iterator[list[Row]]:

@@ -475,10 +475,10 @@ def test_a_deletion_request_names_whole_conversations(tmp_path: Path) -> None:
 def test_a_failing_ray_task_becomes_one_line_without_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(block: pa.Table) -> None:
+    def fail(block: pa.Table, _requests: Any) -> None:
         raise KeyError(block["answer"][0].as_py())
 
-    monkeypatch.setattr("pipelines.data.sets._summarise", ray.remote(fail))
+    monkeypatch.setattr("pipelines.data.sets._summarise", ray.remote(num_returns=2)(fail))
     with pytest.raises(RuntimeError) as caught:
         load(tmp_path, [GOOD])
     assert str(caught.value) == "data: a Ray task failed while reading (KeyError)"
