@@ -162,7 +162,9 @@ def _count(before: Entry, after: Entry, oracle: Entry | None, chance: Chance) ->
             times = chance.times_as_many(name, new - target)
             unsettled.append(Unsettled(words, new - target, times))
         elif is_far:
-            (missed if new > target else exposed).append(words)
+            # What was as low in the original has not been removed from it.
+            is_lowered = new < min(target, old - RULE.min_gap)
+            (exposed if is_lowered else missed).append(words)
         # Where the original already stands at the target, nearer has no meaning.
         if abs(old - target) < RULE.min_gap:
             continue

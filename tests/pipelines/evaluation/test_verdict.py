@@ -138,6 +138,16 @@ def test_one_attack_that_is_far_from_the_oracles_decides(
     assert words in found.sentence
 
 
+@pytest.mark.parametrize(("before", "level"), [(0.12, "traces_remain"), (0.14, "over_forgotten")])
+def test_what_an_attack_finds_low_in_the_original_too_was_not_removed(
+    before: float, level: str
+) -> None:
+    models = {"before": forget_entry(0.9, mia__zlib=before), "oracle": forget_entry(0.5)}
+    found = verdict(scores_of(after=forget_entry(0.5, mia__zlib=0.11), **models))
+    assert found.level == level
+    assert ("but not on " in found.sentence) == (level == "traces_remain")
+
+
 @pytest.mark.parametrize(
     ("distance", "level", "words"),
     [
