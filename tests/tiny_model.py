@@ -19,8 +19,8 @@ TEMPLATE = (
 SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
-def write_tiny_model(folder: Path) -> Path:
-    """A byte-level BPE of 512 tokens over synthetic rows, and 4 blocks of width 64, seeded."""
+def write_tiny_model(folder: Path, blocks: int = 4) -> Path:
+    """A byte-level BPE of 512 tokens over synthetic rows, and blocks of width 64, seeded."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -38,7 +38,7 @@ def write_tiny_model(folder: Path) -> Path:
         vocab_size=len(fast),
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=4,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=2,
         eos_token_id=fast.eos_token_id,

@@ -193,7 +193,8 @@ def batches_of(
 def _rows_of(stream: Any, rank: int, world_size: int, first: int) -> Iterator[dict[str, Any]]:
     """Yield a worker's rows of a stream, from batch `first` on."""
     for window in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
-        own = share_of(window, rank, world_size)
-        own = own.filter(pa.array(own["batch"].to_numpy() >= first))
+        # Batches are in order, and those before the first are passed over unread.
+        start = int(np.searchsorted(window["batch"].to_numpy(), first))
+        own = share_of(window.slice(start), rank, world_size)
         for part in own.to_batches(max_chunksize=DECODED):
             yield from part.to_pylist()
