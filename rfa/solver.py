@@ -92,7 +92,7 @@ class OnePassSolver:
                     selected = batch.select(input_BSD, mask_BT)
                     # The objective weighs tokens alike, and of classified rows the rows.
                     weight_N = selected.weight_N if batch.classified else None
-                    self._sums_of(kind, name).add(selected.feature_ND, weight_N)
+                    self.sums_of(kind, name).add(selected.feature_ND, weight_N)
 
         with self._observing(self.layers, add_input):
             features = self.alignment.feature_sums(batch, sample_tokens)
@@ -100,7 +100,7 @@ class OnePassSolver:
             for name, sums in features.items():
                 self.features[name].merge(sums)
 
-    def _sums_of(self, kind: str, name: str) -> InputMoments:
+    def sums_of(self, kind: str, name: str) -> InputMoments:
         """Return a set's sums at a module, which take memory from the set's first token on."""
         if name not in self.sums[kind]:
             width, settings = input_width(self.layers[name]), self.settings
@@ -125,7 +125,7 @@ class OnePassSolver:
             # Popped: a worker keeps the moments of its own modules only, and those factored.
             moments: dict[str, InputMoments] = {}
             for kind in kinds:
-                exchange.sum_on(owner, self._sums_of(kind, name))
+                exchange.sum_on(owner, self.sums_of(kind, name))
                 moments[kind] = self.sums[kind].pop(name)
             if owner == exchange.rank():
                 inverses[name] = inverse_of(moments, self.settings)

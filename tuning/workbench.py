@@ -29,8 +29,8 @@ from pipelines.evaluation.scorer import Samples
 from pipelines.evaluation.text_scorer import TextScorer
 from pipelines.model.load import build_alignment, load_base
 from pipelines.training.job import learning_rate_at
-from pipelines.training.loop import sampled_tokens
 from pipelines.training.strength import FIRST_STRENGTH, TRIALS, WorkerSolver
+from pipelines.training.worker_rows import sampled_tokens
 from rfa.adapters import adapters_scaled, lora_layers, scale_adapters_
 from rfa.batch import UnlearnBatch, collate, refusals_of
 from rfa.closed_form import InverseMoments

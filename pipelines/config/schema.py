@@ -137,6 +137,13 @@ class SolveConfig(Section):
         default=SOLVE.sketch_columns, ge=1, description="Columns of the low-memory form."
     )
 
+    checkpoint_every: int = Field(
+        default=500,
+        ge=1,
+        description="Batches of the retained sets between resume points of their statistics. A "
+        "worker writes 4 bytes x width² for each module and set.",
+    )
+
     @field_validator("mode", mode="before")
     @classmethod
     def _off_is_no_boolean(cls, mode: Any) -> Any:
@@ -149,7 +156,7 @@ class SolveConfig(Section):
 
     def settings(self) -> SolveSettings:
         """Return the settings of the solver, without the strength that each solve takes."""
-        return SolveSettings(**self.model_dump(exclude={"strength"}))
+        return SolveSettings(**self.model_dump(exclude={"strength", "checkpoint_every"}))
 
 
 class TrackingConfig(Section):

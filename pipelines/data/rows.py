@@ -27,6 +27,7 @@ from pipelines.data.conversations import answers_of, asked_otherwise
 from pipelines.data.readers import CHUNK_ROWS, Piece, SourceError, open_rows, trace_of
 
 IDS_IN_A_MESSAGE = 5
+ROWS_AT_ONCE = 64  # that a process holds as Python objects, which take several times the memory
 
 
 class SetRow(TypedDict):
@@ -295,6 +296,12 @@ def thinned(first_row: int, number: int, count: int, limit: int) -> tuple[pa.Arr
     left_before = [row * limit // count for row in rows_before]
     stays = [low < high for low, high in pairwise(left_before)]
     return pa.array(left_before[:-1], pa.int64()), pa.array(stays, pa.bool_())
+
+
+def each_row(block: pa.Table) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a block, of which few at a time are Python objects."""
+    for part in block.to_batches(max_chunksize=ROWS_AT_ONCE):
+        yield from part.to_pylist()
 
 
 def quoted(ids: list[str]) -> str:

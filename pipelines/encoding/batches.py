@@ -26,12 +26,12 @@ from ray.data import DataIterator, Dataset, ExecutionOptions
 from ray.train import DataConfig
 
 from pipelines.cluster.tasks import this_node
+from pipelines.data.rows import each_row
 
 if TYPE_CHECKING:
     from pipelines.encoding.encoder import Encoder
 
 WINDOW = 2**17  # rows that are arranged together, at most
-DECODED = 64  # rows that a worker holds as Python objects
 PLACE = "place"
 
 
@@ -195,6 +195,4 @@ def _rows_of(stream: Any, rank: int, world_size: int, first: int) -> Iterator[di
     for window in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
         # Batches are in order, and those before the first are passed over unread.
         start = int(np.searchsorted(window["batch"].to_numpy(), first))
-        own = share_of(window.slice(start), rank, world_size)
-        for part in own.to_batches(max_chunksize=DECODED):
-            yield from part.to_pylist()
+        yield from each_row(share_of(window.slice(start), rank, world_size))

@@ -14,7 +14,7 @@ import ray
 
 from pipelines.cluster.tasks import result_of
 from pipelines.config.schema import ConfigError, ModelConfig, UnlearnConfig
-from pipelines.data.rows import quoted
+from pipelines.data.rows import each_row, quoted
 from pipelines.data.sets import Sets
 from pipelines.encoding import chat
 from pipelines.encoding.labelled import ClassEncoder, load_class_config
@@ -61,7 +61,7 @@ def check_template(cfg: UnlearnConfig, sets: Sets) -> None:
 
 
 def _has_prompts(block: Any) -> bool:
-    return any(block["prompt"].to_pylist())
+    return any(row["prompt"] for row in each_row(block.select(["prompt"])))
 
 
 def _check_template(model: ModelConfig, system_prompt: str | None) -> None:
@@ -129,7 +129,7 @@ def _few_positions(models: Keyed, most: int) -> list[Positions]:
 
 
 def _longest(encoder: TextEncoder, block: Any) -> int:
-    return max((encoder.longest(row) for row in block.select(WORDINGS).to_pylist()), default=0)
+    return max(map(encoder.longest, each_row(block.select(WORDINGS))), default=0)
 
 
 def refuse_positions(few: Sequence[Positions], longest: int, most: int) -> None:
@@ -148,9 +148,9 @@ def refuse_positions(few: Sequence[Positions], longest: int, most: int) -> None:
 
 
 def _measure(encoder: Encoder, block: Any) -> Lengths:
-    rows = block.select(["set", "id", "prompt", "answer"]).to_pylist()
-    lengths = [encoder.length(row) for row in rows]
-    return lengths_of([row["id"] for row in rows], lengths, encoder.max_tokens)
+    rows = block.select(["set", "id", "prompt", "answer"])
+    lengths = map(encoder.length, each_row(rows))
+    return lengths_of(rows["id"].to_pylist(), list(lengths), encoder.max_tokens)
 
 
 def _refuse_cut(cfg: UnlearnConfig, forget: Lengths) -> None:

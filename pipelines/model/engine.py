@@ -5,6 +5,7 @@ No other module knows DeepSpeed.
 
 import contextlib
 import os
+import resource
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -215,3 +216,14 @@ def zero3_loading(settings: dict[str, Any]) -> Any:
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     return HfDeepSpeedConfig(settings)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the largest peak of any worker: GPU memory, or resident memory on CPUs."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    largest = torch.tensor(float(peak), dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return int(largest)

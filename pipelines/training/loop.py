@@ -1,6 +1,5 @@
 """The training loop of a worker: build or resume, solve, step, report resume points."""
 
-import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -10,21 +9,33 @@ import torch
 from ray.train import Checkpoint
 from torch import Tensor, nn
 
-from pipelines.config.schema import UnlearnConfig
 from pipelines.encoding.encoder import build_encoder
-from pipelines.model.engine import Engine, EngineState, deepspeed_settings, zero3_loading
+from pipelines.model.engine import (
+    Engine,
+    EngineState,
+    deepspeed_settings,
+    peak_memory_bytes,
+    zero3_loading,
+)
 from pipelines.training.build import Pruned, build_module
 from pipelines.training.job import Job
 from pipelines.training.resume_point import ResumePoint, read_point, report_point
+from pipelines.training.statistics_point import (
+    StatisticsPoint,
+    add_sums,
+    read_statistics,
+    report_statistics,
+    sums_of,
+)
 from pipelines.training.strength import WorkerSolver
-from pipelines.training.worker_rows import StepRows, WorkerRows
+from pipelines.training.worker_rows import StepRows, WorkerRows, sampled_tokens
 from rfa.adapters import ADAPTER
 from rfa.batch import Row, TokenCounts, UnlearnBatch, refusals_of
 from rfa.objective import ResidualAlignment
 from rfa.settings import STOP_EVERY, STOP_ROWS
 from rfa.solver import merged_features
 from rfa.stopping import has_forgotten
-from rfa.targets import SAMPLE_TOKENS, FeatureSums
+from rfa.targets import FeatureSums
 
 # A small set of up to this many tokens a worker is one batch: the solver then needs one forward.
 TOKENS_AT_ONCE = 16384
@@ -56,19 +67,6 @@ def run_worker(job: Job) -> None:
     del keep_alive
 
 
-def sampled_tokens(cfg: UnlearnConfig, seen: int, batches: int) -> int:
-    """Return the features a row to sample for the targets' clusters from the next batch.
-
-    `seen` are the retain set's rows in the batches before it, of all `batches`: where the utility
-    set is the larger one, few of them hold any. The result is 0 once `objective.target_rows` of
-    them have been sampled.
-    """
-    limit = min(cfg.objective.target_rows, batches * cfg.train.retain_batch_size)
-    if seen >= limit:
-        return 0
-    return max(1, SAMPLE_TOKENS // limit)
-
-
 class TrainingLoop:
     """Solve an adapter or train parameters on one worker, in step with the others."""
 
@@ -85,6 +83,7 @@ class TrainingLoop:
         self.seconds = 0.0
         self.tokens = 0
         self.solve_s = 0.0
+        self.sampled_rows = 0  # of the retain set, for the targets' clusters
         # The strengths that the solver tried. The chosen one is the last.
         self.trials: list[dict[str, float]] = []
 
@@ -92,9 +91,7 @@ class TrainingLoop:
         """Run all steps from the last resume point on."""
         checkpoint = ray.train.get_checkpoint()
         if isinstance(self.module, ResidualAlignment):
-            # A resume point holds the solution already.
-            if self.job.cfg.solve.mode != "off" and checkpoint is None:
-                self._solve(self.module)
+            checkpoint = self._solve_from(checkpoint, self.module)
             # Targets follow from the base model and the rows, so resume points do not hold them.
             is_fitted = self.module.targets is not None
             if self.job.steps > 0 and self.module.objective.aligns and not is_fitted:
@@ -187,20 +184,21 @@ class TrainingLoop:
         torch.distributed.all_reduce(tensor)
         return dict(zip(values, tensor.tolist(), strict=True))
 
-    def _sampled_batches(self) -> Iterator[tuple[UnlearnBatch, int]]:
+    def _sampled_batches(self, start: int = 0) -> Iterator[tuple[UnlearnBatch, int]]:
         """Yield retain and utility batches, with the features a row to sample for clusters."""
         number = self.job.batches["retain"]
-        seen = 0
-        for batch in self.rows.retain_batches():
-            sample_tokens = sampled_tokens(self.job.cfg, seen, number)
-            yield batch.to(self.engine.device), sample_tokens
+        for batch in self.rows.retain_batches(start=start):
+            sample_tokens = sampled_tokens(self.job.cfg, self.sampled_rows, number)
             if sample_tokens:
                 is_retain_B = batch.attention_BT.any(1) & batch.retain_B
-                seen += int(self._all_reduce({"rows": float(is_retain_B.sum())})["rows"])
+                rows = self._all_reduce({"rows": float(is_retain_B.sum())})["rows"]
+                self.sampled_rows += int(rows)
+            yield batch.to(self.engine.device), sample_tokens
 
     def _fit_targets(self, module: ResidualAlignment) -> None:
         """Fit the targets to the base features of the first retain rows of all workers."""
         totals = {name: FeatureSums() for name in module.hooks.names}
+        self.sampled_rows = 0
         for batch, sample_tokens in self._sampled_batches():
             if not sample_tokens:
                 break
@@ -223,8 +221,23 @@ class TrainingLoop:
             batches = [joined]
         return [self._batch([], rows) for rows in batches]
 
-    def _solve(self, module: ResidualAlignment) -> None:
-        """Find the adapter in closed form, and save a resume point if training follows."""
+    def _solve_from(
+        self, checkpoint: Checkpoint | None, module: ResidualAlignment
+    ) -> Checkpoint | None:
+        """Solve, unless a resume point holds the solution; return the point to train on from."""
+        if self.job.cfg.solve.mode == "off":
+            return checkpoint
+        statistics = read_statistics(checkpoint, self.rank, self.world_size)
+        if checkpoint is not None and statistics is None:
+            return checkpoint
+        self._solve(module, statistics)
+        return None
+
+    def _solve(self, module: ResidualAlignment, statistics: StatisticsPoint | None) -> None:
+        """Find the adapter in closed form, and save a resume point if training follows.
+
+        The statistics go on from those of a resume point.
+        """
         started = time.monotonic()
 
         def send_progress(done: int, total: int, what: str) -> None:
@@ -232,13 +245,35 @@ class TrainingLoop:
                 self.job.messages.put({"done": done, "of": total, "what": what})
 
         solver = WorkerSolver(self.job.cfg.solve, module, self._write_adapter, send_progress)
-        solver.collect(self._sampled_batches(), self.job.batches["retain"])
+        if statistics is not None:
+            started -= statistics.seconds
+        self._collect(solver, statistics, started)
         trials = solver.solve(self._small_set("forget"), self._small_set("holdout"))
         self.trials = [trial._asdict() for trial in trials]
         self.tokens = int(self._all_reduce({"tokens": solver.tokens})["tokens"])
         self.seconds = self.solve_s = time.monotonic() - started
         if self.job.steps > 0:
             self._report(0, final=False)
+
+    def _collect(
+        self, solver: WorkerSolver, statistics: StatisticsPoint | None, started: float
+    ) -> None:
+        """Collect the solver's statistics, and save resume points of them on the way."""
+        start, number = 0, self.job.batches["retain"]
+        if statistics is not None:
+            start, self.sampled_rows = statistics.batches, statistics.rows
+            solver.tokens = statistics.tokens
+            for sums in statistics.sums:
+                add_sums(solver.one_pass, sums)
+        for read in solver.collect(self._sampled_batches(start)):
+            done = start + read
+            solver.on_progress(done, number, "statistics")
+            if done % self.job.cfg.solve.checkpoint_every == 0 and done < number:
+                seconds = time.monotonic() - started
+                point = StatisticsPoint(
+                    done, self.sampled_rows, seconds, solver.tokens, [sums_of(solver.one_pass)]
+                )
+                report_statistics(point, self.rank, self.pruned.norms, self.job.cfg.output_dir)
 
     def _write_adapter(self, name: str, a_KD: Tensor, b_OK: Tensor) -> None:
         """Write a solution into a module's adapter; pruned outputs stay zero where configured."""
@@ -299,17 +334,6 @@ class TrainingLoop:
             moments = {**state.moments, "rng": torch.get_rng_state()}
         point = ResumePoint(progress, state.parameters, moments, self.pruned.norms)
         report_point(point, self.job.cfg.output_dir)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Return the largest peak of any worker: GPU memory, or resident memory on CPUs."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    largest = torch.tensor(float(peak), dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-    return int(largest)
 
 
 def _add(totals: dict[str, float], values: Mapping[str, Any]) -> None:

@@ -67,11 +67,16 @@ def report_point(point: ResumePoint, output_dir: str) -> None:
             save_file(dict(point.norms), folder / NORMS)
         (folder / PROGRESS).write_text(json.dumps(point.progress))
         # A result of Ray Train has only metrics that came with a checkpoint.
-        ray.train.report(
-            point.progress,
-            checkpoint=Checkpoint.from_directory(name),
-            checkpoint_upload_fn=upload_checkpoint if "://" in output_dir else None,
-        )
+        report_folder(point.progress, folder, output_dir)
+
+
+def report_folder(metrics: dict[str, Any], folder: Path, output_dir: str) -> None:
+    """Report a folder as this worker's part of a checkpoint, which lies beside the results."""
+    ray.train.report(
+        metrics,
+        checkpoint=Checkpoint.from_directory(folder),
+        checkpoint_upload_fn=upload_checkpoint if "://" in output_dir else None,
+    )
 
 
 def upload_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:

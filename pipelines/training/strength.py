@@ -159,16 +159,17 @@ class WorkerSolver:
         self.one_pass = OnePassSolver(alignment, cfg.settings(), write_adapter)
         self.tokens = 0  # of this worker's retain and utility rows
 
-    def collect(self, batches: Iterator[tuple[UnlearnBatch, int]], number: int) -> None:
-        """Collect and reduce statistics of `number` batches of retain and utility rows.
+    def collect(self, batches: Iterator[tuple[UnlearnBatch, int]]) -> Iterator[int]:
+        """Collect statistics of batches of retain and utility rows; yield how many were read.
 
-        Each batch comes with the features a row to sample for the targets' clusters.
+        Each batch comes with the features a row to sample for the targets' clusters. After the last
+        one the statistics are reduced.
         """
         reads_targets = self.one_pass.settings.reads_targets
         for index, (batch, sample_tokens) in enumerate(batches):
             self.one_pass.collect(batch, sample_tokens if reads_targets else 0)
             self.tokens += int(batch.attention_BT.sum())
-            self.on_progress(index + 1, number, "statistics")
+            yield index + 1
         self.one_pass.reduce()
 
     def solve(

@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 import ray.train
 
+from pipelines.config.schema import UnlearnConfig
 from pipelines.encoding.batches import batches_of
 from pipelines.encoding.encoder import Encoder
 from pipelines.training.job import Job
 from rfa.batch import Row, UnlearnBatch, collate
+from rfa.targets import SAMPLE_TOKENS
 
 
 class StepRows(NamedTuple):
@@ -40,17 +42,17 @@ class WorkerRows:
         for records in batches_of(stream, self.job.batches[name], rank, world_size, start):
             yield self.encoder.rows(records)
 
-    def once(self, name: str, limit: int | None = None) -> Iterator[list[Row]]:
-        """Yield each row of a stream once, in at most `limit` batches; none of a missing stream."""
+    def once(self, name: str, limit: int | None = None, start: int = 0) -> Iterator[list[Row]]:
+        """Yield each row of a stream once, in batches `start` to `limit`; none of a missing stream."""
         number = self.job.batches.get(name, 0)
         if limit is not None:
             number = min(limit, number)
-        if number:
-            yield from islice(self.of(name), number)
+        if start < number:
+            yield from islice(self.of(name, start), number - start)
 
-    def retain_batches(self, limit: int | None = None) -> Iterator[UnlearnBatch]:
-        """Yield the retain and utility rows once, in at most `limit` batches."""
-        for rows in self.once("retain", limit):
+    def retain_batches(self, limit: int | None = None, start: int = 0) -> Iterator[UnlearnBatch]:
+        """Yield the retain and utility rows once, in batches `start` to `limit`."""
+        for rows in self.once("retain", limit, start):
             yield self.collate(rows, [])
 
     def steps(self, start: int) -> Iterator[StepRows]:
@@ -78,3 +80,16 @@ class WorkerRows:
             self._blank = self.encoder.blank()
         pad_token_id = self.encoder.pad_token_id
         return collate(retain, forget, pad_token_id, self._blank, refusals=refusals)
+
+
+def sampled_tokens(cfg: UnlearnConfig, seen: int, batches: int) -> int:
+    """Return the features a row to sample for the targets' clusters from the next batch.
+
+    `seen` are the retain set's rows in the batches before it, of all `batches`: where the utility
+    set is the larger one, few of them hold any. The result is 0 once `objective.target_rows` of
+    them have been sampled.
+    """
+    limit = min(cfg.objective.target_rows, batches * cfg.train.retain_batch_size)
+    if seen >= limit:
+        return 0
+    return max(1, SAMPLE_TOKENS // limit)

@@ -155,7 +155,7 @@ def one_pass(problem: Problem, mode: str) -> Iterator[tuple[Point, ResidualAlign
     solver = WorkerSolver(cfg, alignment, place, lambda _done, _of, _what: None)
     started = time.monotonic()
     kept = problem.kept_batches()
-    solver.collect(((batch, 8) for batch in kept), len(kept))
+    list(solver.collect((batch, 8) for batch in kept))
     collected_s = time.monotonic() - started
     forget, holdout = (
         [collate([], problem.tokens(name), problem.pad)] for name in ("forget", "holdout")

@@ -114,6 +114,34 @@ def test_a_run_whose_worker_is_killed_while_polishing_keeps_what_was_solved(
     assert_same(products, reference)
 
 
+@pytest.mark.parametrize("mode", ["blockwise", "per_token"])
+def test_a_run_whose_worker_is_killed_while_reading_goes_on_from_what_was_counted(
+    ray_session: None, quick: Quick, tmp_path: Path, mode: str
+) -> None:
+    changes = [*SOLVE, "train.retain_batch_size=2", "objective.target=cluster_mean"]
+    changes.append(f"solve.mode={mode}")
+    if mode == "per_token":
+        changes = [change for change in changes if not change.startswith(("solve.s", "objective"))]
+    whole, _ = run(quick(*changes, f"output_dir={tmp_path}/whole"))
+    read: list[int] = []
+
+    def kill_once(message: dict[str, Any]) -> None:
+        if message.get("what") == "statistics":
+            read.append(message["done"])
+            if read.count(18) == 1 and message["done"] == 18:
+                train_workers(psutil.Process())[-1].kill()
+
+    cfg = quick(*changes, "solve.checkpoint_every=1", f"output_dir={tmp_path}/killed")
+    products, metrics = run(cfg, kill_once)
+    assert_same(products, whole)
+    number = read[-1]
+    start = next(index for index in range(1, len(read)) if read[index] <= read[index - 1])
+    assert 18 <= read[start - 1] < number
+    assert read[start] > 9, "it did not begin anew"
+    assert read[start:] == list(range(read[start], number + 1))
+    assert metrics["tokens"] == run(quick(*changes, f"output_dir={tmp_path}/whole"))[1]["tokens"]
+
+
 def test_a_finished_run_that_is_fitted_again_reports_the_adapter_it_had(
     reference: dict[str, Tensor], quick: Quick, tmp_path: Path
 ) -> None:

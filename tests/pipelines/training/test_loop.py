@@ -13,7 +13,8 @@ from pipelines.config.load import with_values
 from pipelines.config.schema import UnlearnConfig
 from pipelines.model.load import build_alignment
 from pipelines.training import loop as training_loop
-from pipelines.training.loop import TrainingLoop, sampled_tokens
+from pipelines.training.loop import TrainingLoop
+from pipelines.training.worker_rows import sampled_tokens
 from rfa.batch import Row, collate
 
 
@@ -22,7 +23,10 @@ def sampled(cfg: UnlearnConfig, batches: list[list[Row]]) -> list[Row]:
     loop: Any = object.__new__(TrainingLoop)
     loop.job = SimpleNamespace(cfg=cfg, batches={"retain": len(batches)})
     loop.engine = SimpleNamespace(device="cpu")
-    loop.rows = SimpleNamespace(retain_batches=lambda: (collate(rows, [], 0) for rows in batches))
+    loop.sampled_rows = 0
+    loop.rows = SimpleNamespace(
+        retain_batches=lambda start: (collate(rows, [], 0) for rows in batches[start:])
+    )
     loop._all_reduce = lambda values: values
     found: list[Row] = []
     for rows, (_, tokens) in zip(batches, loop._sampled_batches(), strict=True):
