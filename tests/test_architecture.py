@@ -24,6 +24,7 @@ BEHIND_THE_WALL = {
     "pipelines.model",
     "pipelines.training.build",
     "pipelines.training.loop",
+    "pipelines.training.statistics_point",
     "pipelines.training.strength",
     "pipelines.training.export",
     "pipelines.evaluation.scorer",
