@@ -89,6 +89,13 @@ def _layers_within(model: nn.Module, prefix: str) -> tuple[list[str], list[str]]
     return adaptable, beside
 
 
+def all_targets(model: nn.Module) -> list[str]:
+    """Return the targets that choose every layer in the blocks that can be adapted."""
+    prefix, _ = find_blocks(model)
+    adaptable, _ = _layers_within(model, f"{prefix}.")
+    return sorted({ending(name) for name in adaptable})
+
+
 def _ending_with(target: str, names: Iterable[str]) -> set[str]:
     return {name for name in names if f".{name}".endswith(f".{target}")}
 

@@ -10,7 +10,15 @@ from pipelines.config.data import Section
 from pipelines.config.train import check_gpus
 
 RobustnessCheck = Literal[
-    "quantised_8bit", "quantised_4bit", "relearn", "relearn_retain", "relearn_general", "leak_at_k"
+    "quantised_8bit",
+    "quantised_4bit",
+    "relearn",
+    "relearn_retain",
+    "relearn_general",
+    "relearn_1e-5",
+    "relearn_1e-4",
+    "relearn_lora",
+    "leak_at_k",
 ]
 
 
@@ -45,9 +53,10 @@ class EvaluationConfig(Section):
         "or any of quantised_8bit, quantised_4bit (the forget and retain sets scored once more, with "
         "rounded weights), relearn (50 steps of fine-tuning on half of the forget set), "
         "relearn_retain and relearn_general (the same on as many rows of the retain or the general "
-        "set, at most 64), leak_at_k (5 answers drawn at temperature 1 to each forget question, by "
-        "the original too). To relearn, a worker holds all parameters in fp32 with gradients and "
-        "AdamW's moments.",
+        "set, at most 64), relearn_1e-5 and relearn_1e-4 (relearn at these learning rates, not "
+        "2e-5), relearn_lora (at 1e-4, of a LoRA of rank 16), leak_at_k (5 answers drawn at "
+        "temperature 1 to each forget question, by the original too). To relearn, a worker holds "
+        "all parameters in fp32 with gradients and AdamW's moments.",
     )
 
     @field_validator("robustness", mode="before")

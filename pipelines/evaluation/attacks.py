@@ -15,15 +15,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pipelines.data.rows import content_hash
-from pipelines.evaluation.metrics.relearning import STEPS
+from pipelines.evaluation.metrics.relearning import STEPS, Relearning
 from pipelines.model.answers import AnswerTraining
-from rfa.adapters import fused_weights
+from rfa.adapters import all_targets, attach, fused_weights
 from rfa.batch import Row, collate
 from rfa.blocks import find_blocks
 
 GROUP = 32  # inputs that share a step, as in group-wise int4
-# Small beside finetune.learning_rate's 2e-4: the steps should uncover, and not teach anew.
-RELEARN_LEARNING_RATE = 2e-5
 RELEARN_ROWS = 8  # in one step, at most
 
 
@@ -119,11 +117,16 @@ def learned_and_held_out(
 
 
 def relearn_(
-    model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, seed: int
+    model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, seed: int, by: Relearning
 ) -> Iterator[int]:
-    """Fine-tune all parameters on the rows' answers; yield each of STEPS when it is reached."""
+    """Fine-tune on the rows' answers in place; yield each of STEPS when it is reached."""
+    if by.rank is not None:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # of A, which is drawn
+            attach(model, rank=by.rank, alpha=by.rank, targets=all_targets(model))
     training = AnswerTraining(model, classifies=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RELEARN_LEARNING_RATE, weight_decay=0.0)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=by.learning_rate, weight_decay=0.0)
     batches = _batches(len(rows), seed)
     # The first of STEPS is 0: the model before any step.
     yield STEPS[0]

@@ -8,13 +8,21 @@ related text (Hu et al. 2024, arXiv 2406.13356) or from unrelated text (Łucki e
 from collections.abc import Mapping
 from typing import NamedTuple
 
+# Small beside finetune.learning_rate's 2e-4: the steps should uncover, and not teach anew.
+LEARNING_RATE = 2e-5
+
 
 class Relearning(NamedTuple):
-    """A fine-tuning that may bring back what was forgotten; what is scored has a version of its own."""
+    """A fine-tuning that may bring back what was forgotten; what is scored has a version of its own.
+
+    All parameters are trained, or a LoRA of rank `rank` on all linear layers of the blocks.
+    """
 
     name: str  # in `evaluation.robustness`, and before its scores
     learned: str  # the set whose rows are fine-tuned on
-    words: str  # these rows
+    words: str  # these rows, and what is unusual about the fine-tuning
+    learning_rate: float = LEARNING_RATE
+    rank: int | None = None
     version: int = 1
 
     def key(self, score: str) -> str:
@@ -22,10 +30,14 @@ class Relearning(NamedTuple):
         return f"{self.name}.{score}"
 
 
+HALF = "half of the forget set"
 RELEARNINGS = (
-    Relearning("relearn", "forget", "half of the forget set"),
+    Relearning("relearn", "forget", HALF),
     Relearning("relearn_retain", "retain", "retained rows"),
     Relearning("relearn_general", "general", "rows of the general set"),
+    Relearning("relearn_1e-5", "forget", f"{HALF} at half the learning rate", 1e-5),
+    Relearning("relearn_1e-4", "forget", f"{HALF} at five times the learning rate", 1e-4),
+    Relearning("relearn_lora", "forget", f"{HALF} by a LoRA", 1e-4, rank=16),
 )
 # Rows of another set than the forget set are as many as half of that, and no more than these.
 MOST_LEARNED = 64

@@ -177,11 +177,51 @@ def test_relearning_makes_the_learned_rows_more_probable(
     original = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     losses = {
         step: float(training(batch, batch.counts("all")).total.detach())
-        for step in relearn_(model, encoded, 0, seed=0)
+        for step in relearn_(model, encoded, 0, 0, RELEARNINGS[0])
     }
     assert tuple(losses) == STEPS
     assert sorted(losses.values(), reverse=True) == list(losses.values())
     assert all(not weight.equal(original[name]) for name, weight in model.named_parameters())
+
+
+def test_a_lora_relearns_and_leaves_the_weights_alone(
+    cfg: UnlearnConfig, rows: list[dict[str, Any]]
+) -> None:
+    (by,) = [relearning for relearning in RELEARNINGS if relearning.rank]
+    encoder = TextEncoder(cfg.model, None, 128)
+    encoded = [Row(*encoder.pair(row["prompt"], row["answer"])) for row in rows]
+    batch, ends = collate(encoded, [], pad_token_id=0), list[dict[int, float]]()
+    for _ in range(2):
+        model = load_base(cfg.model)
+        original = {weight.data_ptr(): weight.detach().clone() for weight in model.parameters()}
+        losses: dict[int, float] = {}
+        for step in relearn_(model, encoded, 0, 0, by._replace(learning_rate=1e-3)):
+            loss = AnswerTraining(model, classifies=False)(batch, batch.counts("all"))
+            losses[step] = float(loss.total.detach())
+        trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+        assert trained and all("lora_" in name for name in trained)
+        assert any(".mlp.up_proj." in name for name in trained)
+        assert not any("lm_head" in name for name in trained)
+        for weight in model.parameters():
+            if not weight.requires_grad:
+                assert weight.equal(original[weight.data_ptr()])
+        ends.append(losses)
+    assert ends[0] == ends[1], "what is drawn goes by the seed"
+    assert ends[0][0] > ends[0][50] + 0.1
+
+
+def test_a_larger_learning_rate_relearns_more(
+    cfg: UnlearnConfig, rows: list[dict[str, Any]]
+) -> None:
+    half = pa.Table.from_pylist(rows)
+    moved: dict[float, float] = {}
+    for by in RELEARNINGS:
+        if by.learned == "forget" and by.rank is None:
+            scorer = TextScorer(cfg, {"after": ModelConfig(path=cfg.model.path)})
+            curve = scorer.relearn(ScoredModel("after", Relearned(STEPS[-1], by)), half)
+            start, *_, end = curve.values()
+            moved[by.learning_rate] = start["forget", 1]["loss"] - end["forget", 1]["loss"]
+    assert [rate for rate, _ in sorted(moved.items(), key=lambda own: own[1])] == [1e-5, 2e-5, 1e-4]
 
 
 def test_relearning_scores_the_other_half_and_starts_from_the_model(

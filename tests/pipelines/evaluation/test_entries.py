@@ -176,7 +176,7 @@ def test_relearnings_from_different_rows_are_told_apart() -> None:
     losses = {"before": 0.1, "after": 2.0}
     samples = samples_of(losses)
     # Back at the original's exp(-0.1) and exp(-1.1) after so many steps.
-    for by, steps in zip(RELEARNINGS, (2, 10, 50), strict=True):
+    for by, steps in zip(RELEARNINGS, (2, 10, 50, 1, 5, 20), strict=True):
         for step in STEPS:
             relearned = samples[ScoredModel("after", Relearned(step, by))] = {}
             for row in range(2):
@@ -184,7 +184,7 @@ def test_relearnings_from_different_rows_are_told_apart() -> None:
                 relearned["forget", row] = Sample(set_name="forget", loss=loss)
     attacks = {"before": [], "after": [Relearned(STEPS[-1], by) for by in RELEARNINGS]}
     after = evaluation_of(samples, attacks).models["after"]
-    assert [after[by.key("steps")] for by in RELEARNINGS] == [2, 10, 50]
+    assert [after[by.key("steps")] for by in RELEARNINGS] == [2, 10, 50, 1, 5, 20]
     assert after["relearn_general.probability.20"] == after["relearn.probability.0"]
     assert after["relearn_general.probability.50"] == after["relearn.probability.2"]
 

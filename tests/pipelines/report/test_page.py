@@ -214,7 +214,10 @@ def test_relearning_and_rounding_are_limits_until_they_are_measured(tmp_path: Pa
     page = write_report(write_run(tmp_path, scores_of(before=before, after=after))).read_text(
         encoding="utf-8"
     )
-    assert "Relearning was not measured from retained rows." in page
+    untried = (
+        "retained rows, half of the forget set at half the learning rate, half of the forget set"
+    )
+    assert f"Relearning was not measured from {untried} at five times" in page
     assert "Rounding was not measured" not in page
     assert "Rounded to 4 bits" in page
 
