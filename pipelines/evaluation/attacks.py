@@ -6,7 +6,7 @@ Rounding can undo unlearning whose changes are smaller than its steps (Zhang et 
 Shapes: O outputs, I inputs, G groups of inputs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -117,9 +117,17 @@ def learned_and_held_out(
 
 
 def relearn_(
-    model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, seed: int, by: Relearning
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    pad_token_id: int,
+    seed: int,
+    by: Relearning,
+    on_step: Callable[[int], None] = lambda _: None,
 ) -> Iterator[int]:
-    """Fine-tune on the rows' answers in place; yield each of STEPS when it is reached."""
+    """Fine-tune on the rows' answers in place; yield each of STEPS when it is reached.
+
+    `on_step` is called with 1 after every step.
+    """
     if by.rank is not None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)  # of A, which is drawn
@@ -136,6 +144,7 @@ def relearn_(
         training(batch, batch.counts("all")).total.backward()
         optimizer.step()
         optimizer.zero_grad()
+        on_step(1)
         if step in STEPS:
             yield step
 

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import ray
 from ray.util import ActorPool
+from ray.util.queue import Queue
 
+from pipelines.cluster.messages import forwarded_messages
 from pipelines.cluster.resources import worker_environment, workers_now
+from pipelines.cluster.tasks import this_node
 from pipelines.config.data import FORGOTTEN_SETS, KEPT_SETS
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.data.sets import Sets
@@ -52,20 +55,20 @@ def evaluate(
     samples: defaultdict[ScoredModel, Samples] = defaultdict(dict)
     waiting: list[Task] = []
 
-    def add(task: Task, of_task: "dict[ScoredModel, Samples]") -> None:
+    def add(of_task: "dict[ScoredModel, Samples]") -> None:
         for model, of_model in of_task.items():
             samples[model] |= of_model
-        advance(task.work)
 
     for task in tasks:
         known = cache.load(task)
         if known is None:
             waiting.append(task)
         else:
-            add(task, known)
-    for index, of_task in _scored(cfg, models, waiting):
+            add(known)
+            advance(task.work)
+    for index, of_task in _scored(cfg, models, waiting, advance):
         cache.save(waiting[index], of_task)
-        add(waiting[index], of_task)
+        add(of_task)
     for task in tasks:
         if task.reads_forgotten:
             cache.drop(task)
@@ -73,9 +76,12 @@ def evaluate(
 
 
 def _scored(
-    cfg: UnlearnConfig, models: dict[str, ModelConfig], tasks: list[Task]
+    cfg: UnlearnConfig,
+    models: dict[str, ModelConfig],
+    tasks: list[Task],
+    advance: Callable[[int], None],
 ) -> "Iterator[tuple[int, dict[ScoredModel, Samples]]]":
-    """Yield each task's index and samples as workers finish it."""
+    """Yield each task's index and samples as workers finish it; a relearning tells its steps."""
     if not tasks:
         return
 
@@ -83,8 +89,14 @@ def _scored(
         rows = [piece.rows for piece in tasks[index].pieces]
         return worker.score.remote(index, tasks[index].model, *rows)
 
-    pool: Any = ActorPool(start_workers(cfg, models))
-    yield from pool.map_unordered(start, range(len(tasks)))
+    # On the driver's node, where the queue outlives the workers' nodes.
+    steps = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node()})
+    with forwarded_messages(steps, advance):
+        pool: Any = ActorPool(start_workers(cfg, models, steps))
+        for index, samples in pool.map_unordered(start, range(len(tasks))):
+            if not isinstance(tasks[index].model.change, Relearned):
+                advance(tasks[index].work)
+            yield index, samples
     # At the end of the pool the workers and their GPUs are given back. What follows needs none.
 
 
@@ -102,10 +114,12 @@ def evaluation_work(cfg: UnlearnConfig, models: Collection[str], sets: Sets) -> 
     return work
 
 
-def start_workers(cfg: UnlearnConfig, models: dict[str, ModelConfig]) -> list[Any]:
+def start_workers(
+    cfg: UnlearnConfig, models: dict[str, ModelConfig], steps: Queue | None = None
+) -> list[Any]:
     """Start actors of `_Worker` on the resources of the training's workers.
 
-    They are as many as those, unless each takes more GPUs.
+    They are as many as those, unless each takes more GPUs. Those that relearn tell `steps`.
     """
     train = cfg.train
     gpus = cfg.evaluation.gpus_per_worker or train.gpus_per_worker
@@ -118,18 +132,22 @@ def start_workers(cfg: UnlearnConfig, models: dict[str, ModelConfig]) -> list[An
     }
     environment = {"env_vars": worker_environment(train)}
     remote = ray.remote(_Worker).options(**resources, runtime_env=environment)
-    return [remote.remote(cfg, models) for _ in range(number)]
+    return [remote.remote(cfg, models, steps) for _ in range(number)]
 
 
 class _Worker:
     """The actor around a scorer; what a scorer imports is imported here, not on the driver."""
 
-    def __init__(self, cfg: UnlearnConfig, models: dict[str, ModelConfig]) -> None:
+    def __init__(
+        self, cfg: UnlearnConfig, models: dict[str, ModelConfig], steps: Queue | None
+    ) -> None:
         from pipelines.evaluation.class_scorer import ClassScorer
         from pipelines.evaluation.text_scorer import TextScorer
 
         scorer = TextScorer if cfg.task == "causal_lm" else ClassScorer
         self._scorer: Scorer = scorer(cfg, models)
+        if steps is not None:
+            self._scorer.on_step = steps.put
 
     def score(
         self, index: int, model: ScoredModel, *pieces: pa.Table

@@ -6,7 +6,7 @@ Rows come in, numbers go out: a `Sample` holds no text.
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -27,10 +27,18 @@ Samples = dict[tuple[str, int], Sample]  # by set and row number
 
 
 class Scorer(ABC):
-    """Scores rows under one model after another, holding one at a time."""
+    """Scores rows under one model after another, holding one at a time.
 
-    def __init__(self, cfg: UnlearnConfig, models: Mapping[str, ModelConfig]) -> None:
-        self.cfg, self.models = cfg, models
+    `on_step` is called with 1 after each step of a relearning.
+    """
+
+    def __init__(
+        self,
+        cfg: UnlearnConfig,
+        models: Mapping[str, ModelConfig],
+        on_step: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self.cfg, self.models, self.on_step = cfg, models, on_step
         self.device = "cuda" if cfg.train.gpus_per_worker else "cpu"
         if self.device == "cpu":
             torch.set_num_threads(max(1, int(cfg.train.cpus_per_worker)))

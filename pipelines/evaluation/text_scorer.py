@@ -89,7 +89,8 @@ class TextScorer(Scorer):
         samples: dict[ScoredModel, Samples] = {}
         pad_token_id = self._encoder.pad_token_id
         network: Any = self.runner.model
-        for step in relearn_(network, encoded, pad_token_id, self.cfg.seed, model.change.by):
+        by, seed = model.change.by, self.cfg.seed
+        for step in relearn_(network, encoded, pad_token_id, seed, by, self.on_step):
             with torch.no_grad():
                 numbers = self._likelihoods(len(held_out), texts)
             relearned = model._replace(change=model.change._replace(steps=step))

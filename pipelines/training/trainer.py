@@ -19,6 +19,7 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
+from pipelines.cluster.messages import Listener, forwarded_messages
 from pipelines.cluster.resources import stage_of, worker_environment
 from pipelines.cluster.tasks import this_node
 from pipelines.config.schema import ConfigError, UnlearnConfig
@@ -27,7 +28,6 @@ from pipelines.encoding.encoder import build_encoder
 from pipelines.places import place_in
 from pipelines.storage.filesystem import open_filesystem
 from pipelines.training.job import Job
-from pipelines.training.messages import Listener, forwarded_messages
 
 # Ray Train's controller polls the workers at this interval. Its default of 2 s would delay every
 # resume point by as much.

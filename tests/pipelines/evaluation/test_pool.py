@@ -62,6 +62,7 @@ def test_the_work_told_in_advance_is_the_work_done(cfg: UnlearnConfig, sets: Set
     # compared.
     work = 2 * 15 + 2 * 6 + 2 * 2 * STEPS[-1] + 3
     assert sum(done) == evaluation_work(cfg, models, sets) == work
+    assert done.count(1) == 2 * 2 * STEPS[-1], "the steps of relearning are told one by one"
     found = set(evaluation.content())
     assert found == {"models", "versions", "tokens", "rows", "intervals"}, "and no spread"
     assert set(evaluation.tokens) == {"model", "oracle"}

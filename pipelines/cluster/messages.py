@@ -8,14 +8,14 @@ from typing import Any
 
 from ray.util.queue import Queue
 
-Listener = Callable[[dict[str, Any]], None]
+Listener = Callable[[Any], None]
 
 
 @contextmanager
 def forwarded_messages(messages: Queue, listener: Listener) -> Iterator[None]:
     """Pass the workers' messages to `listener` in the context, and the remaining ones at its end.
 
-    A thread reads the queue, because Ray Train's `fit` blocks until training ends.
+    A thread reads the queue, because the driver waits for the workers meanwhile.
     """
     stop = threading.Event()
 
