@@ -89,13 +89,6 @@ def _layers_within(model: nn.Module, prefix: str) -> tuple[list[str], list[str]]
     return adaptable, beside
 
 
-def all_targets(model: nn.Module) -> list[str]:
-    """Return the targets that choose every layer in the blocks that can be adapted."""
-    prefix, _ = find_blocks(model)
-    adaptable, _ = _layers_within(model, f"{prefix}.")
-    return sorted({ending(name) for name in adaptable})
-
-
 def _ending_with(target: str, names: Iterable[str]) -> set[str]:
     return {name for name in names if f".{name}".endswith(f".{target}")}
 
@@ -176,6 +169,19 @@ def attach(
             "choose layers that no experts share a name with"
         )
     return peft_model
+
+
+def attach_everywhere(model: nn.Module, rank: int) -> PeftModel:
+    """Freeze a model and put LoRA on every layer but the head, experts' fused weights included."""
+    kind = str(getattr(getattr(model, "config", None), "model_type", ""))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules="all-linear",
+        exclude_modules=list(_READ_BESIDE.get(kind, ())) or None,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
 
 
 def _smaller_ranks(model: nn.Module, names: Iterable[str], rank: int) -> dict[str, int]:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from rfa.moments import InputMoments
+from rfa.targets import FeatureSums
 
 Value = TypeVar("Value")
 
@@ -62,3 +63,13 @@ def broadcast_from(owner: int, value: Value) -> Value:
     values = [value]
     dist.broadcast_object_list(values, src=owner)
     return values[0]
+
+
+def merged_features(sums: dict[str, FeatureSums]) -> dict[str, FeatureSums]:
+    """All-reduce: return the total over workers, on every worker."""
+    merged = {name: FeatureSums() for name in sums}
+    # Added in the order of ranks, so that every worker gets the same bits and fits the same targets.
+    for part in gather_all(sums):
+        for name, total in merged.items():
+            total.merge(part[name])
+    return merged

@@ -115,21 +115,27 @@ class OnePassSolver:
         The targets are fitted, too, if the solver reads them.
         """
         if self.settings.reads_targets:
-            self.alignment.fit(merged_features(self.features))
+            self.alignment.fit(exchange.merged_features(self.features))
+        self.settle()
         inverses: dict[str, InverseMoments] = {}
+        for name, owner in self._owner.items():
+            if owner == exchange.rank():
+                # Popped: a worker keeps the moments of its own modules only, and those factored.
+                moments = {kind: sums.pop(name) for kind, sums in self.sums.items() if sums}
+                inverses[name] = inverse_of(moments, self.settings)
+        self.inverses = inverses
+
+    def settle(self) -> None:
+        """Add up each module's sums on its owner. The other workers begin anew."""
         # Also those sets of which only other workers have rows.
         own_kinds = [kind for kind, sums in self.sums.items() if sums]
         kinds = dict.fromkeys(chain(*exchange.gather_all(own_kinds)))
         # A reduction needs every worker, so all of them take the modules in this one order.
         for name, owner in self._owner.items():
-            # Popped: a worker keeps the moments of its own modules only, and those factored.
-            moments: dict[str, InputMoments] = {}
             for kind in kinds:
                 exchange.sum_on(owner, self.sums_of(kind, name))
-                moments[kind] = self.sums[kind].pop(name)
-            if owner == exchange.rank():
-                inverses[name] = inverse_of(moments, self.settings)
-        self.inverses = inverses
+                if owner != exchange.rank():
+                    del self.sums[kind][name]
 
     def adopt(self, inverses: Mapping[str, InverseMoments]) -> None:
         """Use what other solvers of this model have collected, instead of `collect` and `reduce`.
@@ -337,13 +343,3 @@ class _Stage(NamedTuple):
     names: list[str]
     stop: int
     advances: bool
-
-
-def merged_features(sums: dict[str, FeatureSums]) -> dict[str, FeatureSums]:
-    """All-reduce: return the total over workers, on every worker."""
-    merged = {name: FeatureSums() for name in sums}
-    # Added in the order of ranks, so that every worker gets the same bits and fits the same targets.
-    for part in exchange.gather_all(sums):
-        for name, total in merged.items():
-            total.merge(part[name])
-    return merged

@@ -18,6 +18,7 @@ def forwarded_messages(messages: Queue, listener: Listener) -> Iterator[None]:
     A thread reads the queue, because the driver waits for the workers meanwhile.
     """
     stop = threading.Event()
+    failures: list[BaseException] = []
 
     def forward_one(timeout_s: float) -> bool:
         try:
@@ -27,16 +28,23 @@ def forwarded_messages(messages: Queue, listener: Listener) -> Iterator[None]:
         return True
 
     def forward_all() -> None:
-        while not stop.is_set():
-            forward_one(0.5)
+        try:
+            while not stop.is_set():
+                forward_one(0.5)
+        except BaseException as error:  # raised where the caller can see it
+            failures.append(error)
 
     thread = threading.Thread(target=forward_all, daemon=True)
     thread.start()
     try:
         yield
+        stop.set()
+        thread.join()
+        while not failures and forward_one(0.05):
+            pass
+        if failures:
+            raise failures[0]
     finally:
         stop.set()
         thread.join()
-        while forward_one(0.05):
-            pass
         messages.shutdown()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import zip_longest
 from typing import Any
 
 import ray
@@ -39,19 +40,23 @@ def result_of(task: Any) -> Any:
         raise
 
 
-def all_results(tasks: Sequence[Any]) -> list[Any]:
+def all_results(tasks: Sequence[Any], others: Sequence[Any] = ()) -> list[Any]:
     """Return the result of every task.
 
     Every task is awaited even after a failure, because Ray logs the message of a failure that
-    nobody fetches, and it may quote a row.
+    nobody fetches, and it may quote a row. `others` are further results of the same tasks, which
+    are left where they lie.
     """
     results: list[Any] = []
     failures: list[RayError] = []
-    for task in tasks:
+    for task, other in zip_longest(tasks, others):
         try:
             results.append(ray.get(task))
         except RayError as error:
             failures.append(error)
+            if other is not None:
+                with suppress(RayError):
+                    ray.get(other)
     if failures:
         raise failures[0]
     return results

@@ -55,8 +55,8 @@ class EvaluationConfig(Section):
         "relearn_retain and relearn_general (the same on as many rows of the retain or the general "
         "set, at most 64), relearn_1e-5 and relearn_1e-4 (relearn at these learning rates, not "
         "2e-5), relearn_lora (at 1e-4, of a LoRA of rank 16), leak_at_k (5 answers drawn at "
-        "temperature 1 to each forget question, by the original too). To relearn, a worker holds "
-        "all parameters in fp32 with gradients and AdamW's moments.",
+        "temperature 1 to each forget question, by the original too). To relearn but by a LoRA, a "
+        "worker holds all parameters in fp32 with gradients and AdamW's moments.",
     )
 
     @field_validator("robustness", mode="before")

@@ -137,11 +137,11 @@ class SolveConfig(Section):
         default=SOLVE.sketch_columns, ge=1, description="Columns of the low-memory form."
     )
 
-    checkpoint_every: int = Field(
-        default=500,
-        ge=1,
-        description="Batches of the retained sets between resume points of their statistics. A "
-        "worker writes 4 bytes x width² for each module and set.",
+    checkpoint_every: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="Batches of the retained sets between resume points of their statistics; "
+        "null: none, and a restarted run reads them again. A point takes as many bytes as one "
+        "worker's statistics (`check` tells them).",
     )
 
     @field_validator("mode", mode="before")

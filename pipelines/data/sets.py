@@ -119,7 +119,8 @@ def load_sets(data: DataConfig, task: Task = "causal_lm") -> Sets:
         blocks = _read_blocks(list(readers.values()), data.columns, task)
         requests: Any = ray.put({name: reader.requested for name, reader in readers.items()})
         tasks: list[Any] = [_summarise.remote(block, requests) for block in blocks]
-        summaries = all_results([summary for summary, _ in tasks])
+        # A failed task's keys fail, too, and nobody fetches these.
+        summaries = all_results([summary for summary, _ in tasks], [keys for _, keys in tasks])
         for reader in readers.values():
             for block, summary, (_, keys) in zip(blocks, summaries, tasks, strict=True):
                 reader.add_block(block, summary, keys)
@@ -132,12 +133,13 @@ def load_sets(data: DataConfig, task: Task = "causal_lm") -> Sets:
             datasets[name], num_unanswered = _number(reader)
             if name == ANSWERED_BY_MODEL:
                 unanswered = sum(all_results(num_unanswered))
+        forget_ids = readers["forget"].ids()
     return Sets(
         **{name: datasets.get(name) for name in SET_NAMES},  # pyright: ignore[reportArgumentType]
         counts={name: reader.size for name, reader in readers.items()},
         digests={name: f"{reader.digest % 2**256:064x}" for name, reader in readers.items()},
         unanswered=unanswered,
-        forget_ids=readers["forget"].ids(),
+        forget_ids=forget_ids,
     )
 
 

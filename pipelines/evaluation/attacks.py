@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from pipelines.data.rows import content_hash
 from pipelines.evaluation.metrics.relearning import STEPS, Relearning
 from pipelines.model.answers import AnswerTraining
-from rfa.adapters import all_targets, attach, fused_weights
+from rfa.adapters import attach_everywhere, fused_weights
 from rfa.batch import Row, collate
 from rfa.blocks import find_blocks
 
@@ -131,7 +131,7 @@ def relearn_(
     if by.rank is not None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)  # of A, which is drawn
-            attach(model, rank=by.rank, alpha=by.rank, targets=all_targets(model))
+            attach_everywhere(model, by.rank)
     training = AnswerTraining(model, classifies=False)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=by.learning_rate, weight_decay=0.0)

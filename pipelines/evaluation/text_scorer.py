@@ -80,6 +80,7 @@ class TextScorer(Scorer):
         assert isinstance(model.change, Relearned)
         learned, held_out = learned_and_held_out(rows.to_pylist())
         if not held_out:
+            self.on_step(model.change.steps)
             return {}
         self.load(model)
         encoded: list[Row] = []

@@ -60,8 +60,8 @@ class Forgetting(NamedTuple):
     nearer: int  # of the telling: nearer to the target than to the original
     beyond: int
     decisive: int  # of the measured
-    missed: list[str]  # the decisive ones that are still there, and attacks that succeed
-    exposed: list[str]  # attacks that find the rows less known than the target is
+    missed: list[str]  # decisive ones that are still there, and attacks that tell as before
+    exposed: list[str]  # attacks that find the rows less known than the target and before
     unsettled: list[Unsettled]  # those that would be among the two, were they not within chance
 
 

@@ -5,10 +5,8 @@ No other module knows DeepSpeed.
 
 import contextlib
 import os
-import re
 import resource
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -223,25 +221,13 @@ def zero3_loading(settings: dict[str, Any]) -> Any:
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the largest peak of any worker: GPU memory, or resident memory on CPUs.
 
-    Resident memory is without what the worker has read in Ray's object store, which it shares with
-    all processes of its node.
+    Resident memory counts what the worker has read in Ray's object store, which it shares with all
+    processes of its node.
     """
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-        # The pages of the store that were touched stay resident, so that their number now is that
-        # at the peak or a little more.
-        peak -= _shared_memory_bytes()
     largest = torch.tensor(float(peak), dtype=torch.float64, device=device)
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
     return int(largest)
-
-
-def _shared_memory_bytes() -> int:
-    """Return the resident bytes of shared memory, 0 where the system does not tell."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    found = re.search(r"RssShmem:\s+(\d+) kB", status.read_text())
-    return 1024 * int(found[1]) if found else 0

@@ -22,18 +22,17 @@ from pipelines.training.job import Job
 from pipelines.training.resume_point import ResumePoint, read_point, report_point
 from pipelines.training.statistics_point import (
     StatisticsPoint,
-    add_sums,
+    add_statistics,
     read_statistics,
     report_statistics,
-    sums_of,
 )
 from pipelines.training.strength import WorkerSolver
 from pipelines.training.worker_rows import StepRows, WorkerRows, sampled_tokens
+from rfa import exchange
 from rfa.adapters import ADAPTER
 from rfa.batch import Row, TokenCounts, UnlearnBatch, refusals_of
 from rfa.objective import ResidualAlignment
 from rfa.settings import STOP_EVERY, STOP_ROWS
-from rfa.solver import merged_features
 from rfa.stopping import has_forgotten
 from rfa.targets import FeatureSums
 
@@ -204,7 +203,7 @@ class TrainingLoop:
                 break
             for name, sums in module.feature_sums(batch, sample_tokens).items():
                 totals[name].merge(sums)
-        module.fit(merged_features(totals))
+        module.fit(exchange.merged_features(totals))
 
     def _small_set(self, name: str) -> list[UnlearnBatch]:
         """Return this worker's rows of the forget or holdout set, in one batch where they fit.
@@ -227,13 +226,18 @@ class TrainingLoop:
         """Solve, unless a resume point holds the solution; return the point to train on from."""
         if self.job.cfg.solve.mode == "off":
             return checkpoint
-        statistics = read_statistics(checkpoint, self.rank, self.world_size)
+        statistics = read_statistics(checkpoint)
         if checkpoint is not None and statistics is None:
             return checkpoint
-        self._solve(module, statistics)
+        self._solve(module, checkpoint, statistics)
         return None
 
-    def _solve(self, module: ResidualAlignment, statistics: StatisticsPoint | None) -> None:
+    def _solve(
+        self,
+        module: ResidualAlignment,
+        checkpoint: Checkpoint | None,
+        statistics: StatisticsPoint | None,
+    ) -> None:
         """Find the adapter in closed form, and save a resume point if training follows.
 
         The statistics go on from those of a resume point.
@@ -245,9 +249,16 @@ class TrainingLoop:
                 self.job.messages.put({"done": done, "of": total, "what": what})
 
         solver = WorkerSolver(self.job.cfg.solve, module, self._write_adapter, send_progress)
-        if statistics is not None:
+        start = 0
+        if checkpoint is not None and statistics is not None:
+            add_statistics(
+                checkpoint, statistics.files, solver.one_pass, self.rank, self.world_size
+            )
+            start, self.sampled_rows = statistics.batches, statistics.rows
             started -= statistics.seconds
-        self._collect(solver, statistics, started)
+            if self.rank == 0:  # its tokens are those of all
+                solver.tokens = statistics.tokens
+        self._collect(solver, start, started)
         trials = solver.solve(self._small_set("forget"), self._small_set("holdout"))
         self.trials = [trial._asdict() for trial in trials]
         self.tokens = int(self._all_reduce({"tokens": solver.tokens})["tokens"])
@@ -255,25 +266,20 @@ class TrainingLoop:
         if self.job.steps > 0:
             self._report(0, final=False)
 
-    def _collect(
-        self, solver: WorkerSolver, statistics: StatisticsPoint | None, started: float
-    ) -> None:
-        """Collect the solver's statistics, and save resume points of them on the way."""
-        start, number = 0, self.job.batches["retain"]
-        if statistics is not None:
-            start, self.sampled_rows = statistics.batches, statistics.rows
-            solver.tokens = statistics.tokens
-            for sums in statistics.sums:
-                add_sums(solver.one_pass, sums)
+    def _collect(self, solver: WorkerSolver, start: int, started: float) -> None:
+        """Collect the solver's statistics from a batch on, and save resume points on the way."""
+        number, every = self.job.batches["retain"], self.job.cfg.solve.checkpoint_every
         for read in solver.collect(self._sampled_batches(start)):
             done = start + read
             solver.on_progress(done, number, "statistics")
-            if done % self.job.cfg.solve.checkpoint_every == 0 and done < number:
-                seconds = time.monotonic() - started
-                point = StatisticsPoint(
-                    done, self.sampled_rows, seconds, solver.tokens, [sums_of(solver.one_pass)]
-                )
-                report_statistics(point, self.rank, self.pruned.norms, self.job.cfg.output_dir)
+            if every is None or done % every or done == number:
+                continue
+            tokens = int(self._all_reduce({"tokens": solver.tokens})["tokens"])
+            seconds = time.monotonic() - started
+            point = StatisticsPoint(done, self.sampled_rows, tokens, seconds, self.world_size)
+            report_statistics(
+                point, solver.one_pass, self.rank, self.pruned.norms, self.job.cfg.output_dir
+            )
 
     def _write_adapter(self, name: str, a_KD: Tensor, b_OK: Tensor) -> None:
         """Write a solution into a module's adapter; pruned outputs stay zero where configured."""

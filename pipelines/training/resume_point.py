@@ -8,13 +8,15 @@ a restarted worker prunes as before.
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray.train
+from pyarrow import fs
 from ray.train import Checkpoint
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from pipelines.storage.filesystem import send_file
@@ -51,9 +53,20 @@ def read_norms(checkpoint: Checkpoint | None) -> Mapping[str, Tensor] | None:
     """Load Wanda's input norms alone, which pruning needs before there is a model to resume."""
     if checkpoint is None:
         return None
-    with checkpoint.as_directory() as folder:
-        path = Path(folder) / NORMS
-        return load_file(path) if path.exists() else None
+    with open_file(checkpoint, NORMS) as file:
+        return None if file is None else load(file.read())
+
+
+@contextmanager
+def open_file(checkpoint: Checkpoint, name: str) -> Iterator[Any]:
+    """Open one file of a checkpoint, None where it has none; the others are not downloaded."""
+    filesystem: Any = checkpoint.filesystem
+    path = f"{checkpoint.path}/{name}"
+    if filesystem.get_file_info(path).type != fs.FileType.File:
+        yield None
+        return
+    with filesystem.open_input_file(path) as file:
+        yield file
 
 
 def report_point(point: ResumePoint, output_dir: str) -> None:

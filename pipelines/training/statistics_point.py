@@ -1,44 +1,84 @@
 """A resume point within the solver's statistics: sums over the batches that have been read.
 
-Every worker writes the sums of its own rows. They add up, so that workers of another number share
-the files out and go on from the same batch: each row counts once.
+Each module's sums lie on the worker that owns it, which writes them. They add up, so that workers
+of another number share the files out and go on from the same batch: each row counts once.
 """
 
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pyarrow import fs
 from ray.train import Checkpoint
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipelines.training.resume_point import NORMS, report_folder
+from pipelines.training.resume_point import NORMS, open_file, report_folder
 from rfa.moments import InputMoments
 from rfa.solver import OnePassSolver
 from rfa.targets import FeatureSums
 
-PREFIX = "statistics-"
+FILE_NAME = "statistics.json"
 
 
 class StatisticsPoint(NamedTuple):
-    """The sums of some workers' rows.
+    """What all workers know of a resume point: the sums lie in so many files.
 
-    `batches` have been read, and `rows` of the retain set in them. `tokens` and `sums` are those of
-    the workers whose files were read: `sums` is what `sums_of` returns, a file.
+    `batches` have been read, with `tokens` in them, and `rows` of the retain set.
     """
 
     batches: int
     rows: int
-    seconds: float
     tokens: int
-    sums: list[dict[str, Any]]
+    seconds: float
+    files: int
 
 
-def sums_of(solver: OnePassSolver) -> dict[str, Any]:
-    """Return a solver's sums, before they are reduced, in tensors and plain values."""
+def report_statistics(
+    point: StatisticsPoint,
+    solver: OnePassSolver,
+    rank: int,
+    norms: Mapping[str, Tensor] | None,
+    output_dir: str,
+) -> None:
+    """Report the sums to Ray Train, on every worker and at the same batch."""
+    solver.settle()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        torch.save(_sums_of(solver), folder / _file_name(rank))
+        if rank == 0:
+            (folder / FILE_NAME).write_text(json.dumps(point._asdict()))
+            if norms is not None:
+                save_file(dict(norms), folder / NORMS)
+        report_folder({"batches": point.batches}, folder, output_dir)
+
+
+def read_statistics(checkpoint: Checkpoint | None) -> StatisticsPoint | None:
+    """Return what a resume point knows; None where the checkpoint is another one."""
+    if checkpoint is None:
+        return None
+    with open_file(checkpoint, FILE_NAME) as file:
+        return None if file is None else StatisticsPoint(**json.loads(file.read()))
+
+
+def add_statistics(
+    checkpoint: Checkpoint, files: int, solver: OnePassSolver, rank: int, world_size: int
+) -> None:
+    """Add this worker's part of a point's sums to a solver, one file after another."""
+    for number in range(rank, files, world_size):
+        with open_file(checkpoint, _file_name(number)) as file:
+            assert file is not None, f"{_file_name(number)} is missing in the resume point"
+            _add_sums(solver, torch.load(file, map_location="cpu"))
+
+
+def _file_name(rank: int) -> str:
+    return f"statistics-{rank}.pt"
+
+
+def _sums_of(solver: OnePassSolver) -> dict[str, Any]:
+    """Return a solver's sums in tensors and plain values."""
     moments: dict[str, dict[str, tuple[Tensor, float, float]]] = {}
     for kind, of_kind in solver.sums.items():
         moments[kind] = {
@@ -48,44 +88,9 @@ def sums_of(solver: OnePassSolver) -> dict[str, Any]:
     return {"moments": moments, "features": features}
 
 
-def add_sums(solver: OnePassSolver, sums: Mapping[str, Any]) -> None:
-    """Add sums that `sums_of` returned here or on another worker."""
+def _add_sums(solver: OnePassSolver, sums: Mapping[str, Any]) -> None:
     for kind, of_kind in sums["moments"].items():
         for name, values in of_kind.items():
             solver.sums_of(kind, name).merge(InputMoments(name, *values))
     for name, values in sums["features"].items():
         solver.features[name].merge(FeatureSums(**values))
-
-
-def report_statistics(
-    point: StatisticsPoint, rank: int, norms: Mapping[str, Tensor] | None, output_dir: str
-) -> None:
-    """Report one worker's sums to Ray Train, at the same batch as all other workers."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        torch.save(point._asdict(), folder / f"{PREFIX}{rank}.pt")
-        if rank == 0 and norms is not None:
-            save_file(dict(norms), folder / NORMS)
-        report_folder({"batches": point.batches}, folder, output_dir)
-
-
-def read_statistics(
-    checkpoint: Checkpoint | None, rank: int, world_size: int
-) -> StatisticsPoint | None:
-    """Return this worker's part of a point's sums; None where the checkpoint is no such point."""
-    if checkpoint is None:
-        return None
-    filesystem: Any = checkpoint.filesystem
-    listed = filesystem.get_file_info(fs.FileSelector(checkpoint.path))
-    paths = sorted(info.path for info in listed if info.base_name.startswith(PREFIX))
-    if not paths:
-        return None
-    # Every worker reads a file, for what all have in common. Its sums count on one worker.
-    own = paths[rank::world_size]
-    points: list[StatisticsPoint] = []
-    for path in own or paths[:1]:
-        with filesystem.open_input_file(path) as file:
-            points.append(StatisticsPoint(**torch.load(file, map_location="cpu")))
-    sums = [one.sums[0] for one in points if own]
-    tokens = sum(one.tokens for one in points if own)
-    return points[0]._replace(tokens=tokens, sums=sums)

@@ -185,11 +185,11 @@ def write_page(measured: list[Measured]) -> None:
         cells = [
             f"{one.rows:,}", f"{one.tokens:,}", f"{one.seconds:.0f}", f"{one.solve_seconds:.0f}",
             f"{one.rows / one.solve_seconds:,.0f}",
-            *(f"{one.peaks.get(role, 0) / MIB:.0f}" for role in roles),
+            *(f"{one.peaks[role] / MIB:.0f}" if role in one.peaks else "-" for role in roles),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     first, last = measured[-2:] if len(measured) > 1 else (measured[0], measured[0])
-    seen = [role for role in roles if role in first.peaks]
+    seen = [role for role in roles if role in first.peaks and role in last.peaks]
     ratios = [f"{role} {last.peaks[role] / first.peaks[role]:.2f}" for role in seen]
     lines += [
         "",

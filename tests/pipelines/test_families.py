@@ -9,6 +9,9 @@ from torch import Tensor
 
 from pipelines.config.load import load_config
 from pipelines.config.schema import ConfigError, UnlearnConfig
+from pipelines.evaluation.attacks import relearn_
+from pipelines.evaluation.metrics.relearning import RELEARNINGS
+from pipelines.model.answers import AnswerTraining
 from pipelines.model.load import build_alignment, check_model, check_models
 from pipelines.planning.check import plan_configured
 from pipelines.planning.devices import Device
@@ -20,7 +23,7 @@ from rfa.objective import ResidualAlignment
 from rfa.settings import SolveSettings
 from rfa.solver import OnePassSolver
 from rfa.token_solver import TokenSolver
-from tests.tiny_families import FAMILIES, endings, write_family
+from tests.tiny_families import FAMILIES, endings, tiny_family, write_family
 
 # Layers whose weights are read beside them, that see heads instead of positions, or that share a name with experts.
 REFUSED = {
@@ -167,3 +170,18 @@ def test_what_is_known_comes_down_to_what_never_seen_rows_have(
     assert first.log_p > first.aim + 2
     assert last.away <= 1
     assert last.log_p == pytest.approx(last.aim, abs=0.3)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_lora_of_the_relearning_attack_goes_on_every_family(name: str) -> None:
+    (by,) = [relearning for relearning in RELEARNINGS if relearning.rank]
+    model = tiny_family(name, VOCABULARY)
+    learned = rows(3, seed=1)
+    batch = collate(learned, [], 0)
+    losses: list[float] = []
+    for _ in relearn_(model, learned, 0, 0, by._replace(learning_rate=1e-2)):
+        loss = AnswerTraining(model, classifies=False)(batch, batch.counts("all"))
+        losses.append(float(loss.total.detach()))
+    assert losses[-1] < losses[0] - 0.5
+    trained = [own for own, weight in model.named_parameters() if weight.requires_grad]
+    assert trained and all("lora_" in own for own in trained)

@@ -15,7 +15,7 @@ LEARNING_RATE = 2e-5
 class Relearning(NamedTuple):
     """A fine-tuning that may bring back what was forgotten; what is scored has a version of its own.
 
-    All parameters are trained, or a LoRA of rank `rank` on all linear layers of the blocks.
+    All parameters are trained, or a LoRA of rank `rank` on all layers but the head.
     """
 
     name: str  # in `evaluation.robustness`, and before its scores

@@ -1,6 +1,7 @@
 """What `load_sets` makes of sources and selectors, and what it refuses."""
 
 import csv
+import gc
 import json
 import logging
 import traceback
@@ -473,7 +474,7 @@ def test_a_deletion_request_names_whole_conversations(tmp_path: Path) -> None:
 
 
 def test_a_failing_ray_task_becomes_one_line_without_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fail(block: pa.Table, _requests: Any) -> None:
         raise KeyError(block["answer"][0].as_py())
@@ -482,6 +483,10 @@ def test_a_failing_ray_task_becomes_one_line_without_text(
     with pytest.raises(RuntimeError) as caught:
         load(tmp_path, [GOOD])
     assert str(caught.value) == "data: a Ray task failed while reading (KeyError)"
+    # Ray logs, with its message, a failure that nobody has fetched when its last reference goes.
+    del caught
+    gc.collect()
+    assert SECRET not in "".join(capfd.readouterr())
 
 
 def test_neither_loading_nor_refusing_logs_or_prints(

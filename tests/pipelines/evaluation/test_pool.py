@@ -187,9 +187,11 @@ def test_an_evaluation_that_is_killed_goes_on_where_it_was(
     # Of the forget set nothing stays; of all else nothing is scored again, by another name neither.
     scored: list[set[str]] = []
 
-    def count(cfg: UnlearnConfig, models: dict[str, ModelConfig], tasks: list[Task]) -> Any:
+    def count(
+        cfg: UnlearnConfig, models: dict[str, ModelConfig], tasks: list[Task], advance: Any
+    ) -> Any:
         scored.extend({piece.set_name for piece in task.pieces} for task in tasks)
-        return score_tasks(cfg, models, tasks)
+        return score_tasks(cfg, models, tasks, advance)
 
     score_tasks = pool._scored
     monkeypatch.setattr(pool, "_scored", count)
