@@ -91,13 +91,17 @@ def _scored(
 
     # On the driver's node, where the queue outlives the workers' nodes.
     steps = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node()})
-    with forwarded_messages(steps, advance):
-        pool: Any = ActorPool(start_workers(cfg, models, steps))
-        for index, samples in pool.map_unordered(start, range(len(tasks))):
-            if not isinstance(tasks[index].model.change, Relearned):
-                advance(tasks[index].work)
-            yield index, samples
-    # At the end of the pool the workers and their GPUs are given back. What follows needs none.
+    workers = start_workers(cfg, models, steps)
+    pool: Any = ActorPool(workers)
+    try:
+        with forwarded_messages(steps, advance):
+            for index, samples in pool.map_unordered(start, range(len(tasks))):
+                if not isinstance(tasks[index].model.change, Relearned):
+                    advance(tasks[index].work)
+                yield index, samples
+    finally:
+        for worker in workers:  # nothing else gets their CPUs and GPUs before they are gone
+            ray.kill(worker)
 
 
 def evaluation_work(cfg: UnlearnConfig, models: Collection[str], sets: Sets) -> int:

@@ -17,7 +17,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -50,8 +49,6 @@ class Measured(NamedTuple):
 
     rows: int
     tokens: int
-    seconds: float
-    solve_seconds: float
     peaks: dict[str, int]  # bytes of the largest process of each role
 
 
@@ -148,7 +145,6 @@ def measure(folder: Path, rows: int) -> Measured:
         "evaluation.quick=true", f"output_dir={output}",
     ]  # fmt: skip
     print(" ".join(command[2:]), flush=True)
-    started = time.monotonic()
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     running = subprocess.Popen(command, env=environment)
     with watched(psutil.Process(running.pid)) as peaks:
@@ -156,9 +152,7 @@ def measure(folder: Path, rows: int) -> Measured:
     if failed:
         raise SystemExit(f"the command over {rows} rows failed: {failed}")
     cost = json.loads((output / "manifest.json").read_text())["cost"]
-    measured = Measured(
-        rows, cost["tokens"], time.monotonic() - started, cost["solve_s"], dict(peaks)
-    )
+    measured = Measured(rows, cost["tokens"], dict(peaks))
     note.write_text(json.dumps(measured._asdict()))
     return measured
 
@@ -176,17 +170,15 @@ def write_page(measured: list[Measured]) -> None:
         "MiB are of a process's own memory at its peak, read five times a second, without the pages of Ray's",
         "object store.",
         "",
-        "| retained rows | tokens | seconds in all | seconds of the solve | rows/s in the solve | "
-        + " | ".join(f"{role}, MiB" for role in roles)
-        + " |",
-        "|---:" * (5 + len(roles)) + "|",
+        "| retained rows | tokens | " + " | ".join(f"{role}, MiB" for role in roles) + " |",
+        "|---:" * (2 + len(roles)) + "|",
     ]
     for one in measured:
         cells = [
-            f"{one.rows:,}", f"{one.tokens:,}", f"{one.seconds:.0f}", f"{one.solve_seconds:.0f}",
-            f"{one.rows / one.solve_seconds:,.0f}",
+            f"{one.rows:,}",
+            f"{one.tokens:,}",
             *(f"{one.peaks[role] / MIB:.0f}" if role in one.peaks else "-" for role in roles),
-        ]  # fmt: skip
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     first, last = measured[-2:] if len(measured) > 1 else (measured[0], measured[0])
     seen = [role for role in roles if role in first.peaks and role in last.peaks]
