@@ -1,7 +1,7 @@
 """What the driver checks a set by: counts and ids of a block, and keys that stay where they are.
 
 The keys of a row are its id and its hashes. They lie in Ray's object store beside the rows, and
-tasks compare them, so that the driver's memory does not grow with the rows of a set.
+tasks compare them, so that the driver's memory grows with a set's files and not with its rows.
 """
 
 # pyright: reportAttributeAccessIssue=false
