@@ -192,6 +192,7 @@ def test_a_lora_relearns_and_leaves_the_weights_alone(
     encoded = [Row(*encoder.pair(row["prompt"], row["answer"])) for row in rows]
     batch, ends = collate(encoded, [], pad_token_id=0), list[dict[int, float]]()
     for _ in range(2):
+        torch.rand(1)  # somebody else draws in between
         model = load_base(cfg.model)
         original = {weight.data_ptr(): weight.detach().clone() for weight in model.parameters()}
         losses: dict[int, float] = {}
