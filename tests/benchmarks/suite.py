@@ -24,16 +24,20 @@ from pipelines.evaluation.verdict import verdict
 
 FOLDER = Path("outputs/suite")
 DOCS = Path(__file__).parents[2] / "docs"
-MODEL = "models/SmolLM2-135M-Instruct"
+SMOLLM = "models/SmolLM2-135M-Instruct"
 ORACLES = (0, 1)  # their seeds
 SETS = ("forget", "retain", "utility", "holdout", "general")  # of `make-data`
 TEACH = ("train.num_workers=1", "train.cpus_per_worker=2", "data.utility.max_rows=40")
 
+# The models of the problems named after them; all others have SmolLM.
+MODELS = {"gemma": "models/gemma-3-270m", "qwen": "models/Qwen2.5-Coder-0.5B-Instruct"}
 # Options of `make-data`.
 PROBLEMS = {
     "authors-0": ("--authors", "20", "--questions", "3", "--forget", "3", "--seed", "0"),
     "authors-1": ("--authors", "20", "--questions", "3", "--forget", "3", "--seed", "1"),
     "authors-2": ("--authors", "20", "--questions", "3", "--forget", "3", "--seed", "2"),
+    "gemma": ("--authors", "20", "--questions", "3", "--forget", "3", "--seed", "0"),
+    "qwen": ("--authors", "20", "--questions", "3", "--forget", "3", "--seed", "0"),
     "60-of-300": ("--authors", "100", "--questions", "3", "--forget", "20", "--seed", "0"),
     "6-of-300": ("--authors", "100", "--questions", "3", "--forget", "2", "--seed", "0"),
 }
@@ -110,7 +114,7 @@ def solve(problem: str, methods: Sequence[str]) -> Outcome:
         make_data = [sys.executable, "-m", "pipelines", "make-data", str(data), *PROBLEMS[problem]]
         subprocess.run(make_data, check=True)
     sets = [f"data.{name}.path={data}/{name}.jsonl" for name in SETS]
-    teach = ("finetune", "demo", *sets, f"model.path={MODEL}", *TEACH)
+    teach = ("finetune", "demo", *sets, f"model.path={MODELS.get(problem, SMOLLM)}", *TEACH)
     target = ray_unlearn(*teach, output=folder / "target")
     oracles: list[str] = []
     for seed in ORACLES:
