@@ -25,6 +25,7 @@ COMMANDS: dict[str, Purpose] = {
     "tune": "tune",
     "check": "run",
     "finetune": "finetune",
+    "prepare": "prepare",
     "evaluate": "evaluate",
 }
 OVERRIDE = re.compile(r"[\w.]+=")

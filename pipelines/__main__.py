@@ -116,6 +116,20 @@ def finetune(config: Config, overrides: Overrides = None, debug: Debug = False) 
 
 
 @app.command()
+def prepare(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Collect the statistics of all that a model was trained on, once for many requests.
+
+    They are of data.forget, data.retain and data.utility, which a later request may part in another
+    way. `ray-unlearn run ... solve.prepared=DIR` takes them, less its forget rows' part.
+    """
+    with reporting(debug) as terminal:
+        cfg = load_config(config, overrides)
+        from pipelines.unlearn import prepare as collect
+
+        terminal.say(f"Statistics: {collect(cfg, terminal).output.url}")
+
+
+@app.command()
 def tune(
     config: Config,
     overrides: Overrides = None,

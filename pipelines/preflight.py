@@ -21,7 +21,8 @@ from pipelines.encoding.windows import Lengths, treatment
 from pipelines.evaluation.scored_model import oracle_names
 from pipelines.storage.chain import check_parent
 from pipelines.storage.output import refuse_store
-from pipelines.storage.run_folder import RunFolder
+from pipelines.storage.prepared import check_prepared
+from pipelines.storage.run_folder import RunFolder, model_digest
 from pipelines.terminal import Terminal
 from pipelines.tracking.mirror import check_tracking
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from pipelines.model.load import ModelSize
 
 # A command's purpose. `check` has that of `run`, and is refused whatever `run` is refused.
-Purpose = Literal["run", "tune", "finetune", "evaluate"]
+Purpose = Literal["run", "tune", "finetune", "evaluate", "prepare"]
 
 
 class Checked(NamedTuple):
@@ -49,10 +50,13 @@ def check_settings(cfg: UnlearnConfig, purpose: Purpose) -> None:
     check_passwords(cfg)
     if purpose == "finetune":
         check_learned_sets(cfg)
+    if purpose == "prepare":
+        check_preparable(cfg)
     if purpose == "run":
         check_read(cfg)
     if purpose == "tune":
         refuse_store(cfg.output_dir)
+        refuse_prepared(cfg)
     if purpose in ("run", "tune"):
         check_holdout(cfg)
         check_tracking(cfg.tracking, Path(cfg.output_dir))
@@ -78,7 +82,7 @@ def preflight(
     check_resources(cfg.train, terminal.say)
     check_partitioning(cfg, purpose)
     others = [] if model is None else [("--model", model)]
-    if purpose != "finetune":
+    if purpose not in ("finetune", "prepare"):
         others += [("evaluation.oracle", oracle) for oracle in oracles_of(cfg).values()]
 
     def check() -> "ModelSize":
@@ -105,7 +109,9 @@ def preflight(
     check_template(cfg, sets)
     lengths = check_lengths(cfg, sets, others)
     if purpose in ("run", "tune"):
-        check_parent(cfg.model.path)  # last, as it reads all weights
+        # Last, as these read all weights and all statistics.
+        check_parent(cfg.model.path)
+        check_prepared(cfg, model_digest(cfg.model.path), sets.inputs())
     terminal.say("Data: " + ", ".join(f"{name} {sets.counts[name]} rows" for name in sets.names()))
     for name, of_set in lengths.items():
         if of_set.long_rows:
@@ -136,6 +142,20 @@ def check_read(cfg: UnlearnConfig) -> None:
             f"{key}: found another value than the default, which is read with {words} alone; "
             "allowed: that, or the default"
         )
+
+
+def check_preparable(cfg: UnlearnConfig) -> None:
+    """Refuse to prepare for methods that need more of the retained rows than sums over them."""
+    if cfg.solve.mode != "per_token":
+        raise ConfigError(f"solve.mode: found {cfg.solve.mode}, allowed with prepare: per_token")
+    if cfg.prune.method != "none":
+        raise ConfigError(f"prune.method: found {cfg.prune.method}, allowed with prepare: none")
+
+
+def refuse_prepared(cfg: UnlearnConfig) -> None:
+    """Refuse prepared statistics for a search, which collects its own for every form it tries."""
+    if cfg.solve.prepared is not None:
+        raise ConfigError(f"solve.prepared: found {cfg.solve.prepared}, allowed in a search: null")
 
 
 def check_holdout(cfg: UnlearnConfig) -> None:

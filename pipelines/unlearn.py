@@ -7,13 +7,14 @@ are its steps.
 import time
 from typing import Any
 
+from ray.data import Dataset
 from ray.train import Result
 
 from pipelines.cluster.session import session, temporary_log
 from pipelines.cluster.tasks import on_every_node, on_this_node, result_of
 from pipelines.config.data import HELD_SETS
 from pipelines.config.schema import ModelConfig, UnlearnConfig
-from pipelines.data.sets import Sets
+from pipelines.data.sets import Sets, as_retained, joined
 from pipelines.evaluation.entries import Evaluation
 from pipelines.evaluation.own_answers import (
     answered_only,
@@ -24,6 +25,7 @@ from pipelines.evaluation.pool import evaluate, evaluation_work
 from pipelines.evaluation.verdict import verdict
 from pipelines.preflight import check_settings, oracles_of, preflight
 from pipelines.report.page import write_report
+from pipelines.storage.prepared import STATISTICS
 from pipelines.storage.run_folder import RunFolder
 from pipelines.terminal import Terminal
 from pipelines.tracking.mirror import (
@@ -106,6 +108,42 @@ def finetune(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
     return run
 
 
+def prepare(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
+    """Collect the statistics of all rows that a model was trained on, once for many requests.
+
+    An interrupted one continues from its last resume point (`solve.checkpoint_every`).
+
+    Raises:
+        ConfigError: as `unlearn`, or a method that needs more than sums over rows.
+    """
+    check_settings(cfg, "prepare")
+    run = RunFolder(cfg, "prepare")
+    if run.is_complete:
+        return run
+    with run.output.working_copy(), session(cfg.train, run.path / "run.log", terminal, preload):
+        sets = preflight(cfg, "prepare", terminal, run=run).sets
+        run.begin(sets.inputs())
+        sets = with_own_answers(cfg, sets, run.path, terminal)
+        rows = [as_retained(sets.forget), sets.retain]
+        if sets.utility is not None:
+            rows.append(sets.utility)
+        trainer = Trainer(cfg, "prepare", {"retain": (joined(rows), cfg.train.retain_batch_size)})
+        started = time.monotonic()
+        with ProgressLog(run.output, "Preparing", 0, terminal) as log:
+            result = trainer.fit(
+                steps=0, learning_rate=0.0, final_rate=0.0, listener=log.on_message
+            )
+        assert result.checkpoint is not None
+        result.checkpoint.to_directory(str(run.path / STATISTICS))
+        prepare_s = time.monotonic() - started
+        run.update(cost={"tokens": _metrics(result)["tokens"], "prepare_s": prepare_s})
+        drop_answers(run.path)
+        run.seal()
+        run.output.upload()
+        forget_resume_points(cfg)
+    return run
+
+
 def evaluate_model(cfg: UnlearnConfig, model: ModelConfig, terminal: Terminal) -> Evaluation:
     """Score any model folder on the sets, and the oracles where any are configured.
 
@@ -120,15 +158,7 @@ def evaluate_model(cfg: UnlearnConfig, model: ModelConfig, terminal: Terminal) -
 def train(run: RunFolder, sets: Sets, mirror: Mirror | None, terminal: Terminal) -> dict[str, Any]:
     """Solve or train the adapter, write it and the merged model, and return the run's cost."""
     cfg = run.cfg
-    retain = sets.union(HELD_SETS, present_only=True)
-    streams = {
-        "retain": (retain, cfg.train.retain_batch_size),
-        "forget": (sets.forget, cfg.train.forget_batch_size),
-    }
-    if cfg.solve.reads_holdout:
-        assert sets.holdout is not None  # `check_holdout` has required it
-        streams["holdout"] = (sets.holdout, cfg.train.forget_batch_size)
-    trainer = Trainer(cfg, "unlearn", streams)
+    trainer = Trainer(cfg, "unlearn", streams_of(cfg, sets))
     started = time.monotonic()
     with ProgressLog(run.output, "Unlearning", cfg.train.steps, terminal, mirror) as losses:
         result = trainer.fit(
@@ -144,6 +174,22 @@ def train(run: RunFolder, sets: Sets, mirror: Mirror | None, terminal: Terminal)
     run.output.upload()
     forget_resume_points(cfg)
     return cost
+
+
+def streams_of(cfg: UnlearnConfig, sets: Sets) -> dict[str, tuple[Dataset, int]]:
+    """Return the rows that the workers of a run read, with how many of them a step."""
+    batch_size = cfg.train.retain_batch_size
+    streams = {"forget": (sets.forget, cfg.train.forget_batch_size)}
+    if cfg.solve.prepared is None:
+        streams["retain"] = (sets.union(HELD_SETS, present_only=True), batch_size)
+    else:
+        streams["removed"] = (as_retained(sets.forget), batch_size)
+        if sets.earlier is not None:
+            streams["retain"] = (sets.earlier, batch_size)
+    if cfg.solve.reads_holdout:
+        assert sets.holdout is not None  # `check_holdout` has required it
+        streams["holdout"] = (sets.holdout, cfg.train.forget_batch_size)
+    return streams
 
 
 def score(

@@ -63,6 +63,11 @@ class InputMoments:
         self.count += other.count
         self.trace += other.trace
 
+    def negate_(self) -> None:
+        """Turn the sums' sign in place."""
+        self.sum_DL.neg_()
+        self.count, self.trace = -self.count, -self.trace
+
     def __getstate__(self) -> dict[str, Any]:
         """Return the state to pickle, with the sums as a NumPy array."""
         # Ray passes NumPy arrays on without a copy (pickle protocol 5), but copies tensors. The

@@ -31,7 +31,7 @@ LARGEST = 1e9
 MOST_CHARS = 4096
 # Keys that name files and folders. Linux takes paths of 4096 bytes: the rest is for the names of
 # files in a folder.
-PATHS = ("path", "ids", "exclude_ids", "oracle", "output_dir")
+PATHS = ("path", "ids", "exclude_ids", "oracle", "output_dir", "prepared")
 MOST_NAME_BYTES, MOST_PATH_BYTES = 255, 3072
 # Marks a key that takes what the data or the model have, whatever it is.
 ANY_TEXT = "any text"

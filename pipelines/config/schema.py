@@ -143,6 +143,12 @@ class SolveConfig(Section):
         "null: none, and a restarted run reads them again. A point takes as many bytes as one "
         "worker's statistics (`check` tells them).",
     )
+    prepared: str | None = Field(
+        default=None,
+        description="Results of `ray-unlearn prepare`, in a folder that every node sees or on an "
+        "object store: the statistics are those, less the forget rows' part, and no worker reads "
+        "the retain and utility sets. For per_token.",
+    )
 
     @field_validator("mode", mode="before")
     @classmethod
@@ -156,7 +162,9 @@ class SolveConfig(Section):
 
     def settings(self) -> SolveSettings:
         """Return the settings of the solver, without the strength that each solve takes."""
-        return SolveSettings(**self.model_dump(exclude={"strength", "checkpoint_every"}))
+        return SolveSettings(
+            **self.model_dump(exclude={"strength", "checkpoint_every", "prepared"})
+        )
 
 
 class TrackingConfig(Section):

@@ -26,6 +26,12 @@ def _solves_for_targets(cfg: UnlearnConfig) -> bool:
     return cfg.solve.settings().reads_targets
 
 
+def _solves_from_statistics_alone(cfg: UnlearnConfig) -> bool:
+    # Pruning and gradient steps read the retain set.
+    reads_rows = _trains(cfg) or cfg.prune.method != "none"
+    return cfg.solve.mode == "per_token" and not reads_rows
+
+
 READERS = (
     Readers(
         "objective",
@@ -44,6 +50,12 @@ READERS = (
         ("strength", "fact_weight"),
         _solves_for_targets,
         "solve.mode=one_pass or blockwise",
+    ),
+    Readers(
+        "solve",
+        ("prepared",),
+        _solves_from_statistics_alone,
+        "solve.mode=per_token, prune.method=none and train.steps=0",
     ),
     Readers(
         "prune",

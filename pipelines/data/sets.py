@@ -94,7 +94,7 @@ class Sets:
                 f"finetune.sets: found {missing[0]}, which data does not give, "
                 f"allowed: {', '.join(self.names())}"
             )
-        return _union([getattr(self, name) for name in names if name not in missing])
+        return joined([getattr(self, name) for name in names if name not in missing])
 
 
 def load_sets(data: DataConfig, task: Task = "causal_lm") -> Sets:
@@ -191,12 +191,23 @@ def _read_blocks(readers: list[SetReader], columns: ColumnsConfig, task: Task) -
             indices = ray.data.from_items(items, override_num_blocks=len(items))
             _set_quiet_and_ordered(indices)
             readings.append(indices.map_batches(read, batch_size=1, **options))
-    return _union(readings).materialize().to_arrow_refs()
+    return joined(readings).materialize().to_arrow_refs()
 
 
-def _union(datasets: list[Dataset]) -> Dataset:
+def joined(datasets: list[Dataset]) -> Dataset:
+    """Return the rows of some Datasets as one, in their order."""
     first, *rest = datasets
     return first.union(*rest) if rest else first
+
+
+def as_retained(rows: Dataset) -> Dataset:
+    """Return rows of any set as rows of the retain set, so that they are encoded as those are."""
+    return rows.map_batches(_in_retain_set, batch_format="pyarrow")
+
+
+def _in_retain_set(rows: pa.Table) -> pa.Table:
+    column = rows.schema.get_field_index("set")
+    return rows.set_column(column, "set", pa.array(["retain"] * rows.num_rows, pa.string()))
 
 
 def _number(reader: SetReader) -> tuple[Dataset, list[Any]]:

@@ -197,7 +197,9 @@ class Planner:
             counts[name] = ASSUMED_ROWS if number is None else number
         total = 0.0
         if cfg.solve.mode != "off":
-            passes = sum(counts.get(name, 0) for name in RETAINED_SETS)
+            # Of what was prepared only the forget rows' part is read, to be taken away.
+            read = RETAINED_SETS if cfg.solve.prepared is None else ("forget", "earlier")
+            passes = sum(counts.get(name, 0) for name in read)
             if cfg.solve.mode == "per_token":
                 # A backward pass costs two forwards, and a round tries its factor twice or so.
                 passes += counts.get("holdout", 0) + ROUNDS * 5 * counts.get("forget", 0)

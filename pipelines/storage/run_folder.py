@@ -18,6 +18,7 @@ from pipelines.config.text import one_line
 from pipelines.storage.atomic import write_text
 from pipelines.storage.chain import earlier_runs, hash_of_id, write_request_key
 from pipelines.storage.output import open_output
+from pipelines.storage.prepared import prepared_digest
 from pipelines.storage.records import (
     WRITTEN_BY_RUN,
     Manifest,
@@ -131,7 +132,14 @@ class RunFolder:
 
     def _inputs(self, sets: Mapping[str, Any]) -> dict[str, Any]:
         path = self.cfg.model.path
-        return {"model": {"path": path, "digest": model_digest(path)}, "sets": dict(sets)}
+        inputs: dict[str, Any] = {
+            "model": {"path": path, "digest": model_digest(path)},
+            "sets": dict(sets),
+        }
+        prepared = self.cfg.solve.prepared
+        if prepared is not None and self.purpose == "run":
+            inputs["prepared"] = prepared_digest(prepared)
+        return inputs
 
     def begin(self, sets: Mapping[str, Any], forget_ids: Sequence[str] = ()) -> None:
         """Write config.yaml and the manifest's first form, unless the run has begun before.

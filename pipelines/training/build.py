@@ -32,8 +32,8 @@ class Pruned(NamedTuple):
 def build_module(job: Job, rows: WorkerRows) -> tuple[nn.Module, Pruned]:
     """Load and prune the base model, and put the job's objective on it."""
     cfg = job.cfg
-    precision = cfg.train.precision if job.kind == "unlearn" else "fp32"
-    new_head = job.kind != "unlearn" and cfg.task != "causal_lm"
+    precision = "fp32" if job.kind == "finetune" else cfg.train.precision
+    new_head = job.kind == "finetune" and cfg.task != "causal_lm"
     base = load_base(cfg.model, precision, task=cfg.task, new_head=new_head)
     # A restarted worker must prune as before, whatever its share of the rows is now.
     norms = read_norms(ray.train.get_checkpoint())
@@ -41,10 +41,11 @@ def build_module(job: Job, rows: WorkerRows) -> tuple[nn.Module, Pruned]:
         limit = -(-cfg.objective.target_rows // cfg.train.retain_batch_size)
         norms = input_norms(cfg, base, rows.retain_batches(limit), _device(cfg.train))
     masks = prune_base(cfg, base, norms)
-    if job.kind == "unlearn":
-        module: nn.Module = build_alignment(cfg, base, masks)
-    else:
+    module: nn.Module
+    if job.kind == "finetune":
         module = build_answer_training(cfg, base, _trainable_masks(job, rows, base, masks))
+    else:
+        module = build_alignment(cfg, base, masks)
     if cfg.train.activation_checkpointing:
         checkpoint_activations(module)
     return module, Pruned(norms, held_rows(base, masks))

@@ -9,23 +9,27 @@ from typing import Any, Literal
 
 from pipelines.config.schema import UnlearnConfig
 
+Kind = Literal["unlearn", "finetune", "prepare"]
+
 
 @dataclass(frozen=True)
 class Job:
     """A worker's task in plain values, without a model.
 
     `batches` gives the number of batches of each stream, and `stage` the ZeRO stage. The learning
-    rate falls to the share `final_rate` of its peak. `messages` is a Ray queue to the driver.
+    rate falls to the share `final_rate` of its peak. `messages` is a Ray queue to the driver,
+    and `prepared` a checkpoint of Ray Train's with the statistics of `ray-unlearn prepare`, if any.
     """
 
     cfg: UnlearnConfig
-    kind: Literal["unlearn", "finetune"]
+    kind: Kind
     steps: int
     learning_rate: float
     final_rate: float
     batches: dict[str, int]
     stage: int
     messages: Any
+    prepared: Any = None
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""

@@ -1,13 +1,13 @@
 """The training loop of a worker: build or resume, solve, step, report resume points."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import ray.train
 import torch
 from ray.train import Checkpoint
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipelines.encoding.encoder import build_encoder
 from pipelines.model.engine import (
@@ -17,27 +17,19 @@ from pipelines.model.engine import (
     peak_memory_bytes,
     zero3_loading,
 )
-from pipelines.training.build import Pruned, build_module
+from pipelines.training.build import build_module
 from pipelines.training.job import Job
 from pipelines.training.resume_point import ResumePoint, read_point, report_point
-from pipelines.training.statistics_point import (
-    StatisticsPoint,
-    add_statistics,
-    read_statistics,
-    report_statistics,
-)
-from pipelines.training.strength import WorkerSolver
-from pipelines.training.worker_rows import StepRows, WorkerRows, sampled_tokens
+from pipelines.training.solving import Solving
+from pipelines.training.statistics_point import read_statistics
+from pipelines.training.worker import Worker
+from pipelines.training.worker_rows import StepRows, WorkerRows
 from rfa import exchange
-from rfa.adapters import ADAPTER
 from rfa.batch import Row, TokenCounts, UnlearnBatch, refusals_of
 from rfa.objective import ResidualAlignment
 from rfa.settings import STOP_EVERY, STOP_ROWS
 from rfa.stopping import has_forgotten
 from rfa.targets import FeatureSums
-
-# A small set of up to this many tokens a worker is one batch: the solver then needs one forward.
-TOKENS_AT_ONCE = 16384
 
 
 class Loss(Protocol):
@@ -62,27 +54,24 @@ def run_worker(job: Job) -> None:
     rows = WorkerRows(job, build_encoder(job.cfg))
     module, pruned = build_module(job, rows)
     engine = Engine(module, deepspeed, world_size)
-    TrainingLoop(job, engine, module, rows, pruned).run()
+    worker = Worker(job, engine, module, rows, pruned)
+    if job.kind == "prepare":
+        Solving(worker).prepare(ray.train.get_checkpoint())
+    else:
+        TrainingLoop(worker).run()
     del keep_alive
 
 
 class TrainingLoop:
     """Solve an adapter or train parameters on one worker, in step with the others."""
 
-    def __init__(
-        self, job: Job, engine: Engine, module: nn.Module, rows: WorkerRows, pruned: Pruned
-    ) -> None:
-        self.job = job
-        self.engine = engine
-        self.module = module
-        self.rows = rows
-        self.pruned = pruned
-        self.rank = torch.distributed.get_rank()
-        self.world_size = torch.distributed.get_world_size()
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.job, self.engine, self.module = worker.job, worker.engine, worker.module
+        self.rows = worker.rows
         self.seconds = 0.0
         self.tokens = 0
         self.solve_s = 0.0
-        self.sampled_rows = 0  # of the retain set, for the targets' clusters
         # The strengths that the solver tried. The chosen one is the last.
         self.trials: list[dict[str, float]] = []
 
@@ -90,7 +79,7 @@ class TrainingLoop:
         """Run all steps from the last resume point on."""
         checkpoint = ray.train.get_checkpoint()
         if isinstance(self.module, ResidualAlignment):
-            checkpoint = self._solve_from(checkpoint, self.module)
+            checkpoint = self._solve_from(checkpoint)
             # Targets follow from the base model and the rows, so resume points do not hold them.
             is_fitted = self.module.targets is not None
             if self.job.steps > 0 and self.module.objective.aligns and not is_fitted:
@@ -106,14 +95,14 @@ class TrainingLoop:
                 self.module.progress = (step + 1) / self.job.steps
             metrics = self.step(next(steps), rate)
             # The metrics are those of all workers already, so one worker reports them.
-            if self.rank == 0:
+            if self.worker.rank == 0:
                 step_s = max(time.monotonic() - began, 1e-9)
                 metrics["tokens_per_s"] = metrics.pop("tokens") / step_s
                 self.job.messages.put({"step": step, **metrics, "learning_rate": rate})
             step += 1
             has_more = step < self.job.steps
             if has_more and step % STOP_EVERY == 0 and self._may_stop(watched):
-                if self.rank == 0:
+                if self.worker.rank == 0:
                     self.job.messages.put({"stopped_after": step})
                 # A restarted run, too, has none left.
                 step = self.job.steps
@@ -138,11 +127,11 @@ class TrainingLoop:
             refusals: list[Row] = []
             if isinstance(self.module, ResidualAlignment):
                 refusals = refusals_of(forget, self.module.objective)
-            batch = self._batch(rows.retain[part::parts], forget, refusals)
+            batch = self.worker.batch(rows.retain[part::parts], forget, refusals)
             batches.append(batch)
             sums["tokens"] += int(batch.attention_BT.sum())
             _add(sums, batch.counts(self.job.cfg.objective.tokens)._asdict())
-        totals = self._all_reduce(sums)
+        totals = self.worker.all_reduce(sums)
         tokens = totals.pop("tokens")
         counts = TokenCounts(**totals)
         terms: dict[str, float] = {}
@@ -152,7 +141,7 @@ class TrainingLoop:
             # DeepSpeed counts the calls, and updates parameters with a step's last micro-batch.
             self.engine.step(rate)
             _add(terms, {name: term.detach() for name, term in loss._asdict().items()})
-        means = self._all_reduce(terms)
+        means = self.worker.all_reduce(terms)
         self.tokens += int(tokens)
         return {"loss": means.pop("total"), **means, "tokens": tokens}
 
@@ -162,137 +151,41 @@ class TrainingLoop:
         if not isinstance(module, ResidualAlignment) or module.objective.stop_at is None:
             return []
         batches = -(-STOP_ROWS // self.job.cfg.train.forget_batch_size)
-        return [self._batch([], rows) for rows in self.rows.once("forget", batches)]
+        return [self.worker.batch([], rows) for rows in self.rows.once("forget", batches)]
 
     def _may_stop(self, watched: list[UnlearnBatch]) -> bool:
         """Return whether enough is forgotten; all workers decide the same."""
         if not watched:
             return False
         assert isinstance(self.module, ResidualAlignment)
-        return has_forgotten(self.module, watched, self._all_reduce)
-
-    def _batch(
-        self, retain: list[Row], forget: list[Row], refusals: Sequence[Row] = ()
-    ) -> UnlearnBatch:
-        return self.rows.collate(retain, forget, refusals).to(self.engine.device)
-
-    def _all_reduce(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Return the totals over workers, by name, on every worker."""
-        # fp32 cannot count more than 2^24 tokens.
-        tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=self.engine.device)
-        torch.distributed.all_reduce(tensor)
-        return dict(zip(values, tensor.tolist(), strict=True))
-
-    def _sampled_batches(self, start: int = 0) -> Iterator[tuple[UnlearnBatch, int]]:
-        """Yield retain and utility batches, with the features a row to sample for clusters."""
-        number = self.job.batches["retain"]
-        for batch in self.rows.retain_batches(start=start):
-            sample_tokens = sampled_tokens(self.job.cfg, self.sampled_rows, number)
-            if sample_tokens:
-                is_retain_B = batch.attention_BT.any(1) & batch.retain_B
-                rows = self._all_reduce({"rows": float(is_retain_B.sum())})["rows"]
-                self.sampled_rows += int(rows)
-            yield batch.to(self.engine.device), sample_tokens
+        return has_forgotten(self.module, watched, self.worker.all_reduce)
 
     def _fit_targets(self, module: ResidualAlignment) -> None:
         """Fit the targets to the base features of the first retain rows of all workers."""
         totals = {name: FeatureSums() for name in module.hooks.names}
-        self.sampled_rows = 0
-        for batch, sample_tokens in self._sampled_batches():
+        self.worker.sampled_rows = 0
+        for batch, sample_tokens in self.worker.sampled_batches():
             if not sample_tokens:
                 break
             for name, sums in module.feature_sums(batch, sample_tokens).items():
                 totals[name].merge(sums)
         module.fit(exchange.merged_features(totals))
 
-    def _small_set(self, name: str) -> list[UnlearnBatch]:
-        """Return this worker's rows of the forget or holdout set, in one batch where they fit.
+    def _solve_from(self, checkpoint: Checkpoint | None) -> Checkpoint | None:
+        """Solve, unless a resume point holds the solution; return the point to train on from.
 
-        The total decides, so that every worker has the same number of batches. Mode `per_token`
-        also goes backward through them, which takes the memory of a gradient step: its batches
-        stay as small as a step's.
+        A solution is saved as a resume point if training follows.
         """
-        batches = list(self.rows.once(name))
-        joined = [row for rows in batches for row in rows]
-        tokens = self._all_reduce({"tokens": sum(row.size for row in joined)})["tokens"]
-        fits = tokens <= TOKENS_AT_ONCE * self.world_size
-        if fits and self.job.stage < 3 and self.job.cfg.solve.mode != "per_token":
-            batches = [joined]
-        return [self._batch([], rows) for rows in batches]
-
-    def _solve_from(
-        self, checkpoint: Checkpoint | None, module: ResidualAlignment
-    ) -> Checkpoint | None:
-        """Solve, unless a resume point holds the solution; return the point to train on from."""
         if self.job.cfg.solve.mode == "off":
             return checkpoint
-        statistics = read_statistics(checkpoint)
-        if checkpoint is not None and statistics is None:
+        if checkpoint is not None and read_statistics(checkpoint) is None:
             return checkpoint
-        self._solve(module, checkpoint, statistics)
-        return None
-
-    def _solve(
-        self,
-        module: ResidualAlignment,
-        checkpoint: Checkpoint | None,
-        statistics: StatisticsPoint | None,
-    ) -> None:
-        """Find the adapter in closed form, and save a resume point if training follows.
-
-        The statistics go on from those of a resume point.
-        """
-        started = time.monotonic()
-
-        def send_progress(done: int, total: int, what: str) -> None:
-            if self.rank == 0:
-                self.job.messages.put({"done": done, "of": total, "what": what})
-
-        solver = WorkerSolver(self.job.cfg.solve, module, self._write_adapter, send_progress)
-        start = 0
-        if checkpoint is not None and statistics is not None:
-            add_statistics(
-                checkpoint, statistics.files, solver.one_pass, self.rank, self.world_size
-            )
-            start, self.sampled_rows = statistics.batches, statistics.rows
-            started -= statistics.seconds
-            if self.rank == 0:  # its tokens are those of all
-                solver.tokens = statistics.tokens
-        self._collect(solver, start, started)
-        trials = solver.solve(self._small_set("forget"), self._small_set("holdout"))
-        self.trials = [trial._asdict() for trial in trials]
-        self.tokens = int(self._all_reduce({"tokens": solver.tokens})["tokens"])
-        self.seconds = self.solve_s = time.monotonic() - started
+        solved = Solving(self.worker).run(checkpoint)
+        self.trials, self.tokens = solved.trials, solved.tokens
+        self.seconds = self.solve_s = solved.seconds
         if self.job.steps > 0:
             self._report(0, final=False)
-
-    def _collect(self, solver: WorkerSolver, start: int, started: float) -> None:
-        """Collect the solver's statistics from a batch on, and save resume points on the way."""
-        number, every = self.job.batches["retain"], self.job.cfg.solve.checkpoint_every
-        for read in solver.collect(self._sampled_batches(start)):
-            done = start + read
-            solver.on_progress(done, number, "statistics")
-            if every is None or done % every or done == number:
-                continue
-            tokens = int(self._all_reduce({"tokens": solver.tokens})["tokens"])
-            seconds = time.monotonic() - started
-            point = StatisticsPoint(done, self.sampled_rows, tokens, seconds, self.world_size)
-            report_statistics(
-                point, solver.one_pass, self.rank, self.pruned.norms, self.job.cfg.output_dir
-            )
-
-    def _write_adapter(self, name: str, a_KD: Tensor, b_OK: Tensor) -> None:
-        """Write a solution into a module's adapter; pruned outputs stay zero where configured."""
-        # Masks name the base model's weights, without the prefix that PEFT adds.
-        kept_O = self.pruned.kept_rows.get(name.removeprefix("base_model.model.") + ".weight")
-        if kept_O is not None and self.job.cfg.prune.keep_sparsity:
-            b_OK = b_OK.clone()
-            b_OK[~kept_O] = 0
-        values = {
-            f"model.{name}.lora_A.{ADAPTER}.weight": a_KD,
-            f"model.{name}.lora_B.{ADAPTER}.weight": b_OK,
-        }
-        self.engine.place(values)
+        return None
 
     def _resume(self, checkpoint: Checkpoint) -> int:
         """Load a resume point and return the step to continue with.
@@ -330,15 +223,15 @@ class TrainingLoop:
             "trials": self.trials,
             "tokens": self.tokens,
             "peak_memory_bytes": peak_memory_bytes(self.engine.device),
-            "num_workers": self.world_size,
+            "num_workers": self.worker.world_size,
         }
-        if self.rank > 0:
+        if self.worker.rank > 0:
             ray.train.report(progress, checkpoint=None)
             return
         moments: dict[str, Tensor] | None = None
         if with_moments:
             moments = {**state.moments, "rng": torch.get_rng_state()}
-        point = ResumePoint(progress, state.parameters, moments, self.pruned.norms)
+        point = ResumePoint(progress, state.parameters, moments, self.worker.pruned.norms)
         report_point(point, self.job.cfg.output_dir)
 
 

@@ -52,7 +52,7 @@ def report_statistics(
             (folder / FILE_NAME).write_text(json.dumps(point._asdict()))
             if norms is not None:
                 save_file(dict(norms), folder / NORMS)
-        report_folder({"batches": point.batches}, folder, output_dir)
+        report_folder(point._asdict(), folder, output_dir)
 
 
 def read_statistics(checkpoint: Checkpoint | None) -> StatisticsPoint | None:

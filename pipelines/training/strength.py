@@ -162,15 +162,13 @@ class WorkerSolver:
     def collect(self, batches: Iterator[tuple[UnlearnBatch, int]]) -> Iterator[int]:
         """Collect statistics of batches of retain and utility rows; yield how many were read.
 
-        Each batch comes with the features a row to sample for the targets' clusters. After the last
-        one the statistics are reduced.
+        Each batch comes with the features a row to sample for the targets' clusters.
         """
         reads_targets = self.one_pass.settings.reads_targets
         for index, (batch, sample_tokens) in enumerate(batches):
             self.one_pass.collect(batch, sample_tokens if reads_targets else 0)
             self.tokens += int(batch.attention_BT.sum())
             yield index + 1
-        self.one_pass.reduce()
 
     def solve(
         self,

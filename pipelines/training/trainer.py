@@ -4,11 +4,11 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Literal
 
 from pyarrow import fs
 from ray.data import Dataset
 from ray.train import (
+    Checkpoint,
     CheckpointConfig,
     FailureConfig,
     Result,
@@ -27,7 +27,8 @@ from pipelines.encoding.batches import Stream, plan_stream, whole_streams
 from pipelines.encoding.encoder import build_encoder
 from pipelines.places import place_in
 from pipelines.storage.filesystem import open_filesystem
-from pipelines.training.job import Job
+from pipelines.storage.prepared import STATISTICS
+from pipelines.training.job import Job, Kind
 
 # Ray Train's controller polls the workers at this interval. Its default of 2 s would delay every
 # resume point by as much.
@@ -39,18 +40,19 @@ class Trainer:
 
     Args:
         cfg: the run's configuration.
-        kind: `unlearn` trains adapters on the objective, `finetune` all parameters on answers.
-        streams: stream name (`retain`, `forget`, `holdout`) to its rows and rows a step.
+        kind: `unlearn` trains adapters on the objective, `finetune` all parameters on answers,
+            and `prepare` collects statistics alone.
+        streams: stream name (`retain`, `forget`, `holdout`, `removed`) to its rows and rows a step.
     """
 
     def __init__(
         self,
         cfg: UnlearnConfig,
-        kind: Literal["unlearn", "finetune"],
+        kind: Kind,
         streams: dict[str, tuple[Dataset, int]],
     ) -> None:
         self.cfg = cfg
-        self.kind: Literal["unlearn", "finetune"] = kind
+        self.kind: Kind = kind
         encoder = build_encoder(cfg)
         self.streams: dict[str, Stream] = {}
         self.batches: dict[str, int] = {}
@@ -86,6 +88,7 @@ class Trainer:
             batches=self.batches,
             stage=stage_of(cfg),
             messages=messages,
+            prepared=prepared_statistics(cfg),
         )
         # NCCL needs a GPU for each rank.
         use_gpu = train.gpus_per_worker > 0
@@ -141,6 +144,14 @@ def checkpoint_folder(cfg: UnlearnConfig) -> tuple[fs.FileSystem, str]:
     """Return where the resume points of an unfinished run lie: beside its results."""
     filesystem, path = open_filesystem(cfg.output_dir, "output_dir")
     return filesystem, f"{path}/checkpoints"
+
+
+def prepared_statistics(cfg: UnlearnConfig) -> Checkpoint | None:
+    """Return the statistics that `solve.prepared` names, with the keys to their store."""
+    if cfg.solve.prepared is None:
+        return None
+    filesystem, path = open_filesystem(cfg.solve.prepared, "solve.prepared")
+    return Checkpoint(f"{path}/{STATISTICS}", filesystem)
 
 
 def forget_resume_points(cfg: UnlearnConfig) -> None:

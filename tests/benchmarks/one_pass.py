@@ -156,6 +156,7 @@ def one_pass(problem: Problem, mode: str) -> Iterator[tuple[Point, ResidualAlign
     started = time.monotonic()
     kept = problem.kept_batches()
     list(solver.collect((batch, 8) for batch in kept))
+    solver.one_pass.reduce()
     collected_s = time.monotonic() - started
     forget, holdout = (
         [collate([], problem.tokens(name), problem.pad)] for name in ("forget", "holdout")

@@ -104,6 +104,7 @@ def plain_worker(rows: Path) -> None:
     from pipelines.training.build import Pruned
     from pipelines.training.job import Job
     from pipelines.training.loop import TrainingLoop
+    from pipelines.training.worker import Worker
     from pipelines.training.worker_rows import StepRows, WorkerRows
     from rfa.batch import collate
     from rfa.solver import merged_features
@@ -130,7 +131,8 @@ def plain_worker(rows: Path) -> None:
     module.fit(merged_features(features))
     counts = {name: len(own) for name, own in batches.items()}
     job = Job(cfg, "unlearn", cfg.train.steps, cfg.train.learning_rate, 0.0, counts, 0, None)
-    loop = TrainingLoop(job, engine, module, WorkerRows(job, encoder), Pruned(None, {}))
+    worker = Worker(job, engine, module, WorkerRows(job, encoder), Pruned(None, {}))
+    loop = TrainingLoop(worker)
     started = 0.0
     for step, (retain, forget) in enumerate(
         islice(

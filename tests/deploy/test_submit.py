@@ -85,7 +85,7 @@ def test_secrets_travel_in_a_file_and_not_in_what_the_job_server_shows(
     [
         (
             ["gate", "{config}"],
-            "submit: found 'gate {config}' after --, allowed: run, tune, check, finetune, evaluate",
+            "submit: found 'gate {config}' after --, allowed: run, tune, check, finetune, prepare",
         ),
         (["run"], "submit: found 'run' after --, allowed: run, tune"),
         (["run", "demmo"], "preset 'demmo': not found, allowed: demo"),

@@ -21,7 +21,7 @@ from tests.tiny_model import TEMPLATE
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-ALL = ("run", "check", "tune", "finetune", "evaluate")
+ALL = ("run", "check", "tune", "finetune", "evaluate", "prepare")
 TRAINING = ("run", "check", "tune", "finetune")
 UNLEARNING = ("run", "check", "tune")
 BOTH = ("run", "check")
@@ -132,6 +132,7 @@ CLASSIFIER = [
     "adapter.targets=[attention.output.dense]",
     "adapter.layers=null",
 ]
+PREPARED = ["solve.prepared={folder}/nowhere"]
 CASES = [
     *(Case(*case, "load_config", (*ALL, "submit")) for case in CONFIGURATION),
     Case(
@@ -394,6 +395,40 @@ CASES = [
         "model.path: {folder}/earlier/model is not as its run has sealed it (model/",
         "check_parent",
         UNLEARNING,
+    ),
+    Case(
+        "statistics that nobody has prepared",
+        [*PREPARED, "solve.mode=per_token", "train.steps=0"],
+        "solve.prepared: {folder}/nowhere: not found; allowed: a folder that ray-unlearn prepare",
+        "check_prepared",
+    ),
+    Case(
+        "prepared statistics that the mode does not read",
+        [*PREPARED, "train.steps=0"],
+        "solve.prepared: found another value than the default, which is read with solve.mode=per",
+        "check_read",
+        (*BOTH, "submit"),
+    ),
+    Case(
+        "prepared statistics in a search",
+        PREPARED,
+        "solve.prepared: found {folder}/nowhere, allowed in a search: null",
+        "refuse_prepared",
+        ("tune",),
+    ),
+    Case(
+        "statistics for a mode that needs more",
+        [],
+        "solve.mode: found blockwise, allowed with prepare: per_token",
+        "check_preparable",
+        ("prepare",),
+    ),
+    Case(
+        "statistics of a pruned model",
+        ["solve.mode=per_token", "prune.method=rows"],
+        "prune.method: found rows, allowed with prepare: none",
+        "check_preparable",
+        ("prepare",),
     ),
     Case(
         "learned set without answers",

@@ -13,6 +13,7 @@ from torch import Tensor
 from pipelines.config.schema import UnlearnConfig
 from pipelines.data.sets import load_sets
 from pipelines.training.trainer import Trainer
+from pipelines.unlearn import streams_of
 from tests.processes import train_workers
 
 Quick = Callable[..., UnlearnConfig]
@@ -30,14 +31,7 @@ def run(
     cfg: UnlearnConfig, listener: Listener = nothing
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Each module's B A, and what the run reported."""
-    sets = load_sets(cfg.data)
-    assert sets.holdout is not None
-    streams = {
-        "retain": (sets.union(("retain", "utility")), cfg.train.retain_batch_size),
-        "forget": (sets.forget, cfg.train.forget_batch_size),
-        "holdout": (sets.holdout, cfg.train.forget_batch_size),
-    }
-    result = Trainer(cfg, "unlearn", streams).fit(
+    result = Trainer(cfg, "unlearn", streams_of(cfg, load_sets(cfg.data))).fit(
         steps=cfg.train.steps,
         learning_rate=cfg.train.learning_rate,
         final_rate=0.0,

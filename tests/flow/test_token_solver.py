@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 
 from pipelines.config.schema import UnlearnConfig
+from pipelines.data.sets import load_sets
 from pipelines.encoding.text import TextEncoder
 from pipelines.model.load import load_base
+from pipelines.storage.prepared import check_prepared
+from pipelines.storage.run_folder import model_digest
+from pipelines.storage.verify import compare
+from pipelines.terminal import Terminal
+from pipelines.unlearn import prepare
 from rfa.batch import Row, collate
 from tests.flow.test_solver import assert_same, run
 
@@ -79,3 +85,34 @@ def test_the_adapter_is_the_same(
     changes: tuple[str, ...],
 ) -> None:
     assert_same(run(learned(*changes, f"output_dir={tmp_path}"))[0], reference)
+
+
+def test_from_prepared_statistics_it_is_the_same_however_the_rows_are_parted(
+    learned: Callable[..., UnlearnConfig], tmp_path: Path
+) -> None:
+    prepared = prepare(
+        learned(f"output_dir={tmp_path}/prepared", "train.num_workers=1"), Terminal()
+    )
+    cfg = learned()
+    named, kept = (
+        Path(source.path).read_text().splitlines() for source in (cfg.data.forget, cfg.data.retain)
+    )
+    # A later request names other rows than the configuration that was prepared.
+    (tmp_path / "forget.jsonl").write_text("\n".join(kept[:4]))
+    (tmp_path / "retain.jsonl").write_text("\n".join(named + kept[4:]))
+    parted = [f"data.{name}.path={tmp_path}/{name}.jsonl" for name in ("forget", "retain")]
+    whole, whole_metrics = run(learned(*parted, f"output_dir={tmp_path}/whole"))
+    statistics = f"solve.prepared={prepared.path}"
+    found, metrics = run(learned(*parted, statistics, f"output_dir={tmp_path}/request"))
+    assert_same(found, whole)
+    assert metrics["tokens"] < whole_metrics["tokens"] / 4, "only the request's rows were read"
+    check_prepared(
+        learned(*parted, statistics),
+        model_digest(cfg.model.path),
+        load_sets(learned(*parted).data).inputs(),
+    )
+    assert not compare(prepared.output).differences
+    texts = [json.loads(line)["answer"] for line in named + kept]
+    for path in prepared.path.rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        assert not any(text.encode() in content for text in texts), path

@@ -14,22 +14,23 @@ from pipelines.config.schema import UnlearnConfig
 from pipelines.model.load import build_alignment
 from pipelines.training import loop as training_loop
 from pipelines.training.loop import TrainingLoop
+from pipelines.training.worker import Worker
 from pipelines.training.worker_rows import sampled_tokens
 from rfa.batch import Row, collate
 
 
 def sampled(cfg: UnlearnConfig, batches: list[list[Row]]) -> list[Row]:
-    """The retain rows of the batches that are sampled, as a worker's loop reads them."""
-    loop: Any = object.__new__(TrainingLoop)
-    loop.job = SimpleNamespace(cfg=cfg, batches={"retain": len(batches)})
-    loop.engine = SimpleNamespace(device="cpu")
-    loop.sampled_rows = 0
-    loop.rows = SimpleNamespace(
+    """The retain rows of the batches that are sampled, as a worker reads them."""
+    worker: Any = object.__new__(Worker)
+    worker.job = SimpleNamespace(cfg=cfg, batches={"retain": len(batches)})
+    worker.engine = SimpleNamespace(device="cpu")
+    worker.sampled_rows = 0
+    worker.rows = SimpleNamespace(
         retain_batches=lambda start: (collate(rows, [], 0) for rows in batches[start:])
     )
-    loop._all_reduce = lambda values: values
+    worker.all_reduce = lambda values: values
     found: list[Row] = []
-    for rows, (_, tokens) in zip(batches, loop._sampled_batches(), strict=True):
+    for rows, (_, tokens) in zip(batches, worker.sampled_batches(), strict=True):
         if tokens:
             found += [row for row in rows if not row.utility]
     return found
@@ -66,18 +67,20 @@ def loop(cfg: UnlearnConfig, monkeypatch: pytest.MonkeyPatch) -> Any:
     values |= {"solve.mode": "off", "train.steps": 9, "train.checkpoint_every": 3}
     values |= {"objective.output": "masc", "objective.stop_at": 0.5, "train.forget_batch_size": 12}
     cfg = with_values(cfg, values)
-    loop: Any = object.__new__(TrainingLoop)
-    loop.taken, loop.messages, loop.reports = [], [], []
-    loop.job = SimpleNamespace(
-        cfg=cfg, steps=9, rate=lambda _: 0.1, messages=SimpleNamespace(put=loop.messages.append)
+    worker: Any = object.__new__(Worker)
+    messages: list[Any] = []
+    worker.job = SimpleNamespace(
+        cfg=cfg, steps=9, rate=lambda _: 0.1, messages=SimpleNamespace(put=messages.append)
     )
-    loop.module, loop.engine = build_alignment(cfg), SimpleNamespace(device="cpu")
-    loop.rank, loop.seconds = 0, 0.0
-    loop.rows = SimpleNamespace(
+    worker.module, worker.engine = build_alignment(cfg), SimpleNamespace(device="cpu")
+    worker.rank = 0
+    worker.rows = SimpleNamespace(
         steps=lambda _start: itertools.repeat(None),
         once=lambda name, batches: itertools.repeat([name], batches),
         collate=lambda retain, forget, _: collate(retain, [Row([3, 4], 1) for _ in forget], 0),
     )
+    loop: Any = TrainingLoop(worker)
+    loop.taken, loop.messages, loop.reports = [], messages, []
 
     def step(_rows: None, _rate: float) -> dict[str, float]:
         loop.taken.append(loop.module.progress)
