@@ -12,6 +12,7 @@ from pipelines.config.train import check_gpus
 RobustnessCheck = Literal[
     "quantised_8bit",
     "quantised_4bit",
+    "quantised_nf4",
     "relearn",
     "relearn_retain",
     "relearn_general",
@@ -50,8 +51,8 @@ class EvaluationConfig(Section):
     robustness: tuple[RobustnessCheck, ...] = Field(
         default=(),
         description="Attempts to bring the forget set back, on the models after and oracle: all, "
-        "or any of quantised_8bit, quantised_4bit (the forget and retain sets scored once more, with "
-        "rounded weights), relearn (50 steps of fine-tuning on half of the forget set), "
+        "or any of quantised_8bit, quantised_4bit, quantised_nf4 (the forget and retain sets scored "
+        "once more, with rounded weights), relearn (50 steps of fine-tuning on half of the forget set), "
         "relearn_retain and relearn_general (the same on as many rows of the retain or the general "
         "set, at most 64), relearn_1e-5 and relearn_1e-4 (relearn at these learning rates, not "
         "2e-5), relearn_lora (at 1e-4, of a LoRA of rank 16), leak_at_k (5 answers drawn at "

@@ -7,6 +7,7 @@ Shapes: O outputs, I inputs, G groups of inputs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pipelines.data.rows import content_hash
+from pipelines.evaluation.metrics.keys import Rounding
 from pipelines.evaluation.metrics.relearning import STEPS, Relearning
 from pipelines.model.answers import AnswerTraining
 from rfa.adapters import attach_everywhere, fused_weights
@@ -22,6 +24,27 @@ from rfa.batch import Row, collate
 from rfa.blocks import find_blocks
 
 GROUP = 32  # inputs that share a step, as in group-wise int4
+# NF4 (Dettmers et al. 2023, arXiv 2305.14314, appendix E): quantiles of a normal distribution, with
+# 0 among them, as shares of the largest absolute value of 64 neighbouring weights.
+NF4_GROUP = 64
+NF4_VALUES = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 RELEARN_ROWS = 8  # in one step, at most
 
 
@@ -47,26 +70,46 @@ def quantise_(weight_OI: Tensor, bits: int, group: int = GROUP) -> Tensor:
     return step_OG
 
 
-def quantise_blocks_(model: nn.Module, bits: int) -> list[str]:
+@torch.no_grad()
+def round_to_nf4_(weight_OI: Tensor) -> None:
+    """Round each value to the nearest of NF4_VALUES times its group's largest absolute value.
+
+    As bitsandbytes stores a model that is loaded in 4 bits, without its second rounding: that of
+    the groups' largest values.
+    """
+    outputs, inputs = weight_OI.shape
+    padded_OI = nn.functional.pad(weight_OI.float(), (0, -inputs % NF4_GROUP))
+    grouped_OGI = padded_OI.view(outputs, -1, NF4_GROUP)
+    largest_OG1 = grouped_OGI.abs().amax(-1, keepdim=True)
+    share_OGI = grouped_OGI / largest_OG1.clamp_min(torch.finfo(torch.float32).tiny)
+    values_V = torch.tensor(NF4_VALUES, device=weight_OI.device)
+    # A value is nearest to the one between whose bounds it lies.
+    bounds = (values_V[1:] + values_V[:-1]) / 2
+    rounded_OGI = values_V[torch.bucketize(share_OGI, bounds)] * largest_OG1
+    weight_OI.copy_(rounded_OGI.view(outputs, -1)[:, :inputs])
+
+
+def quantise_blocks_(model: nn.Module, rounding: Rounding) -> list[str]:
     """Round the weights of all linear layers and experts in the blocks; embeddings, norms, head stay.
 
     Returns:
         The names of the rounded layers, and of the experts' fused weights.
     """
     prefix, blocks = find_blocks(model)
+    round_ = round_to_nf4_ if rounding.is_normal else partial(quantise_, bits=rounding.bits)
     names: list[str] = []
     for name, module in blocks.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)):
             weight_OI = module.weight
             if isinstance(module, Conv1D):  # GPT-2's layers hold (I, O)
                 weight_OI = weight_OI.T
-            quantise_(weight_OI, bits)
+            round_(weight_OI)
             names.append(f"{prefix}.{name}")
     for name, weight in fused_weights(blocks).items():
         owner: Any = blocks.get_submodule(name.rpartition(".")[0])
         transposed = getattr(owner, "is_transposed", False)  # as gpt-oss's: (experts, I, O)
         for index in range(len(weight)):  # views of an iteration may not be changed in place
-            quantise_(weight[index].T if transposed else weight[index], bits)
+            round_(weight[index].T if transposed else weight[index])
         names.append(f"{prefix}.{name}")
     assert names, "an adapted model has linear layers in its blocks"
     return names

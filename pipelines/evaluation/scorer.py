@@ -92,7 +92,7 @@ class Scorer(ABC):
         relearns = isinstance(model.change, Relearned)
         network = self._network(model.name, "fp32" if relearns else self.cfg.train.precision)
         if isinstance(model.change, Rounding):
-            quantise_blocks_(network, model.change.bits)
+            quantise_blocks_(network, model.change)
         if isinstance(model.change, Beside):
             reference = self._network(model.change.reference, self.cfg.train.precision)
             self._reference = BlockRunner(reference)

@@ -54,7 +54,7 @@ def _by_rounding(before: Entry, after: Entry, oracle: Entry | None) -> list[str]
             if not metric.decisive or old is None or new is None or target is None:
                 continue
             if abs(old - target) >= RULE.min_gap and abs(new - target) >= abs(new - old):
-                found.append(f"rounding to {rounding.bits} bits")
+                found.append(rounding.words)
                 break
     return found
 

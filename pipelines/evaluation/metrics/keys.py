@@ -20,13 +20,16 @@ class Rounding(NamedTuple):
 
     name: str
     label: str
+    words: str  # what the verdict says was done
     bits: int
+    is_normal: bool = False  # NF4, whose values are quantiles of a normal distribution
     version: int = 1
 
 
 ROUNDINGS = (
-    Rounding("quantised_8bit", "Rounded to 8 bits", bits=8),
-    Rounding("quantised_4bit", "Rounded to 4 bits", bits=4),
+    Rounding("quantised_8bit", "Rounded to 8 bits", "rounding to 8 bits", bits=8),
+    Rounding("quantised_4bit", "Rounded to 4 bits", "rounding to 4 bits", bits=4),
+    Rounding("quantised_nf4", "Rounded to NF4", "rounding to NF4", bits=4, is_normal=True),
 )
 
 

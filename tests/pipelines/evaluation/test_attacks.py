@@ -4,21 +4,26 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from scipy.stats import norm
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.encoding.text import TextEncoder
 from pipelines.evaluation.attacks import (
+    NF4_VALUES,
     gradient_norm,
     learned_and_held_out,
     quantise_,
     quantise_blocks_,
     relearn_,
+    round_to_nf4_,
 )
+from pipelines.evaluation.metrics.keys import ROUNDINGS
 from pipelines.evaluation.metrics.relearning import RELEARNINGS, STEPS
 from pipelines.evaluation.scored_model import CHANGES, Relearned, ScoredModel
 from pipelines.evaluation.text_scorer import TextScorer
@@ -27,6 +32,7 @@ from pipelines.model.load import load_base
 from rfa.batch import Row, collate
 from tests.tiny_families import tiny_family
 
+BITS_4 = next(rounding for rounding in ROUNDINGS if rounding.name == "quantised_4bit")
 RELEARNED = ScoredModel("after", Relearned(STEPS[-1]))
 
 
@@ -88,9 +94,51 @@ def test_no_value_moves_by_more_than_half_a_step(bits: int, inputs: int) -> None
         assert torch.allclose(step_O, original_OI[:, inside].abs().amax(1) / (2 ** (bits - 1) - 1))
 
 
+def test_nf4_has_the_quantiles_of_a_normal_distribution() -> None:
+    # As bitsandbytes makes its map: 8 steps above 0 and 7 below it, the outermost quantile at `end`.
+    end = 0.9677083
+    above = norm.ppf(np.linspace(end, 0.5, 9)[:-1])
+    below = -norm.ppf(np.linspace(end, 0.5, 8)[:-1])
+    values = np.sort([*above, 0, *below])
+    assert pytest.approx(values / values.max(), abs=1e-5) == list(NF4_VALUES)
+
+
+def test_a_value_goes_to_the_nearest_of_nf4() -> None:
+    # 64 inputs are a group: the largest of the first is 2, of the second 0.5; the third has none.
+    weight_OI = torch.zeros(1, 160)
+    weight_OI[0, :6] = torch.tensor([-2.0, 0.15, 0.08, 0.07, -1.3, 0.89])
+    weight_OI[0, 64:67] = torch.tensor([0.5, 0.04, -0.31])
+    expected = {
+        0: -2,
+        1: 2 * 0.0795803,
+        2: 2 * 0.0795803,
+        3: 0,
+        4: -2 * 0.6961928,
+        5: 2 * 0.4407098,
+    }
+    expected |= {64: 0.5, 65: 0.5 * 0.0795803, 66: -0.5 * 0.6961928}
+    round_to_nf4_(weight_OI)
+    assert weight_OI[0].nonzero().flatten().tolist() == sorted(set(expected) - {3})
+    for index, value in expected.items():
+        assert float(weight_OI[0, index]) == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize("inputs", [64, 100])
+def test_nf4_is_nearer_than_even_steps_where_weights_are_normal(inputs: int) -> None:
+    original_OI = torch.randn(50, inputs, generator=torch.Generator().manual_seed(0))
+    even_OI, normal_OI = original_OI.clone(), original_OI.clone()
+    quantise_(even_OI, bits=4, group=64)
+    round_to_nf4_(normal_OI)
+    again_OI = normal_OI.clone()
+    round_to_nf4_(again_OI)
+    assert torch.equal(again_OI, normal_OI), "its values stay as they are"
+    even, normal = ((one - original_OI).square().mean() for one in (even_OI, normal_OI))
+    assert 0 < normal < even
+
+
 def test_only_linear_layers_inside_the_blocks_are_rounded(cfg: UnlearnConfig) -> None:
     model, original = load_base(cfg.model), load_base(cfg.model)
-    names = quantise_blocks_(model, bits=4)
+    names = quantise_blocks_(model, BITS_4)
     assert len(names) == 4 * 7  # q, k, v, o, gate, up and down of four blocks
     changed = {
         name
@@ -106,7 +154,7 @@ def test_layers_that_hold_their_weight_transposed_are_rounded_along_their_inputs
     layer: Any = model.transformer.h[0].mlp.c_fc  # pyright: ignore[reportAttributeAccessIssue]
     expected_OI = layer.weight.detach().T.clone()
     quantise_(expected_OI, bits=4)
-    assert "transformer.h.0.mlp.c_fc" in quantise_blocks_(model, bits=4)
+    assert "transformer.h.0.mlp.c_fc" in quantise_blocks_(model, BITS_4)
     assert torch.equal(layer.weight, expected_OI.T)
 
 
@@ -120,7 +168,7 @@ def test_the_fused_weights_of_experts_are_rounded_along_their_inputs(
     if transposed:
         expected_OI = expected_OI.T.clone()
     quantise_(expected_OI, bits=4)
-    assert "model.layers.0.mlp.experts.down_proj" in quantise_blocks_(model, bits=4)
+    assert "model.layers.0.mlp.experts.down_proj" in quantise_blocks_(model, BITS_4)
     found_OI = experts.down_proj[1].T if transposed else experts.down_proj[1]
     assert torch.equal(found_OI, expected_OI)
 
@@ -130,12 +178,13 @@ def test_a_model_is_rounded_after_it_is_loaded(
 ) -> None:
     scorer = TextScorer(cfg, {"after": ModelConfig(path=cfg.model.path)})
     table = pa.Table.from_pylist(rows)
-    changes = (None, CHANGES["quantised_8bit"], CHANGES["quantised_4bit"], None)
+    changes = (None, *(CHANGES[f"quantised_{name}"] for name in ("8bit", "4bit", "nf4")), None)
     losses: list[float] = []
     for change in changes:
         losses.append(scorer.score(ScoredModel("after", change), table)["forget", 0]["loss"])
-    assert losses[0] == losses[3], "the model itself is loaded anew"
-    assert 0 < abs(losses[1] - losses[0]) < abs(losses[2] - losses[0])
+    assert losses[0] == losses[4], "the model itself is loaded anew"
+    assert 0 < abs(losses[1] - losses[0]) < min(abs(loss - losses[0]) for loss in losses[2:4])
+    assert losses[2] != losses[3]
 
 
 def test_the_halves_are_every_second_row_by_number_and_share_no_words() -> None:
