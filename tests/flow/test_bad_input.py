@@ -418,7 +418,7 @@ CASES = [
     ),
     Case(
         "statistics for a mode that needs more",
-        [],
+        ["solve.mode=blockwise"],
         "solve.mode: found blockwise, allowed with prepare: per_token",
         "check_preparable",
         ("prepare",),
@@ -504,7 +504,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     changes = [f"output_dir={tmp_path}/out", *(text.format(**names) for text in case.changes)]
     lines = {}
     for command in case.commands:
-        code, lines[command] = invoke("quick", *overrides, *changes, command=command)
+        # It is for one mode alone.
+        mode = ["solve.mode=per_token"] if command == "prepare" else []
+        code, lines[command] = invoke("quick", *overrides, *mode, *changes, command=command)
         assert code == 2, (command, lines[command])
         assert lines[command].count("\n") == 1, (command, lines[command])
         assert case.message.format(**names) in lines[command], command

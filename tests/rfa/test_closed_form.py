@@ -135,6 +135,25 @@ def test_shards_in_any_split_and_order_give_the_same_statistics(
         torch.testing.assert_close(total.sum_DL, whole.sum_DL, rtol=1e-4, atol=1e-3)
 
 
+@given(cut=st.integers(1, 59), seed=st.integers(0, 100))
+@settings(max_examples=20, deadline=None)
+def test_the_statistics_of_all_less_those_of_a_part_are_those_of_the_rest(
+    cut: int, seed: int
+) -> None:
+    problem = Problem(seed)
+    part_ND, rest_ND = problem.retain_ND[:cut], problem.retain_ND[cut:]
+    for columns in (INPUTS, 5):
+        found = InputMoments.empty("module", INPUTS, columns)
+        found.add(part_ND)
+        found.negate_()
+        found.merge(problem.sums(columns))
+        rest = InputMoments.empty("module", INPUTS, columns)
+        rest.add(rest_ND)
+        assert (found.count, found.trace) == (len(rest_ND), pytest.approx(rest.trace, rel=1e-4))
+        largest = float(problem.sums(columns).sum_DL.abs().max())
+        torch.testing.assert_close(found.sum_DL, rest.sum_DL, rtol=0, atol=1e-5 * largest)
+
+
 def test_forget_rows_in_any_split_give_the_same_adapter() -> None:
     problem = Problem(
         forget=40

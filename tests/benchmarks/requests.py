@@ -1,0 +1,180 @@
+"""Five deletion requests, one after another, on one model: docs/requests.md.
+
+    python -m tests.benchmarks.requests
+
+Each names one author of the suite's problem authors-0, on the model that the request before it left, with the rows of
+all earlier requests as `data.earlier`. The first request's rows are scored after each, beside an oracle that was taught
+none of the five authors. What is complete is not made again.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.benchmarks.suite import (
+    DOCS,
+    FOLDER,
+    METHODS,
+    PROBLEMS,
+    SETS,
+    SMOLLM,
+    TEACH,
+    number,
+    ray_unlearn,
+)
+
+REQUESTS = 5
+PROBLEM = "authors-0"
+AUTHORS = FOLDER.with_name("requests")
+OTHERS = ("utility", "holdout", "general")  # sets that are the same for every request
+# Of the first request's rows, in the table's order.
+FIRST = (
+    "forget.token_distance",
+    "forget.token_distance_paraphrased",
+    "forget.probability",
+    "forget.probability_paraphrased",
+    "forget.fact_recall",
+    "forget.fact_recall_paraphrased",
+)
+KEPT = ("retain.probability", "general.probability")
+
+
+class Request(NamedTuple):
+    """The folder with a request's sets: `forget`, `retain`, and `earlier` but for the first one."""
+
+    folder: Path
+
+    def sets(self, *names: str) -> list[str]:
+        return [f"data.{name}.path={self.folder}/{name}.jsonl" for name in names]
+
+
+def write_requests(data: Path) -> list[Request]:
+    """Part the problem's rows: the authors to forget first, and then those to retain, one a request."""
+    rows: list[dict[str, Any]] = []
+    for name in ("forget", "retain"):
+        lines = (data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        rows += [json.loads(line) for line in lines]
+    authors = list(dict.fromkeys(row["author"] for row in rows))
+    requests: list[Request] = []
+    for index in range(REQUESTS):
+        parts = {
+            "forget": authors[index : index + 1],
+            "retain": authors[REQUESTS:],
+            "earlier": authors[:index],
+        }
+        folder = AUTHORS / f"rows-{index + 1}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, chosen in parts.items():
+            lines = [json.dumps(row) for row in rows if row["author"] in chosen]
+            if lines:
+                (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        requests.append(Request(folder))
+    return requests
+
+
+def evaluate(model: str, first: Request, settings: Sequence[str], name: str) -> Mapping[str, Any]:
+    """Return the scores of a model and of the oracle on the first request's rows."""
+    path = AUTHORS / f"{name}.json"
+    if not path.exists():
+        command = [sys.executable, "-m", "pipelines", "evaluate", "demo", *settings]
+        command += [*first.sets("forget", "retain"), "--model", model, "--output", str(path)]
+        subprocess.run(command, check=True)
+    return json.loads(path.read_text())["models"]
+
+
+def main() -> None:
+    """Make the oracle and the five runs, and write the page."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    problem = FOLDER / PROBLEM
+    data = problem / "data"
+    if not data.exists():
+        make_data = [sys.executable, "-m", "pipelines", "make-data", str(data), *PROBLEMS[PROBLEM]]
+        subprocess.run(make_data, check=True)
+    # The target is the suite's.
+    sets = [f"data.{name}.path={data}/{name}.jsonl" for name in SETS]
+    target = ray_unlearn(
+        "finetune", "demo", *sets, f"model.path={SMOLLM}", *TEACH,
+        output=problem / "target",
+    )  # fmt: skip
+    requests = write_requests(data)
+    others = [f"data.{name}.path={data}/{name}.jsonl" for name in OTHERS]
+    first = requests[0]
+    oracle = ray_unlearn(
+        "finetune", "demo", *first.sets("forget", "retain"), *others, f"model.path={SMOLLM}", *TEACH,
+        "finetune.sets=[retain,utility]", output=AUTHORS / "oracle",
+    )  # fmt: skip
+    settings = [*others, f"evaluation.oracle={oracle}/model", "evaluation.robustness=[]"]
+    model = f"{target}/model"
+    scores = [evaluate(model, first, [*settings, f"model.path={model}"], "before")]
+    seconds: list[float] = []
+    own: list[Mapping[str, Any]] = []
+    for index, request in enumerate(requests):
+        names = ("forget", "retain") if index == 0 else ("forget", "retain", "earlier")
+        changes = [*settings, *request.sets(*names), *METHODS["per-token"], f"model.path={model}"]
+        run = ray_unlearn("run", "demo", *changes, output=AUTHORS / f"request-{index + 1}")
+        result = json.loads((run / "scores.json").read_text())
+        seconds.append(result["cost"]["solve_s"])
+        own.append(result["models"])
+        model = f"{run}/model"
+        name = f"after-{index + 1}"
+        scores.append(evaluate(model, first, [*settings, f"model.path={target}/model"], name))
+        write(scores, own, seconds)
+
+
+def write(
+    scores: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]], seconds: Sequence[float]
+) -> None:
+    """Write the page: the first request's rows after each request, and what each did to its own."""
+    packages = [f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "ray")]
+    heads = ["before", *(f"after {index + 1}" for index in range(len(own))), "oracle"]
+    models = [*(entry["model"] for entry in scores), scores[0]["oracle"]]
+    lines = [
+        "# Five requests, one after another",
+        "",
+        f"Written by `python -m tests.benchmarks.requests` on {platform.machine()}, two CPU "
+        f"workers of one thread, fp32, {', '.join(packages)}: SmolLM2-135M-Instruct, taught the 20 "
+        "authors of the suite's problem authors-0. Each request names one author's 3 rows, on the "
+        "model that the request before it left, with the rows of earlier requests as "
+        "`data.earlier`. The oracle was taught none of the five authors.",
+        "",
+        "## The first request's rows, after each request",
+        "",
+        "| | " + " | ".join(heads) + " |",
+        "|---|" + "---:|" * len(heads),
+    ]
+    for name in (*FIRST, *KEPT):
+        cells = [number(model.get(name)) for model in models]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "## Each request's own rows",
+        "",
+        "| request | token distance before | after | probability before | after | oracle | facts before | after "
+        "| solver, s |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for index, entry in enumerate(own):
+        cells = [
+            entry["before"]["forget.token_distance"],
+            entry["after"]["forget.token_distance"],
+            entry["before"]["forget.probability"],
+            entry["after"]["forget.probability"],
+            entry["oracle"]["forget.probability"],
+            entry["before"]["forget.fact_recall"],
+            entry["after"]["forget.fact_recall"],
+        ]
+        numbers = [number(cell) for cell in cells]
+        lines.append(f"| {index + 1} | " + " | ".join(numbers) + f" | {seconds[index]:.0f} |")
+    (DOCS / "requests.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
