@@ -19,13 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 from pyarrow import parquet
-from ray.util import ActorPool
 
 from pipelines.cluster.tasks import on_this_node, result_of
 from pipelines.config.schema import UnlearnConfig
 from pipelines.data.rows import SET_SCHEMA
 from pipelines.data.sets import Sets, dataset_of
-from pipelines.evaluation.pool import start_workers
+from pipelines.evaluation.pool import scoring_pool
 from pipelines.storage.atomic import replacing
 from pipelines.terminal import Terminal
 
@@ -91,14 +90,9 @@ def _generate(
         answers.append(table)
         return rows_answered
 
-    workers = start_workers(cfg, {"before": cfg.model})
-    pool: Any = ActorPool(workers)
-    try:
+    with scoring_pool(cfg, {"before": cfg.model}) as pool:
         for rows_answered in pool.map_unordered(start, range(0, count, limit)):
             advance(rows_answered)
-    finally:
-        for worker in workers:  # nothing else gets their CPUs before they are gone
-            ray.kill(worker)
     return answers
 
 

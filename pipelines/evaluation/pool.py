@@ -6,6 +6,7 @@ a time. Rows leave the workers as numbers; no text comes back.
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -91,17 +92,11 @@ def _scored(
 
     # On the driver's node, where the queue outlives the workers' nodes.
     steps = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node()})
-    workers = start_workers(cfg, models, steps)
-    pool: Any = ActorPool(workers)
-    try:
-        with forwarded_messages(steps, advance):
-            for index, samples in pool.map_unordered(start, range(len(tasks))):
-                if not isinstance(tasks[index].model.change, Relearned):
-                    advance(tasks[index].work)
-                yield index, samples
-    finally:
-        for worker in workers:  # nothing else gets their CPUs and GPUs before they are gone
-            ray.kill(worker)
+    with scoring_pool(cfg, models, steps) as pool, forwarded_messages(steps, advance):
+        for index, samples in pool.map_unordered(start, range(len(tasks))):
+            if not isinstance(tasks[index].model.change, Relearned):
+                advance(tasks[index].work)
+            yield index, samples
 
 
 def evaluation_work(cfg: UnlearnConfig, models: Collection[str], sets: Sets) -> int:
@@ -118,10 +113,11 @@ def evaluation_work(cfg: UnlearnConfig, models: Collection[str], sets: Sets) -> 
     return work
 
 
-def start_workers(
+@contextmanager
+def scoring_pool(
     cfg: UnlearnConfig, models: dict[str, ModelConfig], steps: Queue | None = None
-) -> list[Any]:
-    """Start actors of `_Worker` on the resources of the training's workers.
+) -> "Iterator[Any]":
+    """Yield a pool of actors of `_Worker` on the resources of the training's workers.
 
     They are as many as those, unless each takes more GPUs. Those that relearn tell `steps`.
     """
@@ -136,7 +132,12 @@ def start_workers(
     }
     environment = {"env_vars": worker_environment(train)}
     remote = ray.remote(_Worker).options(**resources, runtime_env=environment)
-    return [remote.remote(cfg, models, steps) for _ in range(number)]
+    workers: list[Any] = [remote.remote(cfg, models, steps) for _ in range(number)]
+    try:
+        yield ActorPool(workers)
+    finally:
+        for worker in workers:  # nothing else gets their CPUs and GPUs before they are gone
+            ray.kill(worker)
 
 
 class _Worker:

@@ -114,7 +114,7 @@ def test_only_the_answers_are_new(sets: Sets, answered: Sets) -> None:
 def test_answers_that_are_there_are_taken_and_none_is_generated(
     cfg: UnlearnConfig, sets: Sets, answered: Sets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(own_answers, "start_workers", None)
+    monkeypatch.setattr(own_answers, "scoring_pool", None)
     path = Path(cfg.output_dir) / FILE_NAME
     table = parquet.read_table(path)
     assert table.column_names == ["row", "answer"]
