@@ -111,7 +111,12 @@ def main() -> None:
         "finetune", "demo", *first.sets("forget", "retain"), *others, f"model.path={SMOLLM}", *TEACH,
         "finetune.sets=[retain,utility]", output=AUTHORS / "oracle",
     )  # fmt: skip
-    settings = [*others, f"evaluation.oracle={oracle}/model", "evaluation.robustness=[]"]
+    settings = [
+        *others,
+        f"evaluation.oracle={oracle}/model",
+        "evaluation.robustness=[]",
+        "evaluation.quick=true",
+    ]
     model = f"{target}/model"
     scores = [evaluate(model, first, [*settings, f"model.path={model}"], "before")]
     seconds: list[float] = []
