@@ -21,12 +21,12 @@ from tests.benchmarks.suite import (
     DOCS,
     FOLDER,
     METHODS,
-    PROBLEMS,
-    SETS,
     SMOLLM,
     TEACH,
+    make,
     number,
     ray_unlearn,
+    target_of,
 )
 
 REQUESTS = 5
@@ -93,17 +93,10 @@ def main() -> None:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
-    problem = FOLDER / PROBLEM
-    data = problem / "data"
-    if not data.exists():
-        make_data = [sys.executable, "-m", "pipelines", "make-data", str(data), *PROBLEMS[PROBLEM]]
-        subprocess.run(make_data, check=True)
-    # The target is the suite's.
-    sets = [f"data.{name}.path={data}/{name}.jsonl" for name in SETS]
-    target = ray_unlearn(
-        "finetune", "demo", *sets, f"model.path={SMOLLM}", *TEACH,
-        output=problem / "target",
-    )  # fmt: skip
+    # Data and target are the suite's.
+    make(PROBLEM, [])
+    data = FOLDER / PROBLEM / "data"
+    target = target_of(PROBLEM).folder
     requests = write_requests(data)
     others = [f"data.{name}.path={data}/{name}.jsonl" for name in OTHERS]
     first = requests[0]

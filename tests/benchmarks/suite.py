@@ -66,6 +66,7 @@ METHODS = {
         "objective.weights={retain: 1, forget: 0.3, task: 3, output: 0.2}",
     ),
 }
+MARKERS = "osD^v<>"  # a problem each
 # The rows of the tables.
 SCORES = (
     "forget.token_distance",
@@ -94,43 +95,97 @@ class Outcome(NamedTuple):
     scores: dict[str, Mapping[str, Any]]
 
 
+class Command(NamedTuple):
+    """A command of the product, and where its results go."""
+
+    arguments: tuple[str, ...]
+    output: Path
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the results, named by the command's digest."""
+        digest = hashlib.sha256("\0".join(self.arguments).encode()).hexdigest()[:8]
+        return self.output.with_name(f"{self.output.name}-{digest}")
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the command has been run to its end."""
+        manifest = self.folder / "manifest.json"
+        return manifest.exists() and json.loads(manifest.read_text())["status"] == "complete"
+
+    def run(self) -> Path:
+        """Run the command unless it is complete, and return its folder."""
+        if not self.is_complete:
+            print(f"{self.folder}: ray-unlearn {' '.join(self.arguments)}", flush=True)
+            command = [sys.executable, "-m", "pipelines", *self.arguments]
+            subprocess.run([*command, f"output_dir={self.folder}"], check=True)
+        return self.folder
+
+
 def ray_unlearn(*arguments: str, output: Path) -> Path:
-    """Run a command of the product into a folder, named by the command's digest; returns the folder."""
-    digest = hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:8]
-    folder = output.with_name(f"{output.name}-{digest}")
-    manifest = folder / "manifest.json"
-    if not manifest.exists() or json.loads(manifest.read_text())["status"] != "complete":
-        print(f"{folder}: ray-unlearn {' '.join(arguments)}", flush=True)
-        command = [sys.executable, "-m", "pipelines", *arguments, f"output_dir={folder}"]
-        subprocess.run(command, check=True)
-    return folder
+    """Run a command of the product into a folder, unless it is complete; returns the folder."""
+    return Command(arguments, output).run()
 
 
-def solve(problem: str, methods: Sequence[str]) -> Outcome:
+def sets_of(problem: str) -> list[str]:
+    return [f"data.{name}.path={FOLDER / problem}/data/{name}.jsonl" for name in SETS]
+
+
+def target_of(problem: str) -> Command:
+    """Return the command that teaches a model all rows of a problem."""
+    model = f"model.path={MODELS.get(problem, SMOLLM)}"
+    arguments = ("finetune", "demo", *sets_of(problem), model, *TEACH)
+    return Command(arguments, FOLDER / problem / "target")
+
+
+def oracles_of(problem: str) -> list[Command]:
+    """Return the commands that teach a model a problem's rows without the forget set."""
+    oracles: list[Command] = []
+    for seed in ORACLES:
+        arguments = (
+            *target_of(problem).arguments,
+            "finetune.sets=[retain,utility]",
+            f"seed={seed}",
+        )
+        oracles.append(Command(arguments, FOLDER / problem / "oracle"))
+    return oracles
+
+
+def run_of(problem: str, method: str) -> Command:
+    """Return the command that unlearns by a method, and judges it beside the oracles."""
+    oracles = ",".join(f"{oracle.folder}/model" for oracle in oracles_of(problem))
+    changes = (
+        *sets_of(problem),
+        f"model.path={target_of(problem).folder}/model",
+        f"evaluation.oracle=[{oracles}]",
+        "evaluation.robustness=[]",
+        *METHODS[method],
+    )
+    return Command(("run", "demo", *changes), FOLDER / problem / method)
+
+
+def make(problem: str, methods: Sequence[str]) -> None:
     """Make what is missing of a problem, and run the methods on it."""
-    folder = FOLDER / problem
-    data = folder / "data"
+    model = Path(MODELS.get(problem, SMOLLM))
+    if not model.exists():
+        subprocess.run([sys.executable, "-m", "tests.fetch_model", str(model)], check=True)
+    data = FOLDER / problem / "data"
     if not data.exists():
         make_data = [sys.executable, "-m", "pipelines", "make-data", str(data), *PROBLEMS[problem]]
         subprocess.run(make_data, check=True)
-    sets = [f"data.{name}.path={data}/{name}.jsonl" for name in SETS]
-    teach = ("finetune", "demo", *sets, f"model.path={MODELS.get(problem, SMOLLM)}", *TEACH)
-    target = ray_unlearn(*teach, output=folder / "target")
-    oracles: list[str] = []
-    for seed in ORACLES:
-        retrain = (*teach, "finetune.sets=[retain,utility]", f"seed={seed}")
-        oracles.append(str(ray_unlearn(*retrain, output=folder / "oracle") / "model"))
-    scores: dict[str, Mapping[str, Any]] = {}
+    for command in (target_of(problem), *oracles_of(problem)):
+        command.run()
     for method in methods:
-        changes = (
-            *sets,
-            f"model.path={target}/model",
-            f"evaluation.oracle=[{','.join(oracles)}]",
-            "evaluation.robustness=[]",
-            *METHODS[method],
-        )
-        run = ray_unlearn("run", "demo", *changes, output=folder / method)
-        scores[method] = json.loads((run / "scores.json").read_text())
+        run_of(problem, method).run()
+
+
+def outcome_of(problem: str) -> Outcome:
+    """Return the scores of all methods that have been run on a problem."""
+    scores: dict[str, Mapping[str, Any]] = {}
+    for method in METHODS:
+        run = run_of(problem, method)
+        if run.is_complete:
+            scores[method] = json.loads((run.folder / "scores.json").read_text())
     return Outcome(problem, scores)
 
 
@@ -180,15 +235,22 @@ def write(outcomes: Sequence[Outcome]) -> None:
         "| method | settings beside the `demo` preset's |",
         "|---|---|",
     ]
-    for method in outcomes[0].scores:
+    for method in methods_in(outcomes):
         settings = " ".join(METHODS[method]).replace("|", "\\|")
         lines.append(f"| {method} | `{settings}` |")
     for outcome in outcomes:
         options = " ".join(PROBLEMS[outcome.problem])
-        lines += ["", f"## {outcome.problem}", "", f"`make-data {options}`", "", *table(outcome)]
+        model = Path(MODELS.get(outcome.problem, SMOLLM)).name
+        made = f"{model}, `make-data {options}`"
+        lines += ["", f"## {outcome.problem}", "", made, "", *table(outcome)]
     lines += ["", "![Token distance left against what is kept, a point a run](suite.png)", ""]
     (DOCS / "suite.md").write_text("\n".join(lines), encoding="utf-8")
     draw(outcomes)
+
+
+def methods_in(outcomes: Sequence[Outcome]) -> list[str]:
+    """Return the methods that have been run on any problem, in the table's order."""
+    return [name for name in METHODS if any(name in outcome.scores for outcome in outcomes)]
 
 
 def draw(outcomes: Sequence[Outcome]) -> None:
@@ -197,8 +259,8 @@ def draw(outcomes: Sequence[Outcome]) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for index, method in enumerate(outcomes[0].scores):
-        for outcome, marker in zip(outcomes, "osD^v", strict=False):
+    for index, method in enumerate(methods_in(outcomes)):
+        for outcome, marker in zip(outcomes, MARKERS, strict=False):
             if method not in outcome.scores:
                 continue
             models = outcome.scores[method]["models"]
@@ -208,7 +270,7 @@ def draw(outcomes: Sequence[Outcome]) -> None:
             )
             axes.scatter(left, kept, color=f"C{index}", marker=marker)
         axes.scatter([], [], color=f"C{index}", label=method)
-    for outcome, marker in zip(outcomes, "osD^v", strict=False):
+    for outcome, marker in zip(outcomes, MARKERS, strict=False):
         axes.scatter([], [], color="gray", marker=marker, label=outcome.problem)
     axes.axvline(1, color="gray", linewidth=0.8)
     axes.set_xlabel("token distance to the oracles: after / before (0: none left; 1: untouched)")
@@ -226,11 +288,11 @@ def main() -> None:
     parser.add_argument("--problems", default=",".join(PROBLEMS))
     parser.add_argument("--methods", default=",".join(METHODS))
     options = parser.parse_args()
-    outcomes: list[Outcome] = []
     for problem in options.problems.split(","):
-        outcomes.append(solve(problem, options.methods.split(",")))
+        make(problem, options.methods.split(","))
+        outcomes = [outcome for outcome in map(outcome_of, PROBLEMS) if outcome.scores]
         write(outcomes)
-    print(f"{DOCS / 'suite.md'}: {len(outcomes)} problems")
+        print(f"{DOCS / 'suite.md'}: {len(outcomes)} problems", flush=True)
 
 
 if __name__ == "__main__":
