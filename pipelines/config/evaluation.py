@@ -13,6 +13,7 @@ RobustnessCheck = Literal[
     "quantised_8bit",
     "quantised_4bit",
     "quantised_nf4",
+    "in_context",
     "relearn",
     "relearn_retain",
     "relearn_general",
@@ -52,7 +53,8 @@ class EvaluationConfig(Section):
         default=(),
         description="Attempts to bring the forget set back, on the models after and oracle: all, "
         "or any of quantised_8bit, quantised_4bit, quantised_nf4 (the forget and retain sets scored "
-        "once more, with rounded weights), relearn (50 steps of fine-tuning on half of the forget set), "
+        "once more, with rounded weights), in_context (forget questions behind 4 retained ones with "
+        "their answers), relearn (50 steps of fine-tuning on half of the forget set), "
         "relearn_retain and relearn_general (the same on as many rows of the retain or the general "
         "set, at most 64), relearn_1e-5 and relearn_1e-4 (relearn at these learning rates, not "
         "2e-5), relearn_lora (at 1e-4, of a LoRA of rank 16), leak_at_k (5 answers drawn at "

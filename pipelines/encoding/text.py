@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipelines.config.schema import ConfigError, ModelConfig
 from pipelines.config.text import reason_of
-from pipelines.data.conversations import Turn, questions_of, turns_of
+from pipelines.data.conversations import Turn, prompt_of, questions_of, turns_of
 from pipelines.encoding import chat
 from pipelines.encoding.records import columns_of, row_of
 from pipelines.encoding.refusals import refusal_of
@@ -63,6 +63,20 @@ class TextEncoder:
         # Nothing predicts the first token, and a text of one token has an answer all the same.
         ids = prompt_ids + answer_ids
         return ids, min(max(len(prompt_ids), 1), len(ids) - 1)
+
+    def pair_behind(
+        self, examples: Sequence[tuple[str, str]], prompt: str, answer: str
+    ) -> tuple[list[int], int]:
+        """Return what `pair` does of a question that stands behind others with their answers."""
+        after = self._answers(prompt, answer)[-1].text
+        if not self.tokenizer.chat_template:
+            shown = "".join(f"{question} {said}\n\n" for question, said in examples)
+            return self._pair(shown + prompt, after)
+        turns: list[Turn] = []
+        for question, said in examples:
+            turns += [Turn("user", question), Turn("assistant", said)]
+        asked = self._turns(prompt_of([*turns, Turn("user", prompt)]))
+        return self._pair(chat.render(self.tokenizer, asked, asks=True), after)
 
     def answer_ends(self, prompt: str, answer: str) -> list[int]:
         """Return the places of the end tokens among the labelled tokens of all of a row's answers."""

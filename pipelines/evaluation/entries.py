@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipelines.evaluation.intervals import Intervals, intervals_of
 from pipelines.evaluation.metrics import Sample, relearn_scores, summarise
-from pipelines.evaluation.metrics.keys import Rounding, versions
+from pipelines.evaluation.metrics.keys import InContext, Rounding, versions
 from pipelines.evaluation.metrics.relearning import STEPS
 from pipelines.evaluation.metrics.summary import Scores, mean_scores, spread
 from pipelines.evaluation.scored_model import (
@@ -153,7 +153,7 @@ def _rows_beside(name: str, oracle: str | None, samples: "SamplesByModel") -> li
 
 def _scores_of_change(model: ScoredModel, samples: "SamplesByModel") -> Scores:
     """Return what a model's entry holds of a change that was made to it."""
-    if isinstance(model.change, Rounding):
+    if isinstance(model.change, Rounding | InContext):
         scores: Scores = {}
         for key, value in summarise(_in_order(samples[model])).items():
             if key.partition(".")[0] in QUANTISED_SETS:

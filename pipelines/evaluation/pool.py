@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import ray
@@ -22,6 +22,7 @@ from pipelines.config.data import FORGOTTEN_SETS, KEPT_SETS
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.data.sets import Sets
 from pipelines.evaluation.entries import Evaluation, evaluation_of
+from pipelines.evaluation.metrics.keys import IN_CONTEXT, InContext
 from pipelines.evaluation.metrics.relearning import MOST_LEARNED
 from pipelines.evaluation.score_cache import Piece, ScoreCache, Task, digest_of
 from pipelines.evaluation.scored_model import (
@@ -42,6 +43,13 @@ ROWS_A_PIECE = 16
 ATTACKED_MODELS = ("after", "model")
 
 
+class OtherRows(NamedTuple):
+    """What attacks on the forget set take of other sets: rows to relearn, by set, and examples."""
+
+    learned: Mapping[str, list[Piece]]
+    shown: list[Piece]
+
+
 def evaluate(
     cfg: UnlearnConfig, models: dict[str, ModelConfig], sets: Sets, advance: Callable[[int], None]
 ) -> Evaluation:
@@ -51,7 +59,8 @@ def evaluate(
     for all others. What was scored before is read from the user's cache.
     """
     # Cutting the sets needs CPUs, and the workers take all there are: sets first.
-    tasks = _tasks(cfg, models, pieces_of(cfg, sets), _learned_pieces(cfg, sets))
+    others = OtherRows(_learned_pieces(cfg, sets), _shown_pieces(cfg, sets))
+    tasks = _tasks(cfg, models, pieces_of(cfg, sets), others)
     cache = ScoreCache(cfg, models)
     samples: defaultdict[ScoredModel, Samples] = defaultdict(dict)
     waiting: list[Task] = []
@@ -191,6 +200,8 @@ def _attacks_on(cfg: UnlearnConfig, name: str) -> list[Change]:
 
 def _sets_of(change: Change) -> tuple[str, ...]:
     """Return the sets that are scored after or beside a change, besides all."""
+    if isinstance(change, InContext):
+        return ("forget",)
     if isinstance(change, Beside):
         # Next-token distributions of what is, or was, forgotten are compared with the oracle's, and
         # those of what must stay with the original's.
@@ -202,12 +213,9 @@ def _tasks(
     cfg: UnlearnConfig,
     models: Collection[str],
     pieces: Mapping[str, list[Piece]],
-    learned: Mapping[str, list[Piece]],
+    others: OtherRows,
 ) -> list[Task]:
-    """Return the longest tasks first, then model after model, so that a worker loads each once.
-
-    `learned` has the rows of other sets that a relearning takes, besides the forget set's.
-    """
+    """Return the longest tasks first, then model after model, so that a worker loads each once."""
     # A relearning is one task of many steps. Begun last, it would keep one worker busy alone.
     relearnings: list[Task] = []
     tasks: list[Task] = []
@@ -216,11 +224,12 @@ def _tasks(
         for change in _changes_of(cfg, name, models):
             model = ScoredModel(name, change)
             if isinstance(change, Relearned):
-                of_others = learned.get(change.by.learned, [])
+                of_others = others.learned.get(change.by.learned, [])
                 relearnings.append(Task(model, pieces["forget"] + of_others))
                 continue
+            shown = others.shown if isinstance(change, InContext) else []
             for set_name in _sets_of(change):
-                tasks += [Task(model, [piece]) for piece in pieces.get(set_name, [])]
+                tasks += [Task(model, [piece, *shown]) for piece in pieces.get(set_name, [])]
     return relearnings + tasks
 
 
@@ -245,6 +254,13 @@ def _learned_pieces(cfg: UnlearnConfig, sets: Sets) -> dict[str, list[Piece]]:
         if isinstance(change, Relearned) and change.by.learned != "forget":
             limits[change.by.learned] = min(half, MOST_LEARNED, sets.counts[change.by.learned])
     return _cut(cfg, sets, limits)
+
+
+def _shown_pieces(cfg: UnlearnConfig, sets: Sets) -> list[Piece]:
+    """Return the retained rows that forget questions are asked behind."""
+    if IN_CONTEXT.name not in cfg.evaluation.robustness:
+        return []
+    return _cut(cfg, sets, {"retain": min(IN_CONTEXT.examples, sets.counts["retain"])})["retain"]
 
 
 def _cut(cfg: UnlearnConfig, sets: Sets, limits: Mapping[str, int]) -> dict[str, list[Piece]]:

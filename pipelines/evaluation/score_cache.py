@@ -22,6 +22,7 @@ import pyarrow as pa
 import rfa
 from pipelines.config.data import FORGOTTEN_SETS
 from pipelines.config.schema import ModelConfig, UnlearnConfig
+from pipelines.evaluation.metrics.keys import InContext
 from pipelines.evaluation.scored_model import Beside, Change, Relearned, ScoredModel
 from pipelines.storage.filesystem import cache_folder
 from pipelines.storage.seal import file_digest
@@ -53,6 +54,8 @@ class Task(NamedTuple):
         """The task's part of `evaluation_work`: rows, or steps of relearning."""
         if isinstance(self.model.change, Relearned):
             return self.model.change.steps
+        if isinstance(self.model.change, InContext):  # the other pieces are examples
+            return self.pieces[0].num_rows
         return sum(piece.num_rows for piece in self.pieces)
 
     @property

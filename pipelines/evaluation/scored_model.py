@@ -5,7 +5,7 @@ The changes are what could bring back what a model has forgotten (`pipelines.eva
 
 from typing import NamedTuple
 
-from pipelines.evaluation.metrics.keys import ROUNDINGS, Rounding
+from pipelines.evaluation.metrics.keys import RESCORINGS, InContext, Rounding
 from pipelines.evaluation.metrics.relearning import RELEARNINGS, STEPS, Relearning
 
 
@@ -22,7 +22,7 @@ class Beside(NamedTuple):
     reference: str
 
 
-Change = Rounding | Relearned | Beside
+Change = Rounding | InContext | Relearned | Beside
 
 
 class ScoredModel(NamedTuple):
@@ -34,7 +34,7 @@ class ScoredModel(NamedTuple):
 
 # By their names in `evaluation.robustness`.
 CHANGES: dict[str, Change] = {
-    **{rounding.name: rounding for rounding in ROUNDINGS},
+    **{rescoring.name: rescoring for rescoring in RESCORINGS},
     **{relearning.name: Relearned(STEPS[-1], relearning) for relearning in RELEARNINGS},
 }
 QUANTISED_SETS = ("forget", "retain")  # sets that models of rounded weights are scored on

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.evaluation.attacks import quantise_blocks_
 from pipelines.evaluation.metrics import Sample
-from pipelines.evaluation.metrics.keys import Rounding
+from pipelines.evaluation.metrics.keys import InContext, Rounding
 from pipelines.evaluation.scored_model import Beside, Relearned, ScoredModel, is_oracle
 from pipelines.model.load import load_base
 from rfa.blocks import BlockRunner
@@ -53,11 +53,19 @@ class Scorer(ABC):
         """Return the numbers of each row under a model."""
         self.load(model)
         with torch.inference_mode():
-            return self._compare(rows) if isinstance(model.change, Beside) else self._score(rows)
+            if isinstance(model.change, Beside):
+                return self._compare(rows)
+            if isinstance(model.change, InContext):
+                return self._score_in_context(rows)
+            return self._score(rows)
 
     def _compare(self, rows: pa.Table) -> Samples:
         """Return each row's distances between the loaded model and its reference."""
         raise NotImplementedError("only language models are compared token by token")
+
+    def _score_in_context(self, rows: pa.Table) -> Samples:
+        """Return the numbers of the forget rows among these, each asked behind the others."""
+        raise NotImplementedError("only language models are shown examples")
 
     @abstractmethod
     def _score(self, rows: pa.Table) -> Samples:

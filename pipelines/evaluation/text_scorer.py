@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pipelines.config.data import FORGOTTEN_SETS
 from pipelines.config.schema import ModelConfig, UnlearnConfig
-from pipelines.data.conversations import answers_of, questions_of
+from pipelines.data.conversations import answers_of, questions_of, turns_of
 from pipelines.encoding.text import TextEncoder
+from pipelines.encoding.windows import windows_of
 from pipelines.evaluation.attacks import gradient_norm, learned_and_held_out, relearn_
 from pipelines.evaluation.generation import Question, generate
 from pipelines.evaluation.metrics import TokenStatistics, sample_scores
@@ -49,13 +50,17 @@ Tokens = TypeVar("Tokens", TokenStatistics, TokenDistances)
 
 
 class Text(NamedTuple):
-    """A prompt with an answer whose likelihood is wanted, and the answer's fact ('': none)."""
+    """A prompt with an answer whose likelihood is wanted, and the answer's fact ('': none).
+
+    `examples` are questions and answers that stand before it.
+    """
 
     row: int
     kind: str  # the number that its loss is; an "answer" gives more than that
     prompt: str
     answer: str
     fact: str = ""
+    examples: tuple[tuple[str, str], ...] = ()
 
 
 class TextScorer(Scorer):
@@ -126,6 +131,17 @@ class TextScorer(Scorer):
             numbers[index]["leak_at_k"] = score
         return samples_of(records, numbers)
 
+    def _score_in_context(self, rows: pa.Table) -> Samples:
+        """Return the likelihoods of the forget set's lone questions, behind the other rows."""
+        asked = [row for row in rows.to_pylist() if len(turns_of(row["prompt"])) == 1]
+        shown = [(row["prompt"], row["answer"]) for row in asked if row["set"] != "forget"]
+        asked = [row for row in asked if row["set"] == "forget"]
+        texts: list[Text] = []
+        for index, row in enumerate(asked):
+            for text in _texts(index, row, is_quick=True):
+                texts.append(text._replace(examples=tuple(shown)))
+        return samples_of(asked, self._likelihoods(len(asked), texts)) if shown else {}
+
     @property
     def _samples_answers(self) -> bool:
         """Whether answers are drawn, of a model as it is: rounded ones would cost as much again."""
@@ -172,9 +188,15 @@ class TextScorer(Scorer):
                 norms.append(gradient_norm(self.runner.model, loss))
         return float(np.mean(norms))
 
-    def _windows(self, prompt: str, answer: str) -> list[Row]:
-        """Return the windows that cover a row, as the model reads them."""
-        windows = self._encoder.windows(prompt, answer)
+    def _windows(
+        self, prompt: str, answer: str, examples: Sequence[tuple[str, str]] = ()
+    ) -> list[Row]:
+        """Return the windows that cover a row, as the model reads it behind the examples."""
+        if examples:
+            pair = self._encoder.pair_behind(examples, prompt, answer)
+            windows = windows_of(*pair, self.cfg.data.max_tokens)
+        else:
+            windows = self._encoder.windows(prompt, answer)
         return [Row(window.input_ids, window.answer_start) for window in windows]
 
     def _likelihoods(self, num_rows: int, texts: list[Text]) -> list[dict[str, Any]]:
@@ -224,7 +246,7 @@ class TextScorer(Scorer):
         windows: list[Row] = []
         text_of: list[int] = []
         for index, text in enumerate(texts):
-            rows = self._windows(text.prompt, text.answer)
+            rows = self._windows(text.prompt, text.answer, text.examples)
             windows += rows
             text_of += [index] * len(rows)
         measured: dict[int, Tokens] = {}

@@ -8,7 +8,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
-from pipelines.evaluation.metrics.keys import ROUNDINGS
+from pipelines.evaluation.metrics.keys import RESCORINGS
 from pipelines.evaluation.metrics.membership import CHANCE
 from pipelines.evaluation.metrics.metric import Metric
 from pipelines.evaluation.metrics.relearning import RELEARNINGS, STEPS
@@ -23,7 +23,7 @@ def hidden_traces(before: Entry, after: Entry, oracle: Entry | None) -> list[str
     traces: list[str] = []
     if remembered := _remembered(after):
         traces.append(f"not row by row: {remembered}")
-    if brought_back := [*_by_rounding(before, after, oracle), *_by_relearning(after, oracle)]:
+    if brought_back := [*_by_rescoring(before, after, oracle), *_by_relearning(after, oracle)]:
         traces.append(f"it comes back by {join_words(brought_back)}")
     return traces
 
@@ -42,19 +42,19 @@ def _remembered(after: Entry) -> str:
     return ""
 
 
-def _by_rounding(before: Entry, after: Entry, oracle: Entry | None) -> list[str]:
-    """Name the roundings of the weights that bring the forget set back."""
+def _by_rescoring(before: Entry, after: Entry, oracle: Entry | None) -> list[str]:
+    """Name the roundings, and what is shown before a question, that bring the forget set back."""
     found: list[str] = []
-    for rounding in ROUNDINGS:
+    for rescoring in RESCORINGS:
         for metric in JUDGED:
             name = metric.key("forget")
-            rounded = f"{rounding.name}.{name}"
-            old, new = before.get(name), after.get(rounded)
-            target = oracle.get(rounded) if oracle else stand_in(metric, before)
+            key = f"{rescoring.name}.{name}"
+            old, new = before.get(name), after.get(key)
+            target = oracle.get(key) if oracle else stand_in(metric, before)
             if not metric.decisive or old is None or new is None or target is None:
                 continue
             if abs(old - target) >= RULE.min_gap and abs(new - target) >= abs(new - old):
-                found.append(rounding.words)
+                found.append(rescoring.words)
                 break
     return found
 

@@ -21,7 +21,7 @@ from pipelines.config.data import KEPT_SETS
 from pipelines.config.load import load_config
 from pipelines.config.schema import ConfigError, UnlearnConfig
 from pipelines.evaluation.metrics.distance import MARGIN
-from pipelines.evaluation.metrics.keys import ROUNDINGS, metric_of
+from pipelines.evaluation.metrics.keys import RESCORINGS, metric_of
 from pipelines.evaluation.metrics.membership import chance_gap
 from pipelines.evaluation.metrics.metric import Metric
 from pipelines.evaluation.metrics.relearning import RELEARNINGS
@@ -165,7 +165,7 @@ def _view(run: Run) -> dict[str, Any]:
         "models": list(models),
         "scores": scores,
         "has_intervals": bool(intervals),
-        "roundings": ROUNDINGS,
+        "rescorings": RESCORINGS,
         "decisive": [m.decisive for m in METRICS if m.decisive and m.key("forget") in scores],
         "verdict": verdict(run.scores),
         "floor": models.get("oracle", {}).get(TOKEN_DISTANCE),

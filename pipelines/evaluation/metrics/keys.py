@@ -2,8 +2,8 @@
 
 A key is a set and a metric (`forget.loss`), a metric of the whole model (`mia.loss`, `privleak`),
 one of a model that was relearned for some steps (`relearn.probability.5`, and the same on other
-rows: `relearn_retain.probability.5`), or any of the first after a rounding
-(`quantised_4bit.forget.loss`).
+rows: `relearn_retain.probability.5`), or any of the first of rows that are scored once more: with
+rounded weights (`quantised_4bit.forget.loss`), or behind others (`in_context.forget.loss`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -33,6 +33,25 @@ ROUNDINGS = (
 )
 
 
+class InContext(NamedTuple):
+    """Forget questions behind retained ones with their answers, which has a version of its own.
+
+    What a model was only taught not to say may come back in a context of answers: after the
+    in-context attack of Lynch et al. 2024 (arXiv 2402.16835), with retained rows as its context.
+    """
+
+    name: str = "in_context"
+    label: str = "Behind 4 retained answers"
+    words: str = "4 retained answers before the question"
+    examples: int = 4
+    version: int = 1
+
+
+IN_CONTEXT = InContext()
+# What scores rows of some sets once more.
+RESCORINGS = (*ROUNDINGS, IN_CONTEXT)
+
+
 # What a key begins with, in the terminal's order, and its words there.
 TERMINAL_GROUPS = {
     "forget": "forget",
@@ -52,7 +71,7 @@ def metric_of(key: str) -> Metric:
         KeyError: the table has no such metric.
     """
     head, _, rest = key.partition(".")
-    if any(head == rounding.name for rounding in ROUNDINGS):
+    if any(head == rescoring.name for rescoring in RESCORINGS):
         return metric_of(rest)
     if head in SET_NAMES:
         return BY_NAME[rest]
@@ -63,12 +82,12 @@ def metric_of(key: str) -> Metric:
 
 
 def versions(models: Iterable[Mapping[str, float | None]]) -> dict[str, int]:
-    """Return the version of all metrics, roundings and relearnings in entries of a score file."""
+    """Return the version of all metrics, rescorings and relearnings in entries of a score file."""
     by_name: dict[str, int] = {}
     for key in set().union(*models):
         metric = metric_of(key)
         by_name[metric.name] = metric.version
-        for change in (*ROUNDINGS, *RELEARNINGS):
+        for change in (*RESCORINGS, *RELEARNINGS):
             if key.startswith(f"{change.name}."):
                 by_name[change.name] = change.version
     return dict(sorted(by_name.items()))

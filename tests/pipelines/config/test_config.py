@@ -100,7 +100,9 @@ def test_another_word_for_robustness_is_refused_with_what_is_allowed(found: str)
     given = "null" if found == "None" else found
     with pytest.raises(ConfigError) as caught:
         load_config("quick", [f"evaluation.robustness={given}"])
-    allowed = "allowed: all, or a list of quantised_8bit, quantised_4bit, quantised_nf4, relearn, "
+    allowed = (
+        "allowed: all, or a list of quantised_8bit, quantised_4bit, quantised_nf4, in_context, "
+    )
     assert str(caught.value).startswith(f"evaluation.robustness: found {found}, {allowed}")
 
 

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 @pytest.fixture(scope="module")
 def cfg(overrides: list[str]) -> UnlearnConfig:
     changes = [
-        "evaluation.robustness=[quantised_8bit,relearn,relearn_general,leak_at_k]",
+        "evaluation.robustness=[quantised_8bit,in_context,relearn,relearn_general,leak_at_k]",
         "evaluation.max_rows=3",
         "evaluation.max_new_tokens=1",
     ]
@@ -58,9 +58,9 @@ def test_the_work_told_in_advance_is_the_work_done(cfg: UnlearnConfig, sets: Set
     done: list[int] = []
     models = {"model": cfg.model, "oracle": cfg.model}
     evaluation = evaluate(cfg, models, sets, done.append)
-    # Two models, five sets of three rows; each rounded on two sets; each relearned twice; one set
-    # compared.
-    work = 2 * 15 + 2 * 6 + 2 * 2 * STEPS[-1] + 3
+    # Two models, five sets of three rows; each rounded on two sets, and asked behind examples on
+    # one; each relearned twice; one set compared.
+    work = 2 * 15 + 2 * 6 + 2 * 3 + 2 * 2 * STEPS[-1] + 3
     assert sum(done) == evaluation_work(cfg, models, sets) == work
     assert done.count(1) == 2 * 2 * STEPS[-1], "the steps of relearning are told one by one"
     found = set(evaluation.content())
@@ -72,6 +72,9 @@ def test_the_work_told_in_advance_is_the_work_done(cfg: UnlearnConfig, sets: Set
             entry["forget.probability"], rel=0.01
         )
         assert "quantised_8bit.holdout.loss" not in entry
+        assert entry["in_context.forget.probability"] != entry["forget.probability"]
+        assert "in_context.retain.probability" not in entry, "the examples are not scored"
+        assert "in_context.forget.truth_ratio" not in entry, "likelihoods of right answers alone"
         assert entry["forget.leak_at_k"] is not None
         assert "retain.leak_at_k" not in entry
         assert "relearn.probability.50" in entry

@@ -15,7 +15,7 @@ from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.data.conversations import Turn, prompt_of
 from pipelines.encoding.text import TextEncoder
 from pipelines.evaluation.metrics import TokenStatistics
-from pipelines.evaluation.metrics.keys import ROUNDINGS
+from pipelines.evaluation.metrics.keys import IN_CONTEXT, ROUNDINGS
 from pipelines.evaluation.metrics.membership import min_k
 from pipelines.evaluation.metrics.text import rouge_recall
 from pipelines.evaluation.scored_model import Beside, ScoredModel
@@ -294,6 +294,46 @@ def test_a_rounded_model_is_not_asked_again(cfg: UnlearnConfig, rows: list[dict[
     (found,) = scorer.score(ScoredModel("m"), table).values()
     (rounded,) = scorer.score(ScoredModel("m", ROUNDINGS[0]), table).values()
     assert found.keys() - rounded.keys() == {"leak_at_k"}
+
+
+def test_a_question_is_asked_behind_retained_ones_with_their_answers(
+    cfg: UnlearnConfig, rows: list[dict[str, Any]]
+) -> None:
+    forget = [row for row in rows if row["set"] == "forget"]
+    shown = [{**forget[1], "set": "retain", "row": 7, "prompt": "Why?", "answer": "So."}]
+    shown.append({**shown[0], "row": 9, "prompt": "How?", "answer": "Thus."})
+    # A plain text has no question, and a conversation has a context of its own.
+    turns = [Turn("user", "Who?"), Turn("assistant", "I."), Turn("user", "You?")]
+    others = [{**forget[0], "row": 80, "prompt": ""}]
+    others.append({**forget[0], "row": 81, "prompt": prompt_of(turns)})
+    scorer = TextScorer(cfg, {"m": cfg.model})
+    in_context = ScoredModel("m", IN_CONTEXT)
+    found = scorer.score(in_context, pa.Table.from_pylist([*shown, *forget, *others]))
+    assert list(found) == [("forget", row["row"]) for row in forget]
+
+    context = (
+        "Why?<|end|><|assistant|>So.<|end|><|user|>How?<|end|><|assistant|>Thus.<|end|><|user|>"
+    )
+    for row in forget:
+        loss = found["forget", row["row"]]["loss"]
+        assert loss == pytest.approx(
+            plain_loss(cfg, context + row["prompt"], row["answer"]), rel=1e-4
+        )
+        assert loss != pytest.approx(plain_loss(cfg, row["prompt"], row["answer"]), rel=1e-4)
+    assert "fact_recall" in found["forget", forget[0]["row"]]
+    assert scorer.score(in_context, pa.Table.from_pylist(forget)) == {}, "there are no examples"
+
+
+def test_without_a_template_examples_are_paragraphs(cfg: UnlearnConfig) -> None:
+    encoder = TextEncoder(cfg.model, None, 128)
+    encoder.tokenizer.chat_template, template = None, encoder.tokenizer.chat_template
+    try:
+        ids, start = encoder.pair_behind([("Why?", "So."), ("How?", "Thus.")], "Who?", "Nobody.")
+        alone, alone_start = encoder.pair("Who?", "Nobody.")
+    finally:
+        encoder.tokenizer.chat_template = template
+    assert encoder.tokenizer.decode(ids[:start]) == "Why? So.\n\nHow? Thus.\n\nWho?"
+    assert ids[start:] == alone[alone_start:]
 
 
 def test_a_rows_gradient_norm_is_that_of_its_loss(

@@ -379,16 +379,25 @@ def test_retained_facts_that_are_gone_are_a_cost_even_where_probabilities_stay()
     assert "0 % of the retained facts" in sentence
 
 
+@pytest.mark.parametrize(
+    ("attack", "words"),
+    [
+        ("quantised_4bit", "rounding to 4 bits"),
+        ("in_context", "4 retained answers before the question"),
+    ],
+)
 @pytest.mark.parametrize("after_rounding", [0.89, 0.52])
-def test_what_rounding_brings_back_was_only_hidden(after_rounding: float) -> None:
-    recall = "quantised_4bit.forget.fact_recall"
+def test_what_rounding_or_examples_bring_back_was_only_hidden(
+    after_rounding: float, attack: str, words: str
+) -> None:
+    recall = f"{attack}.forget.fact_recall"
     models = {"before": forget_entry(0.9), "oracle": forget_entry(0.5) | {recall: 0.5}}
     level, sentence = verdict(
         scores_of(after=forget_entry(0.5) | {recall: after_rounding}, **models)
     )
     comes_back = after_rounding == 0.89
     assert level == ("traces_remain" if comes_back else "indistinguishable")
-    assert ("but it comes back by rounding to 4 bits" in sentence) == comes_back
+    assert (f"but it comes back by {words}" in sentence) == comes_back
 
 
 @pytest.mark.parametrize(

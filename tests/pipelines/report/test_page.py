@@ -238,7 +238,7 @@ def test_robustness_is_shown_beside_the_oracles_with_a_curve(tmp_path: Path) -> 
     ).read_text(encoding="utf-8")
     section, scores = page.split("<h2>Robustness</h2>")[1].split("<h2>All scores</h2>")
     cells = re.findall(r"<td[^>]*>([^<]*)<", section)
-    assert cells[cells.index("Unrounded") :][:3] == ["Unrounded", "0.500", "0.500"]
+    assert cells[cells.index("As it is") :][:3] == ["As it is", "0.500", "0.500"]
     assert cells[cells.index("Rounded to 4 bits") :][:3] == ["Rounded to 4 bits", "0.623", "0.498"]
     row = cells.index("From half of the forget set")
     assert cells[row + 1 : row + 3] == ["10", "not reached"]
