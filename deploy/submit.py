@@ -80,11 +80,12 @@ def _shipped_command(command: Sequence[str]) -> tuple[list[str], dict[str, Path]
     name, config, *rest = command
     cfg = read_config(config, [text for text in rest if OVERRIDE.match(text)])
     check_settings(cfg, COMMANDS[name])
-    if "://" not in cfg.output_dir and not Path(cfg.output_dir).is_absolute():
-        raise ConfigError(
-            f"output_dir: found '{cfg.output_dir}', allowed in a job: an absolute path that all "
-            "nodes share, s3:// or gs://; a relative one would go with the job"
-        )
+    for key, place in (("output_dir", cfg.output_dir), ("solve.prepared", cfg.solve.prepared)):
+        if place is not None and "://" not in place and not Path(place).is_absolute():
+            raise ConfigError(
+                f"{key}: found '{place}', allowed in a job: an absolute path that all nodes share, "
+                "s3:// or gs://; a relative one would go with the job"
+            )
     spaces = [text for option, text in pairwise(rest) if option == "--space"]
     arguments = [name]
     files: dict[str, Path] = {}

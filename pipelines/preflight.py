@@ -21,8 +21,8 @@ from pipelines.encoding.windows import Lengths, treatment
 from pipelines.evaluation.scored_model import oracle_names
 from pipelines.storage.chain import check_parent
 from pipelines.storage.output import refuse_store
-from pipelines.storage.prepared import check_prepared
-from pipelines.storage.run_folder import RunFolder, model_digest
+from pipelines.storage.prepared import TRAINED, check_prepared
+from pipelines.storage.run_folder import RunFolder
 from pipelines.terminal import Terminal
 from pipelines.tracking.mirror import check_tracking
 
@@ -52,6 +52,8 @@ def check_settings(cfg: UnlearnConfig, purpose: Purpose) -> None:
         check_learned_sets(cfg)
     if purpose == "prepare":
         check_preparable(cfg)
+    if purpose == "prepare" or (purpose == "run" and cfg.solve.prepared is not None):
+        refuse_thinned(cfg)
     if purpose == "run":
         check_read(cfg)
     if purpose == "tune":
@@ -102,8 +104,8 @@ def preflight(
     check_labels(cfg, sets)
     if purpose in ("run", "tune"):
         check_target(cfg, sets)
-    if purpose == "finetune":
-        check_answered(cfg, sets)
+    if purpose in ("finetune", "prepare"):
+        check_answered(cfg, sets, purpose)
     if run is not None:
         run.check_inputs(sets.inputs())
     check_template(cfg, sets)
@@ -111,7 +113,7 @@ def preflight(
     if purpose in ("run", "tune"):
         # Last, as these read all weights and all statistics.
         check_parent(cfg.model.path)
-        check_prepared(cfg, model_digest(cfg.model.path), sets.inputs())
+        check_prepared(cfg, sets.inputs())
     terminal.say("Data: " + ", ".join(f"{name} {sets.counts[name]} rows" for name in sets.names()))
     for name, of_set in lengths.items():
         if of_set.long_rows:
@@ -150,6 +152,20 @@ def check_preparable(cfg: UnlearnConfig) -> None:
         raise ConfigError(f"solve.mode: found {cfg.solve.mode}, allowed with prepare: per_token")
     if cfg.prune.method != "none":
         raise ConfigError(f"prune.method: found {cfg.prune.method}, allowed with prepare: none")
+
+
+def refuse_thinned(cfg: UnlearnConfig) -> None:
+    """Refuse `max_rows` where prepared statistics must be of all rows that may be forgotten.
+
+    Which rows it leaves out changes with how forget and retain set are parted.
+    """
+    for name in TRAINED:
+        max_rows = getattr(cfg.data, name).max_rows
+        if max_rows is not None:
+            raise ConfigError(
+                f"data.{name}.max_rows: found {max_rows}, "
+                "allowed with prepare and solve.prepared: null"
+            )
 
 
 def refuse_prepared(cfg: UnlearnConfig) -> None:
@@ -214,17 +230,18 @@ def check_partitioning(cfg: UnlearnConfig, purpose: Purpose) -> None:
         )
 
 
-def check_answered(cfg: UnlearnConfig, sets: Sets) -> None:
-    """Require an answer in every row that fine-tuning learns.
+def check_answered(cfg: UnlearnConfig, sets: Sets, purpose: Purpose) -> None:
+    """Require an answer in every row that fine-tuning learns, or whose statistics are prepared.
 
-    `run` lets the model answer such rows itself. Its own answers would teach it nothing here.
+    `run` lets the model answer such rows itself. Its own answers would teach it nothing here, and
+    what they are depends on settings of the run.
     """
-    if sets.unanswered and "utility" in cfg.finetune.sets:
+    if sets.unanswered and (purpose == "prepare" or "utility" in cfg.finetune.sets):
         assert cfg.data.utility is not None
         raise ConfigError(
             f"data.utility.path: {cfg.data.utility.path}: {sets.unanswered} of "
             f"{sets.counts['utility']} rows have no answer, allowed for `run` only; "
-            "here an answer in every row, or finetune.sets without utility"
+            "here an answer in every row, or no such set"
         )
 
 

@@ -1,4 +1,4 @@
-"""The flow of `run`, `finetune` and `evaluate`.
+"""The flow of `run`, `finetune`, `prepare` and `evaluate`.
 
 `unlearn` reads from top to bottom, from the configuration to the report. The functions below it
 are its steps.
@@ -25,7 +25,7 @@ from pipelines.evaluation.pool import evaluate, evaluation_work
 from pipelines.evaluation.verdict import verdict
 from pipelines.preflight import check_settings, oracles_of, preflight
 from pipelines.report.page import write_report
-from pipelines.storage.prepared import STATISTICS
+from pipelines.storage.prepared import STATISTICS, model_files_digest
 from pipelines.storage.run_folder import RunFolder
 from pipelines.terminal import Terminal
 from pipelines.tracking.mirror import (
@@ -123,8 +123,8 @@ def prepare(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
     with run.output.working_copy(), session(cfg.train, run.path / "run.log", terminal, preload):
         sets = preflight(cfg, "prepare", terminal, run=run).sets
         run.begin(sets.inputs())
-        sets = with_own_answers(cfg, sets, run.path, terminal)
-        rows = [as_retained(sets.forget), sets.retain]
+        run.update(model_files=model_files_digest(cfg.model.path))
+        rows = [as_retained(sets.forget, sets.counts["retain"]), sets.retain]
         if sets.utility is not None:
             rows.append(sets.utility)
         trainer = Trainer(cfg, "prepare", {"retain": (joined(rows), cfg.train.retain_batch_size)})
@@ -137,7 +137,6 @@ def prepare(cfg: UnlearnConfig, terminal: Terminal) -> RunFolder:
         result.checkpoint.to_directory(str(run.path / STATISTICS))
         prepare_s = time.monotonic() - started
         run.update(cost={"tokens": _metrics(result)["tokens"], "prepare_s": prepare_s})
-        drop_answers(run.path)
         run.seal()
         run.output.upload()
         forget_resume_points(cfg)
@@ -183,7 +182,7 @@ def streams_of(cfg: UnlearnConfig, sets: Sets) -> dict[str, tuple[Dataset, int]]
     if cfg.solve.prepared is None:
         streams["retain"] = (sets.union(HELD_SETS, present_only=True), batch_size)
     else:
-        streams["removed"] = (as_retained(sets.forget), batch_size)
+        streams["removed"] = (as_retained(sets.forget, sets.counts["retain"]), batch_size)
         if sets.earlier is not None:
             streams["retain"] = (sets.earlier, batch_size)
     if cfg.solve.reads_holdout:

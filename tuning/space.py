@@ -183,7 +183,8 @@ def _dimension(key: str, entry: Any, before: list[str], source: str) -> Dimensio
         )
     # A configuration has all keys that its method would set, so another method would change none.
     is_method = key == "objective.method"
-    if is_method or (not key.startswith(SEARCHED) and key not in SEARCHED_KEYS):
+    is_prepared = key == "solve.prepared"  # statistics are the search's own
+    if is_method or is_prepared or (not key.startswith(SEARCHED) and key not in SEARCHED_KEYS):
         patterns = [f"{prefix}*" for prefix in SEARCHED]
         allowed = ", ".join([*patterns, *SEARCHED_KEYS])
         raise ConfigError(f"{source}: {key}: not a key to search over, allowed: {allowed}")

@@ -86,6 +86,10 @@ def load_config(source: str, overrides: list[str] | None = None) -> UnlearnConfi
     update: dict[str, Any] = {}
     if "://" not in cfg.output_dir:
         update["output_dir"] = os.path.abspath(Path(cfg.output_dir).expanduser())
+    prepared = cfg.solve.prepared
+    if prepared is not None and "://" not in prepared:
+        absolute = os.path.abspath(Path(prepared).expanduser())
+        update["solve"] = cfg.solve.model_copy(update={"prepared": absolute})
     update["model"] = cfg.model.model_copy(update={"path": _absolute(cfg.model.path)})
     oracle = cfg.evaluation.oracle
     if oracle is not None:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -200,14 +201,19 @@ def joined(datasets: list[Dataset]) -> Dataset:
     return first.union(*rest) if rest else first
 
 
-def as_retained(rows: Dataset) -> Dataset:
-    """Return rows of any set as rows of the retain set, so that they are encoded as those are."""
-    return rows.map_batches(_in_retain_set, batch_format="pyarrow")
+def as_retained(rows: Dataset, first_row: int) -> Dataset:
+    """Return rows of any set as rows of the retain set, so that they are encoded as those are.
+
+    They are numbered from `first_row` on, the retain set's number of rows.
+    """
+    return rows.map_batches(partial(_in_retain_set, first_row=first_row), batch_format="pyarrow")
 
 
-def _in_retain_set(rows: pa.Table) -> pa.Table:
-    column = rows.schema.get_field_index("set")
-    return rows.set_column(column, "set", pa.array(["retain"] * rows.num_rows, pa.string()))
+def _in_retain_set(rows: pa.Table, first_row: int) -> pa.Table:
+    names = pa.array(["retain"] * rows.num_rows, pa.string())
+    numbers = pa.array(rows["row"].to_numpy() + first_row, pa.int64())
+    rows = rows.set_column(rows.schema.get_field_index("set"), "set", names)
+    return rows.set_column(rows.schema.get_field_index("row"), "row", numbers)
 
 
 def _number(reader: SetReader) -> tuple[Dataset, list[Any]]:

@@ -5,7 +5,7 @@ were trained. Messages quote no turn.
 """
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -96,6 +96,23 @@ def check(tokenizer: "PreTrainedTokenizerBase", path: str, system_prompt: str | 
                 f"data.system_prompt: the chat template of {path} refuses a system turn or leaves "
                 "it out; allowed: null (the text may stand in the prompts), or another template"
             ) from None
+
+
+def check_context(tokenizer: "PreTrainedTokenizerBase", path: str) -> None:
+    """Refuse the template of the model at `path` if it does not write a question behind others.
+
+    Raises:
+        ConfigError: it refuses several turns, or leaves some out.
+    """
+    turns = [Turn("user", "question"), Turn("assistant", "answer"), Turn("user", "another")]
+    text = ""
+    with suppress(ConfigError):
+        text = render(tokenizer, turns, asks=True)
+    if any(turn.content not in text for turn in turns):
+        raise ConfigError(
+            f"evaluation.robustness: found in_context, and the chat template of {path} refuses "
+            "several turns or leaves some out; allowed: a list without it"
+        )
 
 
 def write_day(tokenizer: "PreTrainedTokenizerBase", day: datetime) -> None:

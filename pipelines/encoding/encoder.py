@@ -57,17 +57,20 @@ def check_template(cfg: UnlearnConfig, sets: Sets) -> None:
         tasks += [has_prompts.remote(block) for block in rows.to_arrow_refs()]
     if any([result_of(task) for task in tasks]):
         check = ray.remote(scheduling_strategy="DEFAULT")(_check_template)
-        result_of(check.remote(cfg.model, cfg.data.system_prompt))
+        in_context = "in_context" in cfg.evaluation.robustness
+        result_of(check.remote(cfg.model, cfg.data.system_prompt, in_context))
 
 
 def _has_prompts(block: Any) -> bool:
     return any(row["prompt"] for row in each_row(block.select(["prompt"])))
 
 
-def _check_template(model: ModelConfig, system_prompt: str | None) -> None:
+def _check_template(model: ModelConfig, system_prompt: str | None, in_context: bool) -> None:
     tokenizer = load_tokenizer(model)
     if tokenizer.chat_template:
         chat.check(tokenizer, model.path, system_prompt)
+        if in_context:
+            chat.check_context(tokenizer, model.path)
     elif system_prompt:
         raise ConfigError(
             f"data.system_prompt: found a text, and {model.path} has no chat template to write it "

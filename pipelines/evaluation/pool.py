@@ -257,10 +257,10 @@ def _learned_pieces(cfg: UnlearnConfig, sets: Sets) -> dict[str, list[Piece]]:
 
 
 def _shown_pieces(cfg: UnlearnConfig, sets: Sets) -> list[Piece]:
-    """Return the retained rows that forget questions are asked behind."""
+    """Return the retained rows among which those are that forget questions are asked behind."""
     if IN_CONTEXT.name not in cfg.evaluation.robustness:
         return []
-    return _cut(cfg, sets, {"retain": min(IN_CONTEXT.examples, sets.counts["retain"])})["retain"]
+    return _cut(cfg, sets, {"retain": min(IN_CONTEXT.drawn, sets.counts["retain"])})["retain"]
 
 
 def _cut(cfg: UnlearnConfig, sets: Sets, limits: Mapping[str, int]) -> dict[str, list[Piece]]:

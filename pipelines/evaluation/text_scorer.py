@@ -5,7 +5,7 @@ Shapes: B rows, T tokens (of a batch, or of an answer with EOS), N answer tokens
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pipelines.config.data import FORGOTTEN_SETS
 from pipelines.config.schema import ModelConfig, UnlearnConfig
-from pipelines.data.conversations import answers_of, questions_of, turns_of
+from pipelines.data.conversations import answers_of, questions_of
 from pipelines.encoding.text import TextEncoder
-from pipelines.encoding.windows import windows_of
+from pipelines.encoding.windows import positions_of, windows_of
 from pipelines.evaluation.attacks import gradient_norm, learned_and_held_out, relearn_
 from pipelines.evaluation.generation import Question, generate
 from pipelines.evaluation.metrics import TokenStatistics, sample_scores
@@ -31,13 +31,10 @@ from pipelines.evaluation.metrics.sampling import SAMPLES, best_of_each
 from pipelines.evaluation.metrics.text import rouge_f1, rouge_recall
 from pipelines.evaluation.scored_model import Relearned, ScoredModel
 from pipelines.evaluation.scorer import Samples, Scorer, samples_of
+from pipelines.evaluation.texts import PARAPHRASED, Text, answer_text, texts_in_context, texts_of
 from rfa.batch import Row, UnlearnBatch, collate
 from rfa.blocks import BlockRunner
 
-# Sets that are also asked in other words.
-PARAPHRASED = ("forget",)
-# Sets whose wrong answers are weighed against the right one.
-TRUTH_RATIO = ("forget", "retain", "general")
 # Sets whose greedy answers are compared with the right one.
 GENERATED = ("forget", "retain", "general")
 # Sets whose answers are also drawn at random.
@@ -47,20 +44,6 @@ WITH_GRADIENTS = ("forget", "holdout")
 # The number that a text's fact gives, by the kind of text.
 FACT_RECALL = {"answer": "fact_recall", "loss_paraphrased": "fact_recall_paraphrased"}
 Tokens = TypeVar("Tokens", TokenStatistics, TokenDistances)
-
-
-class Text(NamedTuple):
-    """A prompt with an answer whose likelihood is wanted, and the answer's fact ('': none).
-
-    `examples` are questions and answers that stand before it.
-    """
-
-    row: int
-    kind: str  # the number that its loss is; an "answer" gives more than that
-    prompt: str
-    answer: str
-    fact: str = ""
-    examples: tuple[tuple[str, str], ...] = ()
 
 
 class TextScorer(Scorer):
@@ -91,7 +74,7 @@ class TextScorer(Scorer):
         encoded: list[Row] = []
         for row in learned:
             encoded += self._windows(row["prompt"], row["answer"])
-        texts = [_answer(index, row) for index, row in enumerate(held_out)]
+        texts = [answer_text(index, row) for index, row in enumerate(held_out)]
         samples: dict[ScoredModel, Samples] = {}
         pad_token_id = self._encoder.pad_token_id
         network: Any = self.runner.model
@@ -109,7 +92,7 @@ class TextScorer(Scorer):
         is_quick = self.cfg.evaluation.quick
         texts: list[Text] = []
         for index, row in enumerate(records):
-            texts += _texts(index, row, is_quick)
+            texts += texts_of(index, row, is_quick=is_quick)
         numbers = self._likelihoods(len(records), texts)
         asked: dict[int, list[Question]] = {}
         asked_in_other_words: dict[int, list[Question]] = {}
@@ -133,14 +116,8 @@ class TextScorer(Scorer):
 
     def _score_in_context(self, rows: pa.Table) -> Samples:
         """Return the likelihoods of the forget set's lone questions, behind the other rows."""
-        asked = [row for row in rows.to_pylist() if len(turns_of(row["prompt"])) == 1]
-        shown = [(row["prompt"], row["answer"]) for row in asked if row["set"] != "forget"]
-        asked = [row for row in asked if row["set"] == "forget"]
-        texts: list[Text] = []
-        for index, row in enumerate(asked):
-            for text in _texts(index, row, is_quick=True):
-                texts.append(text._replace(examples=tuple(shown)))
-        return samples_of(asked, self._likelihoods(len(asked), texts)) if shown else {}
+        asked, texts = texts_in_context(rows.to_pylist())
+        return samples_of(asked, self._likelihoods(len(asked), texts))
 
     @property
     def _samples_answers(self) -> bool:
@@ -192,11 +169,14 @@ class TextScorer(Scorer):
         self, prompt: str, answer: str, examples: Sequence[tuple[str, str]] = ()
     ) -> list[Row]:
         """Return the windows that cover a row, as the model reads it behind the examples."""
+        windows = self._encoder.windows(prompt, answer)
         if examples:
-            pair = self._encoder.pair_behind(examples, prompt, answer)
-            windows = windows_of(*pair, self.cfg.data.max_tokens)
-        else:
-            windows = self._encoder.windows(prompt, answer)
+            ids, answer_start = self._encoder.pair_behind(examples, prompt, answer)
+            # The context comes on top of what a row may have, as far as the model has positions.
+            alone = self._encoder.pair(prompt, answer)[0]
+            most = self.cfg.data.max_tokens + len(ids) - len(alone)
+            positions = positions_of(self.runner.model.config)
+            windows = windows_of(ids, answer_start, min(most, positions or most))
         return [Row(window.input_ids, window.answer_start) for window in windows]
 
     def _likelihoods(self, num_rows: int, texts: list[Text]) -> list[dict[str, Any]]:
@@ -327,21 +307,3 @@ def _answer_logits(runner: BlockRunner, batch: UnlearnBatch) -> Tensor:
     logits_NV = runner(batch, logits_at_BT=batch.answer_BT).logits_NV
     assert logits_NV is not None
     return logits_NV
-
-
-def _answer(index: int, row: Mapping[str, Any]) -> Text:
-    return Text(index, "answer", row["prompt"], row["answer"], row["fact"])
-
-
-def _texts(index: int, row: Mapping[str, Any], is_quick: bool) -> Iterator[Text]:
-    """Yield the texts of one row whose likelihoods are wanted."""
-    yield _answer(index, row)
-    if row["set"] in PARAPHRASED and row["paraphrased_prompt"]:
-        prompt, answer = row["paraphrased_prompt"], row["answer"]
-        yield Text(index, "loss_paraphrased", prompt, answer, row["fact"])
-    if is_quick or row["set"] not in TRUTH_RATIO or not row["perturbed_answers"]:
-        return
-    if row["paraphrased_answer"]:
-        yield Text(index, "correct_loss", row["prompt"], row["paraphrased_answer"])
-    for wrong in row["perturbed_answers"]:
-        yield Text(index, "perturbed_losses", row["prompt"], wrong)

@@ -8,7 +8,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
-from pipelines.evaluation.metrics.keys import RESCORINGS
+from pipelines.evaluation.metrics.keys import IN_CONTEXT, RESCORINGS
 from pipelines.evaluation.metrics.membership import CHANCE
 from pipelines.evaluation.metrics.metric import Metric
 from pipelines.evaluation.metrics.relearning import RELEARNINGS, STEPS
@@ -46,6 +46,9 @@ def _by_rescoring(before: Entry, after: Entry, oracle: Entry | None) -> list[str
     """Name the roundings, and what is shown before a question, that bring the forget set back."""
     found: list[str] = []
     for rescoring in RESCORINGS:
+        # Examples make any answer of their form likelier: only an oracle says by how much.
+        if oracle is None and rescoring == IN_CONTEXT:
+            continue
         for metric in JUDGED:
             name = metric.key("forget")
             key = f"{rescoring.name}.{name}"

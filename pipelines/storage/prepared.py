@@ -6,14 +6,17 @@ retain sets together are the rows that were counted. Sets have digests that are 
 that those of any two parts of the rows add up to the same.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pipelines.config.load import changed_keys
 from pipelines.config.schema import ConfigError, UnlearnConfig
 from pipelines.storage.output import OutputDir, open_output
 from pipelines.storage.records import Manifest, parse_config, parse_record
-from pipelines.storage.seal import MANIFEST, manifest_digest
+from pipelines.storage.seal import MANIFEST, file_digests, manifest_digest
 from pipelines.storage.verify import compare
 
 STATISTICS = "statistics"
@@ -34,12 +37,11 @@ DECIDING = (
 TRAINED = ("forget", "retain")
 
 
-def check_prepared(cfg: UnlearnConfig, model_digest: str | None, sets: Mapping[str, Any]) -> None:
+def check_prepared(cfg: UnlearnConfig, sets: Mapping[str, Any]) -> None:
     """Refuse statistics of another model, of other rows or settings, or that were changed.
 
     Args:
         cfg: a run's configuration. Without `solve.prepared` there is nothing to refuse.
-        model_digest: that of the run's model; None for a hub name.
         sets: each set's number of rows and digest.
 
     Raises:
@@ -55,8 +57,10 @@ def check_prepared(cfg: UnlearnConfig, model_digest: str | None, sets: Mapping[s
         raise ConfigError(
             f"{place}: found status {found[1]} of `{found[0]}`; allowed: complete, of `prepare`"
         )
-    model = manifest["model"]
-    if model["digest"] != model_digest or (not model_digest and model["path"] != cfg.model.path):
+    model, digest = manifest["model"], manifest.get("model_files")
+    found_digest = model_files_digest(cfg.model.path)
+    is_other_name = found_digest is None and model["path"] != cfg.model.path
+    if digest != found_digest or is_other_name:
         raise ConfigError(
             f"{place}: was prepared for another model ({model['path']}); allowed: statistics of "
             f"{cfg.model.path}, which every request that changes a model changes, too"
@@ -72,6 +76,15 @@ def check_prepared(cfg: UnlearnConfig, model_digest: str | None, sets: Mapping[s
         raise ConfigError(
             f"{place}: is not as it was sealed ({differences[0]}); allowed: unchanged"
         )
+
+
+def model_files_digest(path: str) -> str | None:
+    """Return the SHA-256 over all of a model folder's files, the tokenizer's too; None for a hub name."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return None
+    text = json.dumps(file_digests(folder), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def prepared_digest(path: str) -> str:

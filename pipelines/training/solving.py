@@ -62,7 +62,9 @@ class Solving:
         point = read_statistics(prepared)
         assert point is not None, "the preflight has found prepared statistics"
         for rows in worker.rows.once("removed"):
-            one_pass.collect(worker.batch(rows, []), 0)
+            batch = worker.batch(rows, [])
+            one_pass.collect(batch, 0)
+            self.solver.tokens += int(batch.attention_BT.sum())
         # They come first, with the other sign, so that no second copy of the sums is needed.
         for of_kind in one_pass.sums.values():
             for sums in of_kind.values():

@@ -90,6 +90,7 @@ TEMPLATES = {  # of models in folders of these names
     "thinking": TEMPLATE + "{% if add_generation_prompt %}<think>{% endif %}",
     "unruly": "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
     + TEMPLATE,
+    "short": TEMPLATE.replace("in messages", "in messages[-2:]"),
     "deaf": TEMPLATE.replace("in messages", "in messages if message.role != 'system'"),
 }
 BAD_MODELS = {  # in folders of these names
@@ -119,6 +120,12 @@ OF_TEMPLATES = [
         "a template that leaves out a system turn",
         ["model.path={folder}/deaf", "data.system_prompt=Be kind."],
         "data.system_prompt: the chat template of {folder}/deaf refuses a system turn or leaves",
+    ),
+    (
+        "examples for a template of one question",
+        ["model.path={folder}/short", "evaluation.robustness=[in_context]"],
+        "evaluation.robustness: found in_context, and the chat template of {folder}/short refuses "
+        "several turns or leaves some out; allowed: a list without it",
     ),
     (
         "a system prompt without a template",
@@ -428,6 +435,20 @@ CASES = [
         ["solve.mode=per_token", "prune.method=rows"],
         "prune.method: found rows, allowed with prepare: none",
         "check_preparable",
+        ("prepare",),
+    ),
+    Case(
+        "a part of the rows for prepared statistics",
+        [*PREPARED, "solve.mode=per_token", "train.steps=0", "data.retain.max_rows=3"],
+        "data.retain.max_rows: found 3, allowed with prepare and solve.prepared: null",
+        "refuse_thinned",
+        (*BOTH, "prepare", "submit"),
+    ),
+    Case(
+        "statistics of rows without answers",
+        ["data.utility.path={folder}/prompts.jsonl"],
+        "2 of 2 rows have no answer, allowed for `run` only",
+        "check_answered",
         ("prepare",),
     ),
     Case(

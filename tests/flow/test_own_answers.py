@@ -145,11 +145,11 @@ def test_answers_to_other_questions_are_not_taken(
 def test_finetuning_on_utility_rows_without_an_answer_is_refused(
     cfg: UnlearnConfig, sets: Sets, answered: Sets
 ) -> None:
-    check_answered(cfg, sets)  # it learns forget and retain
+    check_answered(cfg, sets, "finetune")  # it learns forget and retain
     learns_utility = cfg.model_copy(update={"finetune": FinetuneConfig(sets=("retain", "utility"))})
-    check_answered(learns_utility, answered)
+    check_answered(learns_utility, answered, "finetune")
     with pytest.raises(ConfigError) as caught:
-        check_answered(learns_utility, sets)
+        check_answered(learns_utility, sets, "finetune")
     message = str(caught.value)
     assert message.startswith("data.utility.path: ")
     assert "7 of 9 rows have no answer, allowed for `run` only" in message

@@ -38,12 +38,16 @@ class InContext(NamedTuple):
 
     What a model was only taught not to say may come back in a context of answers: after the
     in-context attack of Lynch et al. 2024 (arXiv 2402.16835), with retained rows as its context.
+
+    `examples` are shown, or as many as there are, of at most `drawn` retained rows: some may be plain
+    texts or conversations, which are no examples.
     """
 
     name: str = "in_context"
     label: str = "Behind 4 retained answers"
     words: str = "4 retained answers before the question"
     examples: int = 4
+    drawn: int = 64
     version: int = 1
 
 

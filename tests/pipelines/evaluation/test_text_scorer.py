@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
+from pipelines.config.load import with_values
 from pipelines.config.schema import ModelConfig, UnlearnConfig
 from pipelines.data.conversations import Turn, prompt_of
 from pipelines.encoding.text import TextEncoder
@@ -19,7 +20,8 @@ from pipelines.evaluation.metrics.keys import IN_CONTEXT, ROUNDINGS
 from pipelines.evaluation.metrics.membership import min_k
 from pipelines.evaluation.metrics.text import rouge_recall
 from pipelines.evaluation.scored_model import Beside, ScoredModel
-from pipelines.evaluation.text_scorer import Text, TextScorer
+from pipelines.evaluation.text_scorer import TextScorer
+from pipelines.evaluation.texts import Text, texts_in_context
 from tests.bad_models import POSITIONS, few_learned_positions
 
 
@@ -320,8 +322,28 @@ def test_a_question_is_asked_behind_retained_ones_with_their_answers(
             plain_loss(cfg, context + row["prompt"], row["answer"]), rel=1e-4
         )
         assert loss != pytest.approx(plain_loss(cfg, row["prompt"], row["answer"]), rel=1e-4)
+    # The context comes on top of the tokens that a row may have.
+    longest = max(len(scorer._encoder.pair(row["prompt"], row["answer"])[0]) for row in forget)
+    tight = with_values(cfg, {"data.max_tokens": longest})
+    again = TextScorer(tight, {"m": cfg.model}).score(
+        in_context, pa.Table.from_pylist([*shown, *forget])
+    )
+    for key, sample in found.items():
+        assert again[key]["loss"] == pytest.approx(sample["loss"], rel=1e-4)
     assert "fact_recall" in found["forget", forget[0]["row"]]
     assert scorer.score(in_context, pa.Table.from_pylist(forget)) == {}, "there are no examples"
+
+
+def test_of_many_retained_rows_four_questions_are_shown_evenly(rows: list[dict[str, Any]]) -> None:
+    forget = [row for row in rows if row["set"] == "forget"][:2]
+    kept = [{**forget[0], "set": "retain", "row": n, "prompt": f"{n}?"} for n in range(8)]
+    kept.insert(3, {**kept[0], "prompt": ""})
+    asked, texts = texts_in_context([*kept, *forget])
+    assert asked == forget
+    for text in texts:
+        assert [question for question, _ in text.examples] == ["0?", "2?", "4?", "6?"]
+    assert {text.row for text in texts} == {0, 1}
+    assert texts_in_context(forget) == ([], [])
 
 
 def test_without_a_template_examples_are_paragraphs(cfg: UnlearnConfig) -> None:

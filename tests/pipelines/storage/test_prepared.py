@@ -1,6 +1,7 @@
 """Prepared statistics serve the model, the rows and the settings that they were collected with, and no other."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,13 @@ import pytest
 
 from pipelines.config.load import with_values
 from pipelines.config.schema import ConfigError, UnlearnConfig
-from pipelines.storage.prepared import STATISTICS, check_prepared, prepared_digest
-from pipelines.storage.run_folder import RunFolder, model_digest
+from pipelines.storage.prepared import (
+    STATISTICS,
+    check_prepared,
+    model_files_digest,
+    prepared_digest,
+)
+from pipelines.storage.run_folder import RunFolder
 
 LARGEST = f"{2**256 - 1:064x}"
 SETS = {
@@ -31,6 +37,7 @@ def prepared(cfg: UnlearnConfig, tmp_path: Path) -> Path:
     folder = tmp_path / "prepared"
     run = RunFolder(with_values(cfg, {"output_dir": str(folder)}), "prepare")
     run.begin(SETS)
+    run.update(model_files=model_files_digest(cfg.model.path))
     (folder / STATISTICS).mkdir()
     (folder / STATISTICS / "statistics-0.pt").write_bytes(b"sums")
     run.seal()
@@ -48,21 +55,20 @@ def request_of(cfg: UnlearnConfig, prepared: Path) -> Callable[..., UnlearnConfi
     return changed
 
 
-def refusal(cfg: UnlearnConfig, sets: Any = OTHERWISE, digest: str | None = None) -> str:
+def refusal(cfg: UnlearnConfig, sets: Any = OTHERWISE) -> str:
     with pytest.raises(ConfigError) as caught:
-        check_prepared(cfg, digest or model_digest(cfg.model.path), sets)
+        check_prepared(cfg, sets)
     return str(caught.value).replace(str(cfg.solve.prepared), "DIR")
 
 
 def test_the_same_rows_are_taken_however_they_are_parted(
     request_of: Callable[..., UnlearnConfig], cfg: UnlearnConfig
 ) -> None:
-    digest = model_digest(cfg.model.path)
     for sets in (SETS, OTHERWISE, {**OTHERWISE, "holdout": {"rows": 9, "digest": "0" * 64}}):
-        check_prepared(request_of(), digest, sets)
+        check_prepared(request_of(), sets)
     # What the statistics do not depend on may differ.
-    check_prepared(request_of(adapter__rank=7, seed=5, output_dir="other"), digest, SETS)
-    check_prepared(cfg, "another model", {})  # it names no statistics
+    check_prepared(request_of(adapter__rank=7, seed=5, output_dir="other"), SETS)
+    check_prepared(cfg, {})  # it names no statistics
 
 
 @pytest.mark.parametrize(
@@ -88,8 +94,15 @@ def test_another_utility_set_is_refused(request_of: Callable[..., UnlearnConfig]
     )
 
 
-def test_another_model_is_refused(request_of: Callable[..., UnlearnConfig]) -> None:
-    told = refusal(request_of(), digest="0" * 64)
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_another_model_or_tokenizer_is_refused(
+    request_of: Callable[..., UnlearnConfig], cfg: UnlearnConfig, tmp_path: Path, name: str
+) -> None:
+    folder = shutil.copytree(cfg.model.path, tmp_path / "model")
+    check_prepared(request_of(model__path=str(folder)), SETS)  # a copy is the same model
+    with (folder / name).open("ab") as file:
+        file.write(b" ")
+    told = refusal(request_of(model__path=str(folder)))
     assert told.startswith("solve.prepared: DIR: was prepared for another model (")
 
 
