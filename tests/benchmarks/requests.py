@@ -23,6 +23,7 @@ from tests.benchmarks.suite import (
     METHODS,
     SMOLLM,
     TEACH,
+    Command,
     make,
     number,
     ray_unlearn,
@@ -80,11 +81,12 @@ def write_requests(data: Path) -> list[Request]:
 
 def evaluate(model: str, first: Request, settings: Sequence[str], name: str) -> Mapping[str, Any]:
     """Return the scores of a model and of the oracle on the first request's rows."""
-    path = AUTHORS / f"{name}.json"
+    sets = first.sets("forget", "retain")
+    command = Command(("evaluate", "demo", *settings, *sets, "--model", model), AUTHORS / name)
+    path = command.folder.with_suffix(".json")
     if not path.exists():
-        command = [sys.executable, "-m", "pipelines", "evaluate", "demo", *settings]
-        command += [*first.sets("forget", "retain"), "--model", model, "--output", str(path)]
-        subprocess.run(command, check=True)
+        run = [sys.executable, "-m", "pipelines", *command.arguments, "--output", str(path)]
+        subprocess.run(run, check=True)
     return json.loads(path.read_text())["models"]
 
 
