@@ -43,7 +43,10 @@ from rfa.moments import ForgetRows
 from rfa.solver import OnePassSolver
 
 ROUNDS = 12
-TRIES = 6  # forwards at most that look for a round's factor
+# The factor of the first round that is tried; each later round begins with the last one's. How large
+# the right one is differs a thousandfold: a few rows with dear tokens need a small one.
+FIRST_FACTOR = 1.0
+TRIES = 12  # forwards at most that look for a round's factor
 FALL = 1.0  # nats that pushed labels should fall in a round, on average
 SLACK = 1.5  # a round may exceed the fall by this factor
 MOST_GROWTH = 1.4  # a round's factor is at most this many times the last one's
@@ -99,7 +102,7 @@ class TokenSolver:
 
     def _solve(self, answers: list[Answers]) -> list[Standing]:
         standings = [self._standing(answers)]
-        factor = 1.0
+        factor = FIRST_FACTOR
         for index in range(ROUNDS):
             if not standings[-1].away:
                 break

@@ -134,6 +134,17 @@ def test_every_round_lowers_the_loss_and_a_refused_one_leaves_nothing(
     assert tokens._standing(tokens.aims(forget, unseen)) == pytest.approx(standings[-1], abs=1e-4)
 
 
+def test_a_first_factor_that_is_far_too_large_is_brought_down(
+    learned: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = build_solver(learned).solve(*batches(50))
+    monkeypatch.setattr(token_solver, "FIRST_FACTOR", 1e4 * token_solver.FIRST_FACTOR)
+    standings = build_solver(learned).solve(*batches(50))
+    assert len(standings) > 2, "a round that finds no factor ends the solve with nothing forgotten"
+    assert standings[1].loss < standings[0].loss
+    assert standings[-1].log_p == pytest.approx(usual[-1].log_p, abs=1.0)
+
+
 def test_a_token_that_fell_too_far_is_brought_back(learned: dict[str, Tensor]) -> None:
     tokens = build_solver(learned)
     forget, unseen = batches(50)
