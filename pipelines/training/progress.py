@@ -59,9 +59,16 @@ class ProgressLog:
         """Record one message of the workers.
 
         A step's message has `step`, `loss`, its terms, `tokens_per_s` and `learning_rate`. The
-        solver's has `done`, `of` and `what`, and moves the progress bar alone. `stopped_after` is
+        solver's has `done`, `of` and `what`, and moves the progress bar alone; at its end `away`,
+        how many tokens of the `pushed` ones are more than a `margin` from their aims. `stopped_after` is
         the number of steps after which enough was forgotten.
         """
+        if "away" in message:
+            self._terminal.say(
+                f"Unlearning: of {message['pushed']} tokens to be forgotten {message['away']} are "
+                f"more than {message['margin']} nats from their aims"
+            )
+            return
         if "stopped_after" in message:
             steps = message["stopped_after"]
             self._bar.at(steps, total=steps)

@@ -13,6 +13,7 @@ from pipelines.training.statistics_point import (
 )
 from pipelines.training.strength import WorkerSolver
 from pipelines.training.worker import Worker
+from rfa.aims import MARGIN
 from rfa.batch import UnlearnBatch
 from rfa.objective import ResidualAlignment
 
@@ -47,6 +48,11 @@ class Solving:
         self._collect(checkpoint)
         self.solver.one_pass.reduce()
         trials = self.solver.solve(self._small_set("forget"), self._small_set("holdout"))
+        if self.solver.standings and self.worker.rank == 0:
+            first, last = self.solver.standings[0], self.solver.standings[-1]
+            self.worker.job.messages.put(
+                {"away": last.away, "pushed": first.away, "margin": MARGIN}
+            )
         tokens = self._tokens()
         seconds = time.monotonic() - self.started
         return Solved(seconds, tokens, [trial._asdict() for trial in trials])

@@ -30,7 +30,7 @@ from rfa.adapters import dropout_off
 from rfa.batch import UnlearnBatch
 from rfa.objective import ResidualAlignment
 from rfa.solver import OnePassSolver
-from rfa.token_solver import TokenSolver
+from rfa.token_solver import Standing, TokenSolver
 
 FIRST_STRENGTH = 2e-3
 # By this much the log-odds of the gap commonly fall with the log of the strength. Measured slopes
@@ -158,6 +158,7 @@ class WorkerSolver:
         self.on_progress = on_progress
         self.one_pass = OnePassSolver(alignment, cfg.settings(), write_adapter)
         self.tokens = 0  # of this worker's retain and utility rows
+        self.standings: list[Standing] = []  # of all rounds, in mode `per_token`
 
     def collect(self, batches: Iterator[tuple[UnlearnBatch, int]]) -> Iterator[int]:
         """Collect statistics of batches of retain and utility rows; yield how many were read.
@@ -184,7 +185,7 @@ class WorkerSolver:
         and in mode `per_token`, which has none.
         """
         if self.cfg.mode == "per_token":
-            TokenSolver(self.one_pass, self.on_progress).solve(forget, holdout)
+            self.standings = TokenSolver(self.one_pass, self.on_progress).solve(forget, holdout)
             return []
         if self.cfg.strength != "auto":
             self.one_pass.solve(forget, self.cfg.strength)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,7 +112,10 @@ def test_from_prepared_statistics_it_is_the_same_however_the_rows_are_parted(
     whole, whole_metrics = run(learned(*changes, f"output_dir={tmp_path}/whole"))
     changes += [f"solve.prepared={prepared.path}", "train.num_workers=1"]
     request = learned(*changes, f"output_dir={tmp_path}/request")
-    found, metrics = run(request)
+    heard: list[dict[str, Any]] = []
+    found, metrics = run(request, heard.append)
+    (left,) = (message for message in heard if "away" in message)
+    assert 0 <= left["away"] <= left["pushed"] > 0
     assert_same(found, whole)
     assert 0 < metrics["tokens"] < whole_metrics["tokens"] / 4, "the retained rows were not read"
     check_prepared(request, load_sets(request.data).inputs())

@@ -34,3 +34,18 @@ def test_it_says_after_how_many_steps_enough_was_forgotten(
         log.on_message({"stopped_after": 2})
     assert "Unlearning: 2 of 3 steps were enough (objective.stop_at)" in capfd.readouterr().err
     assert len((tmp_path / FILE_NAME).read_text().splitlines()) == 1
+
+
+def test_it_says_how_many_tokens_are_away_from_their_aims(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    terminal = Terminal()
+    with (
+        terminal.chatter_to(tmp_path / "run.log"),
+        ProgressLog(OutputDir(str(tmp_path)), "Unlearning", 0, terminal) as log,
+    ):
+        log.on_message({"done": 11, "of": 12, "what": "12 tokens away from their aim"})
+        log.on_message({"away": 11, "pushed": 13, "margin": 0.7})
+    told = "Unlearning: of 13 tokens to be forgotten 11 are more than 0.7 nats from their aims"
+    assert told in capfd.readouterr().err
+    assert (tmp_path / FILE_NAME).read_text() == ""
