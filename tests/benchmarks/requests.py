@@ -45,6 +45,19 @@ FIRST = (
 )
 KEPT = ("retain.probability", "general.probability")
 
+# What the tables cannot say, of the runs that docs/requests.md was written from.
+NOTES = """
+## How to read it
+
+- What the first request took out stays out: its rows stand after the fifth where they stood after the first.
+- **Request 4 was not carried out.** Of its 13 tokens that were to be forgotten 11 were still more than 0.7 nats from
+  their aims after 12 rounds, and both facts are recalled. Parts of the author's name are pushed in one row and
+  held in the next, so that only small steps keep the held ones where they are. A run tells how many tokens it left.
+- With 3 rows the verdict of every request is `undecided`: it asks for 5.
+- The solver's seconds are no measure: other jobs ran beside. A solver that gave up after 6 tries of a round's factor,
+  as it did before these runs, left request 4 untouched without a word.
+"""
+
 
 class Request(NamedTuple):
     """The folder with a request's sets: `forget`, `retain`, and `earlier` but for the first one."""
@@ -173,7 +186,7 @@ def write(
         ]
         numbers = [number(cell) for cell in cells]
         lines.append(f"| {index + 1} | " + " | ".join(numbers) + f" | {seconds[index]:.0f} |")
-    (DOCS / "requests.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (DOCS / "requests.md").write_text("\n".join(lines) + "\n" + NOTES, encoding="utf-8")
 
 
 if __name__ == "__main__":
