@@ -64,10 +64,7 @@ class ProgressLog:
         the number of steps after which enough was forgotten.
         """
         if "away" in message:
-            self._terminal.say(
-                f"Unlearning: of {message['pushed']} tokens to be forgotten {message['away']} are "
-                f"more than {message['margin']} nats from their aims"
-            )
+            self._say_what_is_left(**message)
             return
         if "stopped_after" in message:
             steps = message["stopped_after"]
@@ -89,3 +86,15 @@ class ProgressLog:
         self._bar.at(step + 1, note=f"loss {message['loss']:.3f}", total=self._steps)
         if self._mirror is not None:
             self._mirror.send_lines()
+
+    def _say_what_is_left(self, away: int, pushed: int, margin: float) -> None:
+        if pushed:
+            self._terminal.say(
+                f"Unlearning: of {pushed} tokens to be forgotten {away} are more than {margin} nats "
+                "from their aims"
+            )
+        else:
+            self._terminal.say(
+                "Unlearning: the model finds no token of the forget set likelier than its aim, so "
+                "nothing was changed"
+            )

@@ -68,11 +68,11 @@ def test_the_day_of_the_training_is_written_where_it_is_given(
     shutil.copytree(problem / "model", tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text(TODAY)
     model = ModelConfig(path=f"{tmp_path}/model", date="2025-04-10")
-    _check_template(model, None)
+    _check_template(model, None, in_context=False)
     encoder = TextEncoder(model, None, 64)
     assert encoder.tokenizer.decode(encoder.prompt("What?")).startswith("10 Apr 2025")
     with pytest.raises(ConfigError, match=r"\(strftime_now\).* as model\.date"):
-        _check_template(model.model_copy(update={"date": None}), None)
+        _check_template(model.model_copy(update={"date": None}), None, in_context=False)
 
 
 def test_thoughts_that_a_question_opens_are_refused_unless_answers_begin_with_them(
@@ -122,14 +122,14 @@ def test_a_system_prompt_that_no_template_writes_is_refused(problem: Path, tmp_p
     (tmp_path / "model" / "chat_template.jinja").unlink()
     plain = ModelConfig(path=f"{tmp_path}/model")
     for nothing in (None, ""):
-        _check_template(plain, nothing)
+        _check_template(plain, nothing, in_context=False)
     with pytest.raises(ConfigError) as caught:
-        _check_template(plain, "Be kind.")
+        _check_template(plain, "Be kind.", in_context=False)
     assert str(caught.value) == (
         f"data.system_prompt: found a text, and {tmp_path}/model has no chat template to write it "
         "in; allowed: null (the text may stand in the prompts), or a model with a chat template"
     )
-    _check_template(ModelConfig(path=f"{problem}/model"), "Be kind.")
+    _check_template(ModelConfig(path=f"{problem}/model"), "Be kind.", in_context=False)
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -46,6 +46,9 @@ def test_it_says_how_many_tokens_are_away_from_their_aims(
     ):
         log.on_message({"done": 11, "of": 12, "what": "12 tokens away from their aim"})
         log.on_message({"away": 11, "pushed": 13, "margin": 0.7})
+        log.on_message({"away": 0, "pushed": 0, "margin": 0.7})
     told = "Unlearning: of 13 tokens to be forgotten 11 are more than 0.7 nats from their aims"
-    assert told in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert told in said
+    assert "finds no token of the forget set likelier than its aim, so nothing was changed" in said
     assert (tmp_path / FILE_NAME).read_text() == ""
