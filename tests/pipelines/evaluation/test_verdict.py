@@ -396,9 +396,11 @@ def test_what_rounding_or_examples_bring_back_was_only_hidden(
         scores_of(after=forget_entry(0.5) | {recall: after_rounding}, **models)
     )
     comes_back = after_rounding == 0.89
-    alone = scores_of(before=models["before"], after=forget_entry(0.5) | {recall: after_rounding})
-    if attack == "in_context":
-        assert words not in verdict(alone)[1], "only an oracle says how much examples help"
+    before = models["before"] | {"holdout.fact_recall": 0.5}
+    alone = scores_of(before=before, after=forget_entry(0.5) | {recall: after_rounding})
+    # Only an oracle says how much examples help.
+    named = comes_back and attack != "in_context"
+    assert (words in verdict(alone)[1]) == named
     assert level == ("traces_remain" if comes_back else "indistinguishable")
     assert (f"but it comes back by {words}" in sentence) == comes_back
 
