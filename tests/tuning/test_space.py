@@ -87,6 +87,7 @@ def test_a_space_survives_being_written(read: Callable[[Any], Space]) -> None:
         ({"model.path": {"choice": ["a"]}}, "model.path: not a key to search over"),
         ({"data.max_tokens": {"int": [8, 9]}}, "data.max_tokens: not a key to search over"),
         ({"objective.method": {"choice": ["npo"]}}, "objective.method: not a key to search over"),
+        ({"solve.prepared": {"choice": ["a"]}}, "solve.prepared: not a key to search over"),
         ({"objective.output_parameters.beta": {"choice": [1]}}, "found beta, allowed with"),
         ({"adapter.rank": [8]}, "adapter.rank: found"),
         ({"adapter.rank": {"choice": [8], "int": [1, 2]}}, "allowed: one of choice, uniform"),
