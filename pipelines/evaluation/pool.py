@@ -125,7 +125,7 @@ def evaluation_work(cfg: UnlearnConfig, models: Collection[str], sets: Sets) -> 
 @contextmanager
 def scoring_pool(
     cfg: UnlearnConfig, models: dict[str, ModelConfig], steps: Queue | None = None
-) -> "Iterator[Any]":
+) -> Iterator[Any]:
     """Yield a pool of actors of `_Worker` on the resources of the training's workers.
 
     They are as many as those, unless each takes more GPUs. Those that relearn tell `steps`.

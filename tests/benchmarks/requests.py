@@ -21,6 +21,7 @@ from tests.benchmarks.suite import (
     DOCS,
     FOLDER,
     METHODS,
+    SCORES,
     SMOLLM,
     TEACH,
     Command,
@@ -34,15 +35,8 @@ REQUESTS = 5
 PROBLEM = "authors-0"
 AUTHORS = FOLDER.with_name("requests")
 OTHERS = ("utility", "holdout", "general")  # sets that are the same for every request
-# Of the first request's rows, in the table's order.
-FIRST = (
-    "forget.token_distance",
-    "forget.token_distance_paraphrased",
-    "forget.probability",
-    "forget.probability_paraphrased",
-    "forget.fact_recall",
-    "forget.fact_recall_paraphrased",
-)
+# Of the first request's rows, in the suite's order, what is not of single rows or groups.
+FIRST = [name for name in SCORES if name.startswith("forget.") and "rows" not in name]
 KEPT = ("retain.probability", "general.probability")
 
 # What the tables cannot say, of the runs that docs/requests.md was written from.
