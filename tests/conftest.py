@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Tiny models gain nothing from a second thread, and two that wait for each other beside Ray's
+# processes take minutes for what one does in seconds.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = (
     "1"  # before Ray starts its workers: no test waits for a hub that is not there
 )

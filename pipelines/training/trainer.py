@@ -61,6 +61,20 @@ class Trainer:
             self.streams[name] = stream
             self.batches[name] = stream.batches
 
+    def job(self, steps: int, learning_rate: float, final_rate: float, messages: Queue) -> Job:
+        """Return what each worker is sent. For the numbers see `fit`."""
+        return Job(
+            cfg=self.cfg,
+            kind=self.kind,
+            steps=steps,
+            learning_rate=learning_rate,
+            final_rate=final_rate,
+            batches=self.batches,
+            stage=stage_of(self.cfg),
+            messages=messages,
+            prepared=prepared_statistics(self.cfg),
+        )
+
     def fit(
         self, *, steps: int, learning_rate: float, final_rate: float, listener: Listener
     ) -> Result:
@@ -79,17 +93,7 @@ class Trainer:
         filesystem, checkpoints = checkpoint_folder(cfg)
         # On the driver's node, where the queue outlives the workers' nodes.
         messages = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node()})
-        job = Job(
-            cfg=cfg,
-            kind=self.kind,
-            steps=steps,
-            learning_rate=learning_rate,
-            final_rate=final_rate,
-            batches=self.batches,
-            stage=stage_of(cfg),
-            messages=messages,
-            prepared=prepared_statistics(cfg),
-        )
+        job = self.job(steps, learning_rate, final_rate, messages)
         # NCCL needs a GPU for each rank.
         use_gpu = train.gpus_per_worker > 0
         trainer = TorchTrainer(

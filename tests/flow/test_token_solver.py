@@ -3,22 +3,23 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 
 from pipelines.config.schema import UnlearnConfig
 from pipelines.data.sets import load_sets
 from pipelines.encoding.text import TextEncoder
 from pipelines.model.load import load_base
+from pipelines.storage.output import open_output
 from pipelines.storage.prepared import check_prepared
 from pipelines.storage.verify import compare
 from pipelines.terminal import Terminal
 from pipelines.unlearn import prepare
 from rfa.batch import Row, collate
-from tests.flow.test_solver import assert_same, run
+from tests.flow.test_solver import assert_same
+from tests.trained import Trained, fit_all, products_of
 
 Quick = Callable[..., UnlearnConfig]
 SOLVE = ("solve.mode=per_token", "train.steps=0", "train.deepspeed.stage=0", "adapter.rank=16")
@@ -61,35 +62,17 @@ def learned(
     return load
 
 
+class Rows(NamedTuple):
+    """A request for other rows than those that were prepared, and the changes that name them."""
+
+    prepared: str
+    request: list[str]
+    texts: list[str]
+
+
 @pytest.fixture(scope="module")
-def reference(
-    learned: Callable[..., UnlearnConfig], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Tensor]:
-    """The adapter of two workers."""
-    return run(learned(f"output_dir={tmp_path_factory.mktemp('reference')}"))[0]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        # Gradient steps need targets, which the solver has not fitted. These change nothing.
-        ("train.num_workers=1", "train.steps=2", "train.learning_rate=1e-12"),
-        ("train.deepspeed.stage=3",),
-    ],
-    ids=["one worker, then steps", "ZeRO 3"],
-)
-def test_the_adapter_is_the_same(
-    reference: dict[str, Tensor],
-    learned: Callable[..., UnlearnConfig],
-    tmp_path: Path,
-    changes: tuple[str, ...],
-) -> None:
-    assert_same(run(learned(*changes, f"output_dir={tmp_path}"))[0], reference)
-
-
-def test_from_prepared_statistics_it_is_the_same_however_the_rows_are_parted(
-    learned: Callable[..., UnlearnConfig], tmp_path: Path
-) -> None:
+def rows(learned: Callable[..., UnlearnConfig], tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    folder = tmp_path_factory.mktemp("rows")
     cfg = learned()
     named, kept = (
         Path(source.path).read_text().splitlines() for source in (cfg.data.forget, cfg.data.retain)
@@ -97,30 +80,72 @@ def test_from_prepared_statistics_it_is_the_same_however_the_rows_are_parted(
 
     def part(forget: list[str], retain: list[str]) -> list[str]:
         """The changes of a configuration with these rows."""
-        folder = tmp_path / f"rows-{len(forget)}"
-        folder.mkdir()
+        own = folder / f"{len(forget)}"
+        own.mkdir()
         for name, lines in (("forget", forget), ("retain", retain), ("earlier", kept[-2:])):
-            (folder / f"{name}.jsonl").write_text("\n".join(lines))
-        return [f"data.{name}.path={folder}/{name}.jsonl" for name in ("forget", "retain")]
+            (own / f"{name}.jsonl").write_text("\n".join(lines))
+        return [f"data.{name}.path={own}/{name}.jsonl" for name in ("forget", "retain")]
 
     # The last two rows are of an earlier request: they are no part of what the model is trained on.
     first = part(named, kept[:-2])
-    prepared = prepare(learned(*first, f"output_dir={tmp_path}/prepared"), Terminal())
-    # A later request names other rows than the configuration that was prepared.
-    changes = part(kept[:4], named + kept[4:-2])
-    changes.append(f"data.earlier.path={tmp_path}/rows-4/earlier.jsonl")
-    whole, whole_metrics = run(learned(*changes, f"output_dir={tmp_path}/whole"))
-    changes += [f"solve.prepared={prepared.path}", "train.num_workers=1"]
-    request = learned(*changes, f"output_dir={tmp_path}/request")
-    heard: list[dict[str, Any]] = []
-    found, metrics = run(request, heard.append)
-    (left,) = (message for message in heard if "away" in message)
-    assert 0 <= left["away"] <= left["pushed"] > 0
-    assert_same(found, whole)
-    assert 0 < metrics["tokens"] < whole_metrics["tokens"] / 4, "the retained rows were not read"
-    check_prepared(request, load_sets(request.data).inputs())
-    assert not compare(prepared.output).differences
+    prepared = prepare(learned(*first, f"output_dir={folder}/prepared"), Terminal())
+    request = part(kept[:4], named + kept[4:-2])
+    request.append(f"data.earlier.path={folder}/4/earlier.jsonl")
     texts = [json.loads(line)["answer"] for line in named + kept]
-    for path in prepared.path.rglob("*"):
+    return Rows(str(prepared.path), request, texts)
+
+
+class Together(NamedTuple):
+    """What two workers solve one run after another, and what one worker does."""
+
+    reference: Trained
+    zero_3: Trained
+    whole: Trained
+    with_steps: Trained
+    from_prepared: Trained
+
+
+@pytest.fixture(scope="module")
+def together(
+    learned: Callable[..., UnlearnConfig], rows: Rows, tmp_path_factory: pytest.TempPathFactory
+) -> Together:
+    folder = tmp_path_factory.mktemp("together")
+    out = f"output_dir={folder}"
+    (folder / "two").mkdir()
+    two = fit_all(
+        folder / "two",
+        learned(out),
+        learned("train.deepspeed.stage=3", out),
+        learned(*rows.request, out),
+    )
+    (folder / "one").mkdir()
+    alone = ("train.num_workers=1", out)
+    one = fit_all(
+        folder / "one",
+        # Gradient steps need targets, which the solver has not fitted. These change nothing.
+        learned("train.steps=2", "train.learning_rate=1e-12", *alone),
+        learned(*rows.request, f"solve.prepared={rows.prepared}", *alone),
+    )
+    return Together(*two, *one)
+
+
+@pytest.mark.parametrize("which", ["zero_3", "with_steps"])
+def test_the_adapter_is_the_same(together: Together, which: str) -> None:
+    assert_same(products_of(getattr(together, which)), products_of(together.reference))
+
+
+def test_from_prepared_statistics_it_is_the_same_however_the_rows_are_parted(
+    learned: Callable[..., UnlearnConfig], rows: Rows, together: Together
+) -> None:
+    found, whole = together.from_prepared, together.whole
+    (left,) = (message for message in found.messages if "away" in message)
+    assert 0 <= left["away"] <= left["pushed"] > 0
+    assert_same(products_of(found), products_of(whole))
+    share = found.metrics["tokens"] / whole.metrics["tokens"]
+    assert 0 < share < 1 / 4, "the retained rows were not read"
+    request = learned(*rows.request, f"solve.prepared={rows.prepared}")
+    check_prepared(request, load_sets(request.data).inputs())
+    assert not compare(open_output(rows.prepared)).differences
+    for path in Path(rows.prepared).rglob("*"):
         content = path.read_bytes() if path.is_file() else b""
-        assert not any(text.encode() in content for text in texts), path
+        assert not any(text.encode() in content for text in rows.texts), path

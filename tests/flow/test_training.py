@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
@@ -16,10 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipelines.config.schema import UnlearnConfig
-from pipelines.data.sets import load_sets
-from pipelines.training.trainer import Trainer
 from tests.flow.conftest import CommandHere
 from tests.processes import train_workers
+from tests.trained import Trained, fit, fit_all
 
 Quick = Callable[..., UnlearnConfig]
 # Float32 sums in another order: the adapters' values are up to 0.1, their differences below this.
@@ -31,30 +31,17 @@ LONGER = (
     "train.learning_rate=3e-3",
     "train.checkpoint_every=4",
 )
-
-
-def train(
-    cfg: UnlearnConfig, listener: Callable[[dict[str, float]], None] = lambda _message: None
-) -> dict[str, Tensor]:
-    """The trained adapter, by parameter name."""
-    sets = load_sets(cfg.data)
-    streams = {
-        "retain": (sets.union(("retain", "utility")), cfg.train.retain_batch_size),
-        "forget": (sets.forget, cfg.train.forget_batch_size),
-    }
-    result = Trainer(cfg, "unlearn", streams).fit(
-        steps=cfg.train.steps,
-        learning_rate=cfg.train.learning_rate,
-        final_rate=0.0,
-        listener=listener,
-    )
-    assert result.checkpoint is not None
-    with result.checkpoint.as_directory() as folder:
-        assert sorted(path.name for path in Path(folder).iterdir()) == [
-            "progress.json",
-            "trained.safetensors",
-        ]
-        return load_file(Path(folder) / "trained.safetensors")
+STOPPING = (
+    "objective.method=masc",
+    "objective.output_parameters.rho=0.06",
+    "objective.stop_at=0.25",
+)
+WITHOUT_LABELS = (
+    "objective.target=class_mean",
+    "data.columns.label=none",
+    "train.steps=2",
+    "objective.weights={retain: 0, forget: 0, task: 1}",
+)
 
 
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -62,65 +49,83 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
+class Together(NamedTuple):
+    """What two workers train one run after another, and what one worker does."""
+
+    reference: Trained
+    zero_2: Trained
+    zero_3: Trained
+    one_worker: Trained
+    bf16: list[Trained]
+    stopped: list[Trained]
+    without_labels: Trained
+
+
 @pytest.fixture(scope="module")
-def reference(
-    ray_session: None, quick: Quick, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Tensor]:
-    """The adapter of two workers at ZeRO stage 0, unbroken."""
-    folder = tmp_path_factory.mktemp("reference")
-    adapter = train(quick(*LONGER, "train.deepspeed.stage=0", f"output_dir={folder}"))
-    assert (
-        max(float(value.abs().max()) for name, value in adapter.items() if "lora_B" in name) > 0.01
+def together(ray_session: None, quick: Quick, tmp_path_factory: pytest.TempPathFactory) -> Together:
+    folder = tmp_path_factory.mktemp("together")
+
+    def longer(*changes: str) -> UnlearnConfig:
+        return quick(*LONGER, f"output_dir={folder}", *changes)
+
+    def in_bf16(method: str) -> UnlearnConfig:
+        own = (f"objective.method={method}", "train.precision=bf16", "train.steps=2")
+        return longer("train.deepspeed.stage=3", *own)
+
+    (folder / "two").mkdir()
+    two = fit_all(
+        folder / "two",
+        longer("train.deepspeed.stage=0"),
+        longer("train.deepspeed.stage=2"),
+        longer("train.deepspeed.stage=3", "train.activation_checkpointing=true"),
+        in_bf16("rmu"),
+        in_bf16("circuit_breakers"),
+        in_bf16("idk_dpo"),
+        longer(*STOPPING, "train.deepspeed.stage=0"),
+        longer(*STOPPING, "train.deepspeed.stage=3"),
     )
+    (folder / "one").mkdir()
+    alone = ("train.num_workers=1", "train.accumulation=2")
+    one = fit_all(
+        folder / "one",
+        longer(*alone),
+        longer(*STOPPING, *alone),
+        longer(*alone, *WITHOUT_LABELS),
+    )
+    return Together(*two[:3], one[0], two[3:6], [*two[6:], one[1]], one[2])
+
+
+@pytest.fixture(scope="module")
+def reference(together: Together) -> dict[str, Tensor]:
+    """The adapter of two workers at ZeRO stage 0, unbroken."""
+    adapter = together.reference.parameters
+    outputs = [value for name, value in adapter.items() if "lora_B" in name]
+    assert max(float(value.abs().max()) for value in outputs) > 0.01
     return adapter
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        ("train.deepspeed.stage=2",),
-        ("train.deepspeed.stage=3", "train.activation_checkpointing=true"),
-        ("train.num_workers=1", "train.accumulation=2"),
-    ],
-    ids=["ZeRO 2", "ZeRO 3 with activation checkpointing", "one worker with accumulation"],
-)
+@pytest.mark.parametrize("which", ["zero_2", "zero_3", "one_worker"])
 def test_the_adapter_is_the_same(
-    reference: dict[str, Tensor], quick: Quick, tmp_path: Path, changes: tuple[str, ...]
+    together: Together, reference: dict[str, Tensor], which: str
 ) -> None:
-    assert (
-        largest_difference(train(quick(*LONGER, *changes, f"output_dir={tmp_path}")), reference)
-        < TOLERANCE
-    )
+    assert largest_difference(getattr(together, which).parameters, reference) < TOLERANCE
 
 
 def test_a_run_whose_worker_is_killed_ends_with_the_same_adapter(
     reference: dict[str, Tensor], quick: Quick, tmp_path: Path
 ) -> None:
     cfg = quick(*LONGER, "train.deepspeed.stage=2", f"output_dir={tmp_path}")
-    sets = load_sets(cfg.data)
-    streams = {
-        "retain": (sets.union(("retain", "utility")), cfg.train.retain_batch_size),
-        "forget": (sets.forget, cfg.train.forget_batch_size),
-    }
     steps: list[int] = []
     workers: set[psutil.Process] = set()
 
-    def kill_once(message: dict[str, float]) -> None:
+    def kill_once(message: dict[str, Any]) -> None:
         steps.append(int(message["step"]))
         own = train_workers(psutil.Process())
         workers.update(own)
         if steps == list(range(30)):
             own[-1].kill()
 
-    result = Trainer(cfg, "unlearn", streams).fit(
-        steps=cfg.train.steps,
-        learning_rate=cfg.train.learning_rate,
-        final_rate=0.0,
-        listener=kill_once,
-    )
-    assert result.checkpoint is not None
-    with result.checkpoint.as_directory() as folder:
-        adapter = load_file(Path(folder) / "trained.safetensors")
+    adapter = fit(cfg, kill_once).parameters
     assert steps.count(0) == 1, "it did not begin again"
     assert set(steps) == set(range(40)) and len(workers) == 4, "two others went on to the end"
     assert largest_difference(adapter, reference) < TOLERANCE
@@ -161,44 +166,24 @@ def test_an_interrupted_command_goes_on_where_it_was(
     assert largest_difference(exported, expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("method", ["rmu", "circuit_breakers", "idk_dpo"])
-def test_bf16_trains_adapters_in_fp32(
-    ray_session: None, quick: Quick, tmp_path: Path, method: str
-) -> None:
-    adapter = train(
-        quick(
-            "train.precision=bf16",
-            "solve.mode=off",
-            f"objective.method={method}",
-            "train.deepspeed.stage=3",
-            "train.steps=2",
-            f"output_dir={tmp_path}",
-        )
-    )
-    assert {value.dtype for value in adapter.values()} == {torch.float32}
-    assert all(bool(value.isfinite().all()) for value in adapter.values())
+def test_bf16_trains_adapters_in_fp32(together: Together) -> None:
+    for trained in together.bf16:
+        assert {value.dtype for value in trained.parameters.values()} == {torch.float32}
+        assert all(bool(value.isfinite().all()) for value in trained.parameters.values())
 
 
-@pytest.mark.parametrize(
-    "changes", [("train.deepspeed.stage=3",), ("train.num_workers=1", "train.accumulation=2")]
-)
-def test_steps_end_with_the_same_one_for_any_number_of_workers(
-    ray_session: None, quick: Quick, tmp_path: Path, changes: tuple[str, ...]
-) -> None:
-    rule = (
-        "objective.method=masc",
-        "objective.output_parameters.rho=0.06",
-        "objective.stop_at=0.25",
-    )
-    ends: list[list[int]] = []
-    for number, own in enumerate((("train.deepspeed.stage=0",), changes)):
-        cfg = quick(*LONGER, *rule, *own, f"output_dir={tmp_path}/{number}")
-        messages: list[dict[str, float]] = []
-        train(cfg, messages.append)
-        ends.append([int(message.get("stopped_after", -1)) for message in messages])
-    assert ends[0] == ends[1]
+def test_steps_end_with_the_same_one_for_any_number_of_workers(together: Together) -> None:
+    ends = [
+        [int(message.get("stopped_after", -1)) for message in trained.messages]
+        for trained in together.stopped
+    ]
+    assert ends[0] == ends[1] == ends[2]
     assert ends[0][:-1] == [-1] * ends[0][-1], "the last message follows those of the steps"
     assert 2 < ends[0][-1] < 40
+
+
+def test_without_a_term_of_features_a_target_needs_no_labels(together: Together) -> None:
+    assert together.without_labels.parameters
 
 
 def test_bf16_trains_whole_models_on_one_worker(
@@ -221,21 +206,6 @@ def test_bf16_trains_whole_models_on_one_worker(
         "but for rounding they learn alike"
     )
     assert losses["bf16"][-1] < losses["bf16"][0] - 0.1
-
-
-def test_without_a_term_of_features_a_target_needs_no_labels(
-    ray_session: None, quick: Quick, tmp_path: Path
-) -> None:
-    changes = [
-        "objective.target=class_mean",
-        "data.columns.label=none",
-        "solve.mode=off",
-        "train.num_workers=1",
-        "train.steps=2",
-        "train.max_failures=0",
-        "objective.weights={retain: 0, forget: 0, task: 1}",
-    ]
-    assert train(quick(*changes, f"output_dir={tmp_path}"))
 
 
 def test_what_a_worker_failed_of_is_told(

@@ -13,8 +13,8 @@ from pipelines.config.load import load_config, with_values
 from pipelines.config.schema import UnlearnConfig
 from pipelines.data.sets import load_sets
 from pipelines.terminal import Terminal
-from pipelines.training.trainer import Trainer
 from rfa.adapters import lora_layers
+from tests.trained import fit_all, products_of
 from tuning.contracts import RUNGS, Measured, Shared
 from tuning.prepare import share_work
 from tuning.record import TrialRecord
@@ -25,6 +25,21 @@ from tuning.workbench import Workbench
 SPACE = {
     "adapter.layers": {"choice": [[1, 2], [0, 3]]},
     "objective.tokens": {"choice": ["answer", "all"]},
+}
+TRIALS: dict[str, dict[str, Any]] = {
+    "solver": {
+        "adapter.layers": [0, 3],
+        "objective.tokens": "answer",
+        "objective.target": "cluster_mean",
+    },
+    "gradient": {
+        "solve.mode": "off",
+        "train.steps": 5,
+        "objective.weights.kl": 0.5,
+        "objective.weights.output": 0.5,
+        "objective.schedule": "crossfade",
+        "objective.output": "dpo",
+    },
 }
 SOLVED = {"train.steps": 0, "solve.strength": 0.1, "train.num_workers": 1}
 
@@ -65,30 +80,20 @@ def numbers(measured: Measured) -> dict[str, float]:
     return {name: value for name, value in measured.scores.items() if value is not None}
 
 
-def of_a_run(cfg: UnlearnConfig, folder: Path) -> dict[str, Tensor]:
-    """The same of Ray Train's workers."""
-    cfg, sets = with_values(cfg, {"output_dir": str(folder)}), load_sets(cfg.data)
-    streams = {
-        "retain": (sets.union(("retain", "utility")), cfg.train.retain_batch_size),
-        "forget": (sets.forget, cfg.train.forget_batch_size),
-    }
-    result = Trainer(cfg, "unlearn", streams).fit(
-        steps=cfg.train.steps,
-        learning_rate=cfg.train.learning_rate,
-        final_rate=0.0,
-        listener=lambda _: None,
-    )
-    assert result.checkpoint is not None
-    with result.checkpoint.as_directory() as path:
-        found = load_file(Path(path) / "trained.safetensors")
-    return {
-        name.removeprefix("model.").removesuffix(".lora_A.default.weight"): found[
-            name.replace("lora_A", "lora_B")
-        ]
-        @ a_KD
-        for name, a_KD in found.items()
-        if "lora_A" in name
-    }
+@pytest.fixture(scope="module")
+def runs(
+    cfg: UnlearnConfig, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Tensor]]:
+    """Each module's B A of Ray Train's workers, for each of `TRIALS`."""
+    folder = tmp_path_factory.mktemp("runs")
+    trials = (with_values(cfg, {**values, "output_dir": str(folder)}) for values in TRIALS.values())
+    found = {}
+    for which, trained in zip(TRIALS, fit_all(folder, *trials), strict=True):
+        found[which] = {
+            name.removeprefix("model.").removesuffix(".lora_A.default.weight"): product
+            for name, product in products_of(trained).items()
+        }
+    return found
 
 
 def assert_same(
@@ -102,25 +107,16 @@ def assert_same(
         )
 
 
-def test_a_solver_trial_finds_the_adapter_of_a_run(
-    bench: Workbench, cfg: UnlearnConfig, tmp_path: Path
+@pytest.mark.parametrize("which, tolerance", [("solver", 1e-3), ("gradient", 1e-2)])
+def test_a_trial_finds_the_adapter_of_a_run(
+    bench: Workbench,
+    cfg: UnlearnConfig,
+    runs: dict[str, dict[str, Tensor]],
+    which: str,
+    tolerance: float,
 ) -> None:
-    values = {
-        "adapter.layers": [0, 3],
-        "objective.tokens": "answer",
-        "objective.target": "cluster_mean",
-    }
-    trial = with_values(cfg, values)
-    assert_same(products(bench, trial), of_a_run(trial, tmp_path))
-
-
-def test_a_gradient_trial_finds_the_adapter_of_a_run(
-    bench: Workbench, cfg: UnlearnConfig, tmp_path: Path
-) -> None:
-    values = {"objective.weights.kl": 0.5, "objective.schedule": "crossfade"}
-    values |= {"objective.output": "dpo", "objective.weights.output": 0.5}
-    trial = with_values(cfg, {"solve.mode": "off", "train.steps": 5, **values})
-    assert_same(products(bench, trial), of_a_run(trial, tmp_path), tolerance=1e-2)
+    trial = with_values(cfg, TRIALS[which])
+    assert_same(products(bench, trial), runs[which], tolerance)
 
 
 def test_trials_leave_no_trace(bench: Workbench, cfg: UnlearnConfig) -> None:
