@@ -26,11 +26,15 @@ Listener = Callable[[dict[str, Any]], None]
 
 
 class Trained(NamedTuple):
-    """The end of a run: its trained parameters by name, what it reported, and its messages."""
+    """The end of a run: its trained parameters by name, what it reported, and its messages.
+
+    `folder` has the last resume point.
+    """
 
     parameters: dict[str, Tensor]
     metrics: dict[str, Any]
     messages: list[dict[str, Any]]
+    folder: Path
 
 
 class Lines:
@@ -42,6 +46,12 @@ class Lines:
     def put(self, message: dict[str, Any]) -> None:
         with self.path.open("a") as stream:
             stream.write(json.dumps(message) + "\n")
+
+
+def exported(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters by the names that PEFT's adapter file gives them."""
+    names = {name: name.removeprefix("model.").replace(".default", "") for name in parameters}
+    return {names[name]: value for name, value in parameters.items()}
 
 
 def products_of(trained: Trained) -> dict[str, Tensor]:
@@ -72,8 +82,8 @@ def fit(cfg: UnlearnConfig, listener: Listener = lambda _message: None) -> Train
     )
     assert result.checkpoint is not None
     assert result.metrics is not None
-    with result.checkpoint.as_directory() as folder:
-        return Trained(parameters_in(Path(folder)), result.metrics, messages)
+    folder = Path(result.checkpoint.path)
+    return Trained(parameters_in(folder), result.metrics, messages, folder)
 
 
 def fit_all(folder: Path, *cfgs: UnlearnConfig) -> list[Trained]:
@@ -144,11 +154,12 @@ def trained_in(folder: Path) -> Trained:
         parameters_in(folder / "point"),
         json.loads((folder / "metrics.json").read_text()),
         [json.loads(line) for line in lines],
+        folder / "point",
     )
 
 
 def parameters_in(folder: Path) -> dict[str, Tensor]:
     """The parameters in a resume point at a run's end, which holds no moments."""
-    names = sorted(path.name for path in folder.iterdir())
-    assert names == ["progress.json", "trained.safetensors"]
+    names = {path.name for path in folder.iterdir()} - {"norms.safetensors"}
+    assert names == {"progress.json", "trained.safetensors"}
     return load_file(folder / "trained.safetensors")

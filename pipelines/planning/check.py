@@ -1,6 +1,7 @@
 """`ray-unlearn check`: the checks of a run before it trains, and a plan of what it needs."""
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import ray
@@ -10,6 +11,7 @@ from pipelines.cluster.session import session, temporary_log
 from pipelines.cluster.tasks import on_this_node, result_of
 from pipelines.config.data import HELD_SETS
 from pipelines.config.schema import UnlearnConfig
+from pipelines.encoding.windows import Lengths
 from pipelines.planning.devices import Device, planned_device, present_device
 from pipelines.planning.plan import ASSUMED_UTILISATION, Layout, Plan, RowCounts
 from pipelines.planning.table import Rows, plan_rows, run_rows
@@ -48,9 +50,20 @@ def check(
         rows: RowCounts = {name: sets.counts[name] for name in sets.names()}
         rows |= {name: of_set.windows for name, of_set in lengths.items()}
         device = present_device(cfg.train)
+        planned = as_long_as(cfg, lengths)
         # A task, because the plan needs transformers, which the driver does not import.
-        plan = result_of(on_this_node(plan_configured).remote(cfg, device, rows, price))
+        plan = result_of(on_this_node(plan_configured).remote(planned, device, rows, price))
         return run_rows(run, sets, size, lengths, ray.cluster_resources()) + plan_rows(plan)
+
+
+def as_long_as(cfg: UnlearnConfig, lengths: Mapping[str, Lengths]) -> UnlearnConfig:
+    """Return a configuration that reads no more tokens at once than the workers' longest row has."""
+    read = ("forget", "holdout", *HELD_SETS)
+    longest = max((lengths[name].longest for name in read if name in lengths), default=0)
+    if not longest:
+        return cfg
+    data = cfg.data.model_copy(update={"max_tokens": longest})
+    return cfg.model_copy(update={"data": data})
 
 
 def plan_configured(

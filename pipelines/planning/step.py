@@ -2,7 +2,8 @@
 
 Tensors on the meta device have shapes and no content. A tally of the tensors that are alive gives
 the activations' peak, and torch's counter the floating-point operations. Every token counts as an
-answer's and every row has `data.max_tokens`, so the result bounds a real step from above.
+answer's and every row has `data.max_tokens`, so the result bounds a real step from above. Where the
+rows are known, `check` puts the longest one's tokens there.
 
 Shapes: B rows, T tokens, S positions, D features, K centres.
 """

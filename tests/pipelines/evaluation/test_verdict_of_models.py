@@ -3,9 +3,11 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipelines.config.load import load_config
@@ -22,6 +24,8 @@ from tests.tiny_model import write_tiny_model
 SETS = ("forget", "retain", "utility", "holdout", "general")
 BROAD_ROWS = 40  # of the general and utility sets
 STEPS, BATCH = 250, 16
+ASCENT_STEPS = 80
+ASCENT_END = 9.0  # nats a token
 
 
 def settings(folder: Path) -> list[str]:
@@ -42,19 +46,26 @@ def encoded(folder: Path, name: str) -> list[Row]:
     return rows
 
 
-def train(start: Path, end: Path, rows: Sequence[Row], seed: int) -> None:
-    """Train a model on answers, and write it."""
+def train(
+    start: Path,
+    end: Path,
+    rows: Sequence[Row],
+    seed: int,
+    *,
+    ascend: Sequence[Row] = (),
+    steps: int = STEPS,
+    rate: float = 4e-3,
+) -> None:
+    """Train a model on answers, and by gradient ascent on the answers of `ascend`; write it."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(start)
-    runner = BlockRunner(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / STEPS, STEPS)
-    for _ in range(STEPS):
-        picked = [rows[index] for index in torch.randperm(len(rows))[:BATCH].tolist()]
-        batch = collate(picked, [], model.config.pad_token_id)
-        logits_NV = runner(batch, logits_at_BT=batch.answer_BT).logits_NV
-        assert logits_NV is not None
-        loss = torch.nn.functional.cross_entropy(logits_NV, batch.expected(batch.answer_BT))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / steps, steps)
+    for _ in range(steps):
+        loss = answer_loss(model, drawn(rows))
+        if ascend:
+            # Without an end, ascent would take along what should stay.
+            loss = loss - answer_loss(model, drawn(ascend)).clamp(max=ASCENT_END)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -63,9 +74,22 @@ def train(start: Path, end: Path, rows: Sequence[Row], seed: int) -> None:
     AutoTokenizer.from_pretrained(start).save_pretrained(end)
 
 
+def drawn(rows: Sequence[Row]) -> list[Row]:
+    """Draw a batch."""
+    return [rows[index] for index in torch.randperm(len(rows))[:BATCH].tolist()]
+
+
+def answer_loss(model: Any, rows: list[Row]) -> Tensor:
+    """Return the mean cross-entropy of the rows' answers."""
+    batch = collate(rows, [], model.config.pad_token_id)
+    logits_NV = BlockRunner(model)(batch, logits_at_BT=batch.answer_BT).logits_NV
+    assert logits_NV is not None
+    return torch.nn.functional.cross_entropy(logits_NV, batch.expected(batch.answer_BT))
+
+
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A problem, a model that learned all of it, and three without the forget set."""
+    """A problem, a model that learned all of it, three without the forget set, and one by ascent."""
     folder = tmp_path_factory.mktemp("taught")
     base = write_tiny_model(folder / "model")
     write_problem(folder / "data", authors=16, questions=3, seed=0, forget=4)
@@ -79,6 +103,8 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(base, folder / "learned", kept + forget, 0)
     for seed in (1, 2, 3):
         train(base, folder / f"oracle{seed}", kept, seed)
+    ascent: dict[str, Any] = {"ascend": forget, "steps": ASCENT_STEPS, "rate": 1e-3}
+    train(folder / "learned", folder / "ascended", kept, 4, **ascent)
     return folder
 
 
@@ -96,6 +122,7 @@ def test_the_verdict_says_what_was_done_to_a_model(taught: Path) -> None:
     done = {
         "learned": "traces_remain",
         "model": "utility_lost",
+        "ascended": "over_forgotten",
         "oracle3": "indistinguishable",
     }
     found = {name: verdict_on(taught, name) for name in done}

@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from pipelines.__main__ import app
 from pipelines.config.load import load_config
+from pipelines.encoding.windows import Lengths
 from pipelines.model.load import blank_model
 from pipelines.planning import step
-from pipelines.planning.check import plan_run
+from pipelines.planning.check import as_long_as, plan_run
 from pipelines.planning.devices import Device, planned_device
 from pipelines.planning.memory import Planner
 from pipelines.planning.plan import Layout, Parts
@@ -124,6 +125,18 @@ def test_a_multiplication_and_an_addition_count_for_each_weight_and_row() -> Non
         layer(rows).sum().backward()
     # The rows need no gradient, so backward is the weights' alone.
     assert tally.operations == 2 * (2 * 3 * 5 * 7)
+
+
+def test_rows_are_planned_as_long_as_the_longest_that_a_worker_reads() -> None:
+    cfg = load_config("quick", ["train.steps=0", "data.max_tokens=512"])
+    of = {"forget": 40, "retain": 96, "general": 200}
+    lengths = {name: Lengths(9, 9, longest, 0, []) for name, longest in of.items()}
+    planned = as_long_as(cfg, lengths)
+    assert planned.data.max_tokens == 96, "nobody trains on the general set"
+    assert as_long_as(cfg, {}) == cfg
+    parts = [Planner(own, blank(own, SMALL), 1).parts(Layout.of(own, 0)) for own in (cfg, planned)]
+    assert parts[0].activations > 4 * parts[1].activations > 0
+    assert parts[0].statistics == parts[1].statistics
 
 
 def test_the_solver_has_sums_of_each_set_that_it_holds() -> None:
