@@ -1,5 +1,6 @@
 """Benchmarks by name: data sets with the columns that the hub's have are read by their presets."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ PERTURBED = {
     "paraphrased_question": ["What name?", "What place?"],
 }
 OPTIONS = {f"option{number}": ["x", "y"] for number in range(1, 5)}
+QUERIES = {"query": QUESTIONS["question"], "answer": QUESTIONS["answer"]}
+PEOPLE = {"subject": ["Stephen King", "Confucius"]}
 TEXTS = {"text": ["Some article.", "Another one."]}
 # By the hub's name and the split.
 COLUMNS: dict[tuple[str, str], dict[str, Any]] = {
@@ -32,6 +35,8 @@ COLUMNS: dict[tuple[str, str], dict[str, Any]] = {
     ("muse-bench/MUSE-News:knowmem", "retain_qa"): QUESTIONS,
     ("cais/wmdp-corpora:cyber-forget-corpus", "train"): TEXTS,
     ("cais/wmdp-corpora:cyber-retain-corpus", "train"): TEXTS,
+    ("jinzhuoran/RWKU:train_positive_llama3", "train"): TEXTS | PEOPLE,
+    ("jinzhuoran/RWKU:neighbor_level2", "test"): QUERIES | PEOPLE,
 }
 for forget, retain in (("01", "99"), ("05", "95"), ("10", "90")):
     COLUMNS["locuslab/TOFU:forget" + forget + "_perturbed", "train"] = PERTURBED
@@ -59,8 +64,15 @@ FORGET01 = [change.replace("05", "01").replace("95", "99") for change in FORGET0
 
 @pytest.mark.parametrize(
     "preset, changes",
-    [("tofu", []), ("tofu", FORGET05), ("tofu", FORGET01), ("muse", []), ("wmdp", [])],
-    ids=["forget10", "forget05", "forget01", "muse", "wmdp"],
+    [
+        ("tofu", []),
+        ("tofu", FORGET05),
+        ("tofu", FORGET01),
+        ("muse", []),
+        ("wmdp", []),
+        ("rwku", []),
+    ],
+    ids=["forget10", "forget05", "forget01", "muse", "wmdp", "rwku"],
 )
 def test_every_source_of_a_preset_is_read(preset: str, changes: list[str], tmp_path: Path) -> None:
     cfg = load_config(preset, changes)
@@ -68,12 +80,19 @@ def test_every_source_of_a_preset_is_read(preset: str, changes: list[str], tmp_p
         source: SourceConfig | None = getattr(cfg.data, name)
         if source is None:
             continue
-        tables = read_piece(source_of(source, tmp_path), cfg.data.columns, EVERYTHING, cfg.task)
-        first, _ = pa.concat_tables(tables).to_pylist()
+        selection = replace(EVERYTHING, column=source.column, values=frozenset(source.values or ()))
+        tables = read_piece(source_of(source, tmp_path), cfg.data.columns, selection, cfg.task)
+        first, *others = pa.concat_tables(tables).to_pylist()
         columns = COLUMNS[source.path, source.split]
-        asked = columns.get("question", [""])
-        assert first["prompt"] == asked[0]
-        assert first["answer"] == columns.get("answer", columns.get("text"))[0]
+        number = 0
+        if source.column is None:
+            assert len(others) == 1
+        else:
+            assert not others, "a person's rows alone"
+            number = columns[source.column].index(source.values[0])
+        asked = columns.get(cfg.data.columns.prompt, ["", ""])
+        assert first["prompt"] == asked[number]
+        assert first["answer"] == columns.get("answer", columns.get("text"))[number]
         if columns is PERTURBED:
             assert first["paraphrased_prompt"] == "What name?"
             assert first["paraphrased_answer"] == "It is Ann."
