@@ -74,7 +74,7 @@ def test_the_adapter_is_the_same(
     assert_same(products_of(fit_all(tmp_path, cfg)[0]), reference)
 
 
-def test_a_run_whose_worker_is_killed_while_polishing_keeps_what_was_solved(
+def test_a_run_whose_worker_is_killed_while_polishing_keeps_what_was_solved_and_what_it_ended_with(
     reference: dict[str, Tensor], quick: Quick, tmp_path: Path
 ) -> None:
     # A learning rate so small that polishing changes nothing: what is left is the solution of the first attempt.
@@ -99,6 +99,10 @@ def test_a_run_whose_worker_is_killed_while_polishing_keeps_what_was_solved(
     )
     assert trained.metrics["solve_s"] > 0
     assert_same(products_of(trained), reference)
+    # As after a kill between the last checkpoint and the export.
+    again = fit(cfg)
+    assert_same(products_of(again), reference)
+    assert not again.messages, "what was finished is neither solved nor polished again"
 
 
 def test_a_run_whose_worker_is_killed_while_reading_goes_on_from_what_was_counted(
@@ -121,18 +125,6 @@ def test_a_run_whose_worker_is_killed_while_reading_goes_on_from_what_was_counte
     assert read[start:] == list(range(read[start], number + 1))
     # A row that counted twice, or never, would weigh more or less.
     assert_same(products_of(trained), reference)
-
-
-def test_a_finished_run_that_is_fitted_again_reports_the_adapter_it_had(
-    reference: dict[str, Tensor], quick: Quick, tmp_path: Path
-) -> None:
-    # As after a kill between the last checkpoint and the export.
-    cfg = quick(*SOLVE, f"output_dir={tmp_path}")
-    assert_same(products_of(fit(cfg)), reference)
-    again = fit(cfg)
-    assert_same(products_of(again), reference)
-    solving = [message for message in again.messages if message.get("what") == "statistics"]
-    assert not solving, "it did not solve again"
 
 
 def test_the_strength_is_found_by_the_holdout_set(together: Together) -> None:

@@ -14,7 +14,13 @@ from tests.bucket import SECRET, Bucket, running_bucket
 from tests.flow.conftest import CommandHere
 from tests.processes import kill_tree
 
-TRAINING = ("solve.mode=off", "train.steps=40", "train.checkpoint_every=4", "evaluation.quick=true")
+TRAINING = (
+    "train.num_workers=1",
+    "solve.mode=off",
+    "train.steps=40",
+    "train.checkpoint_every=4",
+    "evaluation.quick=true",
+)
 
 
 @pytest.fixture(scope="module")
