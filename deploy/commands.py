@@ -42,13 +42,6 @@ def gate(
             metavar="VERDICT", help="A verdict that may pass; repeatable. [indistinguishable]"
         ),
     ] = None,
-    deleted: Annotated[
-        bool,
-        typer.Option(
-            "--deleted",
-            help="Refuse while something that the page lists as holding the rows is still there.",
-        ),
-    ] = False,
     debug: Debug = False,
 ) -> None:
     """Refuse a run whose verdict or scores miss what is required: exit code 3, one reason a line.
@@ -57,7 +50,7 @@ def gate(
     refuses, or finds changed, does not pass.
     """
     with reporting(debug) as terminal:
-        from deploy.gate import parse_requirement, places_left, reasons_to_refuse
+        from deploy.gate import parse_requirement, reasons_to_refuse
         from pipelines.report.page import RUN_FILES
         from pipelines.storage.output import open_output
         from pipelines.storage.verify import compare
@@ -66,8 +59,6 @@ def gate(
         output = open_output(run_dir, "RUN_DIR")
         with output.local_copy(*RUN_FILES) as folder:
             reasons = reasons_to_refuse(folder, requirements, verdict or ["indistinguishable"])
-            if deleted:
-                reasons += places_left(folder)
         reasons += compare(output).differences
         for reason in reasons:
             terminal.say(reason)

@@ -9,16 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from pyarrow import fs
-
 from pipelines.config.schema import ConfigError
-from pipelines.config.text import one_line
 from pipelines.evaluation.rule import Level
 from pipelines.evaluation.verdict import verdict
-from pipelines.report.page import Run, read_run
-from pipelines.storage.filesystem import open_filesystem
-from pipelines.storage.holders import holders
-from pipelines.tracking.mlflow_store import Store, locate
+from pipelines.report.page import read_run
 
 COMPARISONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 NUMBER = r"-?\d+(\.\d+)?(e-?\d+)?"
@@ -76,52 +70,6 @@ def reasons_to_refuse(
             measured = "not measured" if value is None else value
             reasons.append(f"{model}.{score}: {measured}, required: {sign} {limit:g}")
     return reasons
-
-
-def places_left(run_dir: Path) -> list[str]:
-    """Return one line for each place that is known to hold the forgotten rows, unless it is gone.
-
-    The places are those that the page lists. One that cannot be looked at from here is not gone.
-    """
-    run = read_run(run_dir)
-    reasons: list[str] = []
-    for what, place in holders(run.config, run.manifest):
-        left = _versions_left(run, run_dir) if place.startswith("models:/") else _left_at(place)
-        if left:
-            reasons.append(f"{what}: {place} {left}")
-    return reasons
-
-
-def _versions_left(run: Run, run_dir: Path) -> str:
-    """Say which versions before the run's own are left in MLflow, nothing where none is."""
-    cfg = run.config.tracking
-    own = run.manifest["mlflow"]["model_version"]
-    try:
-        numbers = Store(*locate(cfg.uri, run_dir), cfg).versions()
-    except Exception as error:  # MLflow's own, a database driver's or a cloud client's
-        return f"cannot be looked at ({type(error).__name__})"
-    left = ", ".join(str(number) for number in numbers if number < own)
-    return f"is still there (version {left})" if left else ""
-
-
-def _left_at(place: str) -> str:
-    """Say what is left at a path, nothing where it is gone."""
-    is_local = "://" not in place
-    if any(sign in place for sign in "*?["):
-        return "is a pattern, at which nothing can be looked for"
-    try:
-        filesystem, path = open_filesystem(place, "--deleted")
-        [found, above] = filesystem.get_file_info([path, str(Path(path).parent)])
-    except (ConfigError, OSError) as error:
-        return f"cannot be looked at ({one_line(error)})"
-    if found.type != fs.FileType.NotFound:
-        return "is still there"
-    if is_local and not Path(place).expanduser().is_absolute():
-        return "is no absolute path, and not found from here"
-    # On another machine nothing would be found, and nothing would be deleted.
-    if is_local and above.type == fs.FileType.NotFound:
-        return "cannot be looked at: the folder around it is not found from here"
-    return ""
 
 
 def _score(models: dict[str, Any], model: str, score: str) -> float | None:

@@ -83,7 +83,7 @@ def fit(cfg: UnlearnConfig, listener: Listener = lambda _message: None) -> Train
     assert result.checkpoint is not None
     assert result.metrics is not None
     folder = Path(result.checkpoint.path)
-    return Trained(parameters_in(folder), result.metrics, messages, folder)
+    return Trained(parameters_in(folder, cfg), result.metrics, messages, folder)
 
 
 def fit_all(folder: Path, *cfgs: UnlearnConfig) -> list[Trained]:
@@ -102,7 +102,10 @@ def fit_all(folder: Path, *cfgs: UnlearnConfig) -> list[Trained]:
         for name, stream in trainer.streams.items():
             datasets[f"{number}.{name}"] = stream.rows
     train = cfgs[0].train
-    assert {cfg.train.num_workers for cfg in cfgs} == {train.num_workers}
+    for cfg in cfgs:
+        assert cfg.train.num_workers == train.num_workers
+        assert cfg.train.resources == train.resources
+        assert worker_environment(cfg.train) == worker_environment(train)
     TorchTrainer(
         run_all,
         train_loop_config={"jobs": jobs, "folder": folder},
@@ -118,7 +121,7 @@ def fit_all(folder: Path, *cfgs: UnlearnConfig) -> list[Trained]:
         datasets=datasets,
         dataset_config=whole_streams(),
     ).fit()
-    return [trained_in(folder / str(number)) for number in range(len(cfgs))]
+    return [trained_in(folder / str(number), cfg) for number, cfg in enumerate(cfgs)]
 
 
 def run_all(settings: dict[str, Any]) -> None:
@@ -147,19 +150,21 @@ def keep_report(
     shutil.copytree(checkpoint.path, folder / "point")
 
 
-def trained_in(folder: Path) -> Trained:
+def trained_in(folder: Path, cfg: UnlearnConfig) -> Trained:
     messages = folder / "messages.jsonl"
     lines = messages.read_text().splitlines() if messages.exists() else []
     return Trained(
-        parameters_in(folder / "point"),
+        parameters_in(folder / "point", cfg),
         json.loads((folder / "metrics.json").read_text()),
         [json.loads(line) for line in lines],
         folder / "point",
     )
 
 
-def parameters_in(folder: Path) -> dict[str, Tensor]:
+def parameters_in(folder: Path, cfg: UnlearnConfig) -> dict[str, Tensor]:
     """The parameters in a resume point at a run's end, which holds no moments."""
-    names = {path.name for path in folder.iterdir()} - {"norms.safetensors"}
-    assert names == {"progress.json", "trained.safetensors"}
+    expected = {"progress.json", "trained.safetensors"}
+    if cfg.prune.method == "wanda":
+        expected.add("norms.safetensors")
+    assert {path.name for path in folder.iterdir()} == expected
     return load_file(folder / "trained.safetensors")

@@ -67,14 +67,14 @@ class Lengths(NamedTuple):
     """How long rows are, of a block or of a whole set.
 
     Attributes:
-        longest: the most tokens that the model reads at once.
-        long_rows: how many are longer than that may be.
+        longest_read: the tokens of the longest row, `data.max_tokens` where that is less.
+        long_rows: how many rows are longer than `data.max_tokens`.
         long_ids: the first of their ids.
     """
 
     tokens: int
     windows: int
-    longest: int
+    longest_read: int
     long_rows: int
     long_ids: list[str]
 
@@ -82,7 +82,7 @@ class Lengths(NamedTuple):
         return Lengths(
             self.tokens + other.tokens,
             self.windows + other.windows,
-            max(self.longest, other.longest),
+            max(self.longest_read, other.longest_read),
             self.long_rows + other.long_rows,
             (self.long_ids + other.long_ids)[:IDS_IN_A_MESSAGE],
         )
@@ -94,7 +94,7 @@ def lengths_of(ids: Sequence[str], rows: Sequence[RowLength], most: int) -> Leng
     return Lengths(
         tokens=sum(row.tokens for row in rows),
         windows=sum(row.windows for row in rows),
-        longest=min(most, max((row.tokens for row in rows), default=0)),
+        longest_read=min(most, max((row.tokens for row in rows), default=0)),
         long_rows=len(long_ids),
         long_ids=long_ids[:IDS_IN_A_MESSAGE],
     )

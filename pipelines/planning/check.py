@@ -50,16 +50,22 @@ def check(
         rows: RowCounts = {name: sets.counts[name] for name in sets.names()}
         rows |= {name: of_set.windows for name, of_set in lengths.items()}
         device = present_device(cfg.train)
-        planned = as_long_as(cfg, lengths)
+        # A run answers what has no answer before the workers read it: how long, nobody knows yet.
+        planned = cfg if sets.unanswered else as_long_as(cfg, lengths)
         # A task, because the plan needs transformers, which the driver does not import.
         plan = result_of(on_this_node(plan_configured).remote(planned, device, rows, price))
         return run_rows(run, sets, size, lengths, ray.cluster_resources()) + plan_rows(plan)
 
 
 def as_long_as(cfg: UnlearnConfig, lengths: Mapping[str, Lengths]) -> UnlearnConfig:
-    """Return a configuration that reads no more tokens at once than the workers' longest row has."""
+    """Return a configuration that reads no more tokens at once than the workers' longest row has.
+
+    Refusals, which some objectives read beside the rows, have not been measured.
+    """
+    if cfg.objective.settings().reads_refusals:
+        return cfg
     read = ("forget", "holdout", *HELD_SETS)
-    longest = max((lengths[name].longest for name in read if name in lengths), default=0)
+    longest = max((lengths[name].longest_read for name in read if name in lengths), default=0)
     if not longest:
         return cfg
     data = cfg.data.model_copy(update={"max_tokens": longest})

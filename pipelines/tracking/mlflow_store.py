@@ -176,12 +176,6 @@ class Store:
         logged.log_scores(trial.scores)
         logged.end(trial.status)
 
-    def versions(self) -> list[int]:
-        """Return the numbers of the registered versions of the adapter."""
-        with _request():
-            found = self._client.search_model_versions(f"name='{self._cfg.model_name}'")
-        return sorted(int(version.version) for version in found)
-
     def _find_or_create(self, experiment_id: str, key: str, name: str, tags: dict[str, str]) -> Any:
         """Return MLflow's record of the oldest run with this key, or of a new one."""
         filter_string = f"tags.`{RUN_KEY_TAG}` = '{key}'"

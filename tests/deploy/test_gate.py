@@ -7,17 +7,15 @@ from typer.testing import CliRunner
 
 from pipelines.__main__ import app
 from pipelines.storage.seal import file_digests
-from pipelines.tracking.mlflow_store import load_mlflow
 from tests.pipelines.evaluation.test_verdict import forget_entry, scores_of
 from tests.pipelines.report.test_page import write_run
 
 BEFORE, ORACLE = forget_entry(0.9), forget_entry(0.5)
 
 
-def seal(folder: Path, status: str = "complete", **more: Any) -> None:
+def seal(folder: Path, status: str = "complete") -> None:
     """Write the manifest of a finished run, over the files that are there."""
-    (folder / "manifest.json").unlink(missing_ok=True)
-    manifest = {"schema": 1, "status": status, "files": file_digests(folder), **more}
+    manifest = {"schema": 1, "status": status, "files": file_digests(folder)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -169,56 +167,3 @@ def test_deep_nesting_and_losses_that_are_no_numbers_end_nothing(tmp_path: Path)
     result = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert "scores.json: not JSON" in result.stderr
-
-
-def test_what_still_holds_the_rows_is_a_reason_where_that_is_asked(tmp_path: Path) -> None:
-    folder, store = tmp_path / "run", f"sqlite:///{tmp_path}/mlflow.db"
-    rows, model = tmp_path / "forget.jsonl", tmp_path / "before" / "model"
-    scores = scores_of(before=BEFORE, after=forget_entry(0.5), oracle=ORACLE)
-    began_with = str(model)
-    config = f"""
-model: {{path: {model}}}
-data: {{forget: {{path: {rows}}}, retain: {{path: retain.jsonl}}}}
-tracking: {{uri: '{store}'}}
-output_dir: runs/one
-"""
-
-    def asked() -> list[str]:
-        (folder / "config.yaml").write_text(config)
-        seal(folder, model={"path": began_with}, mlflow={"model_version": 2})
-        result = CliRunner().invoke(app, ["gate", str(folder), "--deleted"])
-        lines = result.stderr.splitlines()
-        assert (result.exit_code == 0) == lines[0].startswith("Passed"), lines
-        return lines
-
-    folder.mkdir()
-    write_run(folder, scores)
-    client = load_mlflow().MlflowClient(store, registry_uri=store)
-    client.create_registered_model("ray-unlearn-adapter")
-    for _ in range(2):
-        client.create_model_version("ray-unlearn-adapter", "file:///none")
-    rows.touch()
-    model.mkdir(parents=True)
-    in_mlflow = "adapters in MLflow, versions before 2: models:/ray-unlearn-adapter is still there"
-    assert asked() == [
-        f"the rows themselves: {rows} is still there",
-        f"the model that this run began with: {model} is still there",
-        f"{in_mlflow} (version 1)",
-    ]
-    rows.unlink()
-    model.rmdir()
-    assert asked() == [f"{in_mlflow} (version 1)"]
-    client.delete_model_version("ray-unlearn-adapter", "1")
-    assert asked() == [f"Passed: {folder}"]
-    model.parent.rmdir()
-    above = "cannot be looked at: the folder around it is not found from here"
-    assert asked() == [f"the model that this run began with: {model} {above}"]
-    began_with = "somebody/model"
-    away = "is no absolute path, and not found from here"
-    assert asked() == [f"the model that this run began with: somebody/model {away}"]
-    began_with = f"{tmp_path}/*"
-    pattern = "is a pattern, at which nothing can be looked for"
-    assert asked() == [f"the model that this run began with: {tmp_path}/* {pattern}"]
-    config = config.replace(store, "http://127.0.0.1:9")
-    assert asked()[-1].startswith("adapters in MLflow, versions before 2: models:/ray-unlearn-ada")
-    assert asked()[-1].endswith("cannot be looked at (MlflowException)")

@@ -169,10 +169,9 @@ def test_bf16_trains_adapters_in_fp32(together: Together) -> None:
 
 
 def test_steps_end_with_the_same_one_for_any_number_of_workers(together: Together) -> None:
-    ends = [
-        [int(message.get("stopped_after", -1)) for message in trained.messages]
-        for trained in together.stopped
-    ]
+    ends: list[list[int]] = []
+    for trained in together.stopped:
+        ends.append([int(message.get("stopped_after", -1)) for message in trained.messages])
     assert ends[0] == ends[1] == ends[2]
     assert ends[0][:-1] == [-1] * ends[0][-1], "the last message follows those of the steps"
     assert 2 < ends[0][-1] < 40

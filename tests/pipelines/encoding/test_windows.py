@@ -62,8 +62,10 @@ def test_the_parts_of_a_fact_are_the_fact(row: tuple[int, int], most: int, data:
 
 def test_a_set_is_as_long_as_its_blocks_together() -> None:
     one = lengths_of(["a", "b"], [RowLength(9, 2), RowLength(3, 1)], most=8)
-    other = lengths_of(["c"], [RowLength(8, 1)], most=8)
-    assert one + other == Lengths(tokens=20, windows=4, longest=8, long_rows=1, long_ids=["a"])
+    other = lengths_of(["c"], [RowLength(5, 1)], most=8)
+    whole = Lengths(tokens=17, windows=4, longest_read=8, long_rows=1, long_ids=["a"])
+    assert one + other == whole == other + one
+    assert other.longest_read == 5
 
 
 def encoded(encoder: TextEncoder, rows: list[dict[str, Any]]) -> list[Any]:
@@ -117,7 +119,7 @@ def test_documents_are_covered_to_their_last_token(problem: Path, name: str) -> 
 
 
 def test_only_sets_that_are_trained_on_are_said_to_be_cut() -> None:
-    lengths = Lengths(tokens=99, windows=12, longest=8, long_rows=3, long_ids=[])
+    lengths = Lengths(tokens=99, windows=12, longest_read=8, long_rows=3, long_ids=[])
     names = ("forget", "holdout", "earlier", "retain", "utility", "general", "neighbours")
     told = {name: treatment(name, lengths) for name in names}
     assert told["forget"] == told["holdout"] == told["earlier"] == "read in 12 windows"

@@ -23,8 +23,9 @@ from tests.tiny_model import write_tiny_model
 
 SETS = ("forget", "retain", "utility", "holdout", "general")
 BROAD_ROWS = 40  # of the general and utility sets
-STEPS, BATCH = 250, 16
-ASCENT_STEPS = 80
+LEARNING = 250, 4e-3  # steps and learning rate
+ASCENT = 80, 1e-3
+BATCH = 16
 ASCENT_END = 9.0  # nats a token
 
 
@@ -47,16 +48,10 @@ def encoded(folder: Path, name: str) -> list[Row]:
 
 
 def train(
-    start: Path,
-    end: Path,
-    rows: Sequence[Row],
-    seed: int,
-    *,
-    ascend: Sequence[Row] = (),
-    steps: int = STEPS,
-    rate: float = 4e-3,
+    start: Path, end: Path, rows: Sequence[Row], seed: int, *, ascend: Sequence[Row] = ()
 ) -> None:
     """Train a model on answers, and by gradient ascent on the answers of `ascend`; write it."""
+    steps, rate = ASCENT if ascend else LEARNING
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(start)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
@@ -103,8 +98,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(base, folder / "learned", kept + forget, 0)
     for seed in (1, 2, 3):
         train(base, folder / f"oracle{seed}", kept, seed)
-    ascent: dict[str, Any] = {"ascend": forget, "steps": ASCENT_STEPS, "rate": 1e-3}
-    train(folder / "learned", folder / "ascended", kept, 4, **ascent)
+    train(folder / "learned", folder / "ascended", kept, 4, ascend=forget)
     return folder
 
 

@@ -129,11 +129,17 @@ def test_a_multiplication_and_an_addition_count_for_each_weight_and_row() -> Non
 
 def test_rows_are_planned_as_long_as_the_longest_that_a_worker_reads() -> None:
     cfg = load_config("quick", ["train.steps=0", "data.max_tokens=512"])
-    of = {"forget": 40, "retain": 96, "general": 200}
-    lengths = {name: Lengths(9, 9, longest, 0, []) for name, longest in of.items()}
-    planned = as_long_as(cfg, lengths)
-    assert planned.data.max_tokens == 96, "nobody trains on the general set"
+    for name in ("forget", "holdout", "retain", "utility", "earlier"):
+        lengths = {
+            "general": Lengths(9, 9, 200, 0, []),  # which nobody trains on
+            "retain": Lengths(9, 9, 40, 0, []),
+            name: Lengths(9, 9, 96, 0, []),
+        }
+        planned = as_long_as(cfg, lengths)
+        assert planned.data.max_tokens == 96, name
     assert as_long_as(cfg, {}) == cfg
+    with_refusals = load_config("quick", ["objective.method=idk_dpo", "solve.mode=off"])
+    assert as_long_as(with_refusals, lengths) == with_refusals
     parts = [Planner(own, blank(own, SMALL), 1).parts(Layout.of(own, 0)) for own in (cfg, planned)]
     assert parts[0].activations > 4 * parts[1].activations > 0
     assert parts[0].statistics == parts[1].statistics
