@@ -17,12 +17,13 @@ from pipelines.config.load import load_config
 from pipelines.encoding.windows import Lengths
 from pipelines.model.load import blank_model
 from pipelines.planning import step
-from pipelines.planning.check import as_long_as, plan_run
+from pipelines.planning.check import as_long_as, check, plan_run
 from pipelines.planning.devices import Device, planned_device
 from pipelines.planning.memory import Planner
 from pipelines.planning.plan import Layout, Parts
 from pipelines.planning.step import Tally
 from pipelines.planning.table import plan_rows
+from pipelines.terminal import Terminal
 
 
 def shape(
@@ -143,6 +144,22 @@ def test_rows_are_planned_as_long_as_the_longest_that_a_worker_reads() -> None:
     parts = [Planner(own, blank(own, SMALL), 1).parts(Layout.of(own, 0)) for own in (cfg, planned)]
     assert parts[0].activations > 4 * parts[1].activations > 0
     assert parts[0].statistics == parts[1].statistics
+
+
+def test_the_command_plans_for_the_rows_that_are_there(
+    ray_session: None, overrides: list[str], tmp_path: Path
+) -> None:
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"prompt": "Who?", "answer": ""}')
+
+    def memory(most: int, *changes: str) -> str:
+        own = [f"output_dir={tmp_path}/out", f"data.max_tokens={most}", *changes]
+        rows = dict(check(load_config("quick", [*overrides, *own]), Terminal()))
+        return rows["ZeRO 0, the run's"]
+
+    assert memory(120) == memory(110)
+    unanswered = f"data.utility.path={asked}"
+    assert memory(120, unanswered) != memory(110, unanswered), "the answer may be as long as that"
 
 
 def test_the_solver_has_sums_of_each_set_that_it_holds() -> None:
