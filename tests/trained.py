@@ -19,7 +19,7 @@ from pipelines.cluster.resources import worker_environment
 from pipelines.config.schema import UnlearnConfig
 from pipelines.data.sets import load_sets
 from pipelines.encoding.batches import whole_streams
-from pipelines.training.trainer import Trainer
+from pipelines.training.trainer import Trainer, raised_interrupts
 from pipelines.unlearn import streams_of
 
 Listener = Callable[[dict[str, Any]], None]
@@ -96,17 +96,17 @@ def fit_all(folder: Path, *cfgs: UnlearnConfig) -> list[Trained]:
     datasets = {}
     for number, cfg in enumerate(cfgs):
         (folder / str(number)).mkdir()
-        trainer = trainer_of(cfg)
+        run = trainer_of(cfg)
         lines = cast(Queue, Lines(folder / str(number) / "messages.jsonl"))
-        jobs.append(trainer.job(cfg.train.steps, cfg.train.learning_rate, 0.0, lines))
-        for name, stream in trainer.streams.items():
+        jobs.append(run.job(cfg.train.steps, cfg.train.learning_rate, 0.0, lines))
+        for name, stream in run.streams.items():
             datasets[f"{number}.{name}"] = stream.rows
     train = cfgs[0].train
     for cfg in cfgs:
         assert cfg.train.num_workers == train.num_workers
         assert cfg.train.resources == train.resources
         assert worker_environment(cfg.train) == worker_environment(train)
-    TorchTrainer(
+    trainer = TorchTrainer(
         run_all,
         train_loop_config={"jobs": jobs, "folder": folder},
         scaling_config=ScalingConfig(
@@ -120,7 +120,9 @@ def fit_all(folder: Path, *cfgs: UnlearnConfig) -> list[Trained]:
         torch_config=TorchConfig(backend="gloo"),
         datasets=datasets,
         dataset_config=whole_streams(),
-    ).fit()
+    )
+    with raised_interrupts():  # a later test's Ctrl-C would be Ray Train's
+        trainer.fit()
     return [trained_in(folder / str(number), cfg) for number, cfg in enumerate(cfgs)]
 
 
