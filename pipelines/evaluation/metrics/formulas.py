@@ -15,6 +15,7 @@ from pipelines.evaluation.metrics import (
     classification,
     likelihood,
     membership,
+    trained_attack,
     truth_ratio,
     utility,
 )
@@ -188,6 +189,13 @@ def attack_auc(name: str, members: str = "forget") -> OfModel:
         return membership.auc(_values(model[members], name), _values(model["holdout"], name))
 
     return formula
+
+
+def trained_attack_auc(model: RowsBySet, _: RowsBySet | None) -> float | None:
+    """Return the AUC of a classifier of several numbers of each row's predictions."""
+    return trained_attack.trained_auc(
+        _values(model["forget"], "outputs"), _values(model["holdout"], "outputs")
+    )
 
 
 def reference_auc(model: RowsBySet, oracle: RowsBySet | None) -> float | None:

@@ -29,8 +29,8 @@ class Metric:
     of_set: OfSet | None = None
     of_model: OfModel | None = None
     of_curve: OfSet | Callable[..., int | None] | None = None
-    # Gives a row's number `reads` on the worker, from one answer.
-    of_answer: Callable[[Answer], float | None] | None = None
+    # Gives a row's number `reads`, or several, on the worker, from one answer.
+    of_answer: Callable[[Answer], float | list[float] | None] | None = None
     reads: str = ""
     # Whether a model's entry has this metric of the model at all.
     applies: Callable[[RowsBySet, RowsBySet | None], bool] = gives_answers

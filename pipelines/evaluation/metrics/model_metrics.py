@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from pipelines.evaluation.metrics import formulas, likelihood, membership
+from pipelines.evaluation.metrics import formulas, likelihood, membership, trained_attack
 from pipelines.evaluation.metrics.formulas import attack_auc, mean_of, probability_of
 from pipelines.evaluation.metrics.metric import NEEDS_ORACLE, Metric
 from pipelines.evaluation.metrics.relearning import steps_to_relearn
@@ -62,6 +62,15 @@ OF_MODELS = (
         of_model=attack_auc("grad_norm"),
         applies=formulas.answers_can_be_attacked,
         terminal=("mia",),
+    ),
+    attack(
+        name="mia.trained",
+        label="trained",
+        help="an attack by a classifier that has learned from other rows which numbers tell",
+        of_answer=lambda answer: trained_attack.outputs_of(answer.body),
+        reads="outputs",
+        of_model=formulas.trained_attack_auc,
+        applies=formulas.answers_can_be_attacked,
     ),
     Metric(
         name="mia.reference",  # contains the oracle itself, so the verdict does not count it

@@ -24,7 +24,7 @@ Scores = dict[str, float | None]
 
 def sample_scores(
     statistics: TokenStatistics, answer_text: str, ends: Sequence[int] = (-1,)
-) -> dict[str, float | int | None]:
+) -> dict[str, float | list[float] | None]:
     """Return the numbers of a row's sample that its answer's tokens give.
 
     `ends` are the places of EOS among the tokens: a conversation has several.
@@ -35,7 +35,7 @@ def sample_scores(
         ValueError: there is no labelled token at all.
     """
     answer = Answer(statistics, answer_text, ends)
-    scores: dict[str, float | int | None] = {"tokens": len(statistics.log_probability)}
+    scores: dict[str, float | list[float] | None] = {"tokens": len(statistics.log_probability)}
     for metric in METRICS:
         if metric.of_answer is not None:
             scores[metric.reads or metric.name] = metric.of_answer(answer)

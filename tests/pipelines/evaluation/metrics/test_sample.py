@@ -50,6 +50,7 @@ def test_an_answer_of_eos_alone_keeps_its_loss_and_has_no_other_score() -> None:
         "extraction_strength",
         "min_k",
         "min_k_plus_plus",
+        "outputs",
     ]
 
 
