@@ -208,10 +208,10 @@ def evaluate(
 def report(
     run_dir: RunDir,
     format: Annotated[
-        Literal["html", "open-unlearning"],
+        Literal["html", "pdf", "open-unlearning"],
         typer.Option(
-            help="The page, or the scores on stdout as JSON, under the names of open-unlearning's "
-            "TOFU evaluation."
+            help="The page; it and a PDF of it, printed by chromium or Chrome; or the scores on "
+            "stdout as JSON, under the names of open-unlearning's TOFU evaluation."
         ),
     ] = "html",
     debug: Debug = False,
@@ -220,6 +220,7 @@ def report(
     with reporting(debug) as terminal:
         from pipelines.report.open_unlearning import summary
         from pipelines.report.page import RUN_FILES, read_run, write_report
+        from pipelines.report.pdf import write_pdf
         from pipelines.storage.output import open_output
 
         output = open_output(run_dir, "RUN_DIR")
@@ -228,8 +229,12 @@ def report(
                 after = read_run(folder).scores["models"]["after"] or {}
                 typer.echo(json.dumps(summary(after), indent=2))
                 return
-            output.upload_file(write_report(folder))
-        terminal.say(f"Report: {output.url}/report.html")
+            page = write_report(folder)
+            output.upload_file(page)
+            if format == "pdf":
+                page = write_pdf(page)
+                output.upload_file(page)
+        terminal.say(f"Report: {output.url}/{page.name}")
 
 
 @app.command()

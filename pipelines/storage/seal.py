@@ -16,6 +16,7 @@ REQUEST_KEY = "request.key"
 CHECKPOINTS = "checkpoints"
 NOT_SEALED = (
     "report.html",
+    "report.pdf",
     MANIFEST,
     "run.log",
     "serve.log",
