@@ -33,7 +33,7 @@ def test_a_model_at_the_oracle_has_forgotten_and_the_sentence_counts_the_scores(
     assert level == "indistinguishable"
     assert sentence == (
         "Indistinguishable: on the forget set the model is closer to the retrained oracle than to the original "
-        "on 14 of 14 scores; it keeps 98 % of the retained answers' probability and 98 % of general knowledge."
+        "on 15 of 15 scores; it keeps 98 % of the retained answers' probability and 98 % of general knowledge."
     )
 
 
@@ -43,7 +43,7 @@ def test_a_model_at_the_original_has_not_forgotten() -> None:
     )
     assert level == "traces_remain"
     assert sentence.startswith("Traces remain: ")
-    assert "on 0 of 14 scores" in sentence
+    assert "on 0 of 15 scores" in sentence
 
 
 def test_scores_of_which_half_are_still_the_originals_are_traces() -> None:
@@ -55,7 +55,7 @@ def test_scores_of_which_half_are_still_the_originals_are_traces() -> None:
         scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5))
     )
     assert level == "traces_remain"
-    assert "on 8 of 14 scores" in sentence
+    assert "on 9 of 15 scores" in sentence
 
 
 def test_extractable_answers_are_not_forgotten_whatever_the_other_scores_say() -> None:
@@ -64,7 +64,7 @@ def test_extractable_answers_are_not_forgotten_whatever_the_other_scores_say() -
         scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5))
     )
     assert level == "traces_remain"
-    assert "on 13 of 14 scores, but not on extraction strength" in sentence
+    assert "on 14 of 15 scores, but not on extraction strength" in sentence
 
 
 def test_a_cost_is_named_in_the_head_and_in_numbers() -> None:
@@ -101,14 +101,14 @@ def test_scores_more_than_a_tenth_below_the_oracle_are_over_forgotten(
     assert verdict(scores).level == level
 
 
-def test_three_overshooting_scores_of_fourteen_are_tolerated_and_four_are_not() -> None:
+def test_three_overshooting_scores_of_fifteen_are_tolerated_and_four_are_not() -> None:
     models = {"before": forget_entry(0.9), "oracle": forget_entry(0.5)}
     three = forget_entry(0.5, forget__rouge=0.1, forget__probability=0.1, mia__loss=0.35)
     assert verdict(scores_of(after=three, **models)).level == "indistinguishable"
     level, sentence = verdict(scores_of(after=three | {"mia.zlib": 0.35}, **models))
     assert level == "over_forgotten"
     assert (
-        "4 of 14 forget-set scores lie more than 0.10 beyond those of the retrained oracle"
+        "4 of 15 forget-set scores lie more than 0.10 beyond those of the retrained oracle"
         in sentence
     )
 
@@ -287,7 +287,7 @@ def test_null_scores_are_left_out_of_the_count() -> None:
         scores_of(before=forget_entry(0.9), after=after, oracle=forget_entry(0.5))
     )
     assert level == "indistinguishable"
-    assert "on 12 of 12 scores" in sentence
+    assert "on 13 of 13 scores" in sentence
 
 
 def test_no_scores_at_all_are_undecided() -> None:
