@@ -4,10 +4,9 @@ A mean over tokens can be met by two wrongs that cancel: names broken, facts lef
 has an aim of its own: the log-probability that tokens of its kind have where the row was never seen.
 It is read off the original model and never-seen rows (the holdout set), without a retrained model.
 A token's neighbours are the never-seen answer tokens that are predicted from the most similar
-features. Their predictions also say what should rise in the label's place.
+features. Their mean prediction also says what should rise in the label's place.
 
-Shapes: N forget tokens, M never-seen tokens, D features, J neighbours, V vocabulary, L likeliest,
-U tokens among the neighbours' likeliest.
+Shapes: N forget tokens, M never-seen tokens, D features, J neighbours, V vocabulary, L likeliest.
 """
 
 from typing import NamedTuple
@@ -21,8 +20,6 @@ SHARPNESS = 10.0  # neighbours weigh softmax(SHARPNESS * cosine)
 MARGIN = 0.7  # nats above its aim from which a token counts as learned from its row
 LIKELIEST = 64  # tokens that a `Prediction` tells apart
 SMALLEST = 1e-9  # a probability of less is rounding
-MOST_POWER = 50.0  # to which a mean prediction may be sharpened
-BISECTIONS = 30
 
 
 class Prediction(NamedTuple):
@@ -94,49 +91,21 @@ class Neighbours(NamedTuple):
         return (self.weight_NJ * unseen.log_p_M[self.index_NJ]).sum(-1)
 
     def others(self, unseen: Unseen, label_N: Tensor, vocabulary: int) -> Prediction:
-        """Return what should rise where the label comes down: all tokens but it, given that it is not.
+        """Return the neighbours' mean prediction of all tokens but the label, given that it is not.
 
-        It is the neighbours' mean prediction, sharpened until it is as sure as they are on average.
-        A mean of several sure predictions is less sure than any model is of a new row, and a row
-        would be known by it.
+        It is what should rise where the label comes down.
         """
         size = min(unseen.prediction.token_NL.shape[1], vocabulary)
         token_NL = self.index_NJ.new_zeros(len(label_N), size)
-        # Where neighbours name fewer tokens, the rest of the columns has no part in it.
-        p_NL = self.weight_NJ.new_zeros(len(label_N), size)
+        log_p_NL = self.weight_NJ.new_zeros(len(label_N), size)
         for row, label in enumerate(label_N.tolist()):
             index_J, weight_J = self.index_NJ[row], self.weight_NJ[row]
-            token_U, place_JL = unseen.prediction.token_NL[index_J].unique(return_inverse=True)
-            p_JL = unseen.prediction.log_p_NL[index_J].exp()
-            p_JU = p_JL.new_zeros(len(index_J), len(token_U)).scatter_add_(1, place_JL, p_JL)
-            p_JU[:, token_U == label] = 0
-            p_JU = p_JU / p_JU.sum(-1, keepdim=True).clamp(min=SMALLEST)
-            entropy = float(weight_J @ _entropy(p_JU))
-            top = sharpened(weight_J @ p_JU, entropy).topk(min(size, len(token_U)))
-            token_NL[row, : len(top.indices)] = token_U[top.indices]
-            p_NL[row, : len(top.indices)] = top.values
-        log_p_NL = p_NL.clamp(min=SMALLEST).log()
+            p_JL = weight_J[:, None] * unseen.prediction.log_p_NL[index_J].exp()
+            p_V = p_JL.new_zeros(vocabulary)
+            p_V.index_add_(0, unseen.prediction.token_NL[index_J].flatten(), p_JL.flatten())
+            not_label = (1 - p_V[label]).clamp(min=SMALLEST)
+            p_V[label] = 0
+            top = p_V.topk(size)
+            token_NL[row] = top.indices
+            log_p_NL[row] = (top.values / not_label).clamp(min=SMALLEST).log()
         return Prediction(token_NL, log_p_NL, _log_rest(log_p_NL))
-
-
-def sharpened(p_U: Tensor, entropy: float) -> Tensor:
-    """Return the distribution in proportion to a power of this one whose entropy is so low, in nats.
-
-    The power is at least 1: what is as sure already stays as it is.
-    """
-    low, high = 1.0, MOST_POWER
-    for _ in range(BISECTIONS):
-        power = (low * high) ** 0.5
-        if float(_entropy(_to_power(p_U, power))) > entropy:
-            low = power
-        else:
-            high = power
-    return _to_power(p_U, low)
-
-
-def _to_power(p_U: Tensor, power: float) -> Tensor:
-    return (p_U.log() * power).softmax(-1)
-
-
-def _entropy(p_U: Tensor) -> Tensor:
-    return torch.special.entr(p_U).sum(-1)

@@ -27,7 +27,6 @@ Shapes: N tokens, D input features, O output features, P = min(N, O), K rank, L 
 """
 
 import math
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -120,12 +119,7 @@ class InverseMoments:
 
 
 def _cholesky(matrix_DD: Tensor, diagonal: float) -> Tensor:
-    """Return the Cholesky factor of `matrix + diagonal * I`, or of one with a larger diagonal."""
-    return _factored(matrix_DD, diagonal)[0]
-
-
-def _factored(matrix_DD: Tensor, diagonal: float) -> tuple[Tensor, float]:
-    """Return the Cholesky factor of `matrix + diagonal * I`, and the diagonal.
+    """Return the Cholesky factor of `matrix + diagonal * I`.
 
     The diagonal grows tenfold until the factorisation succeeds, because rounding may have made the
     matrix indefinite.
@@ -138,68 +132,9 @@ def _factored(matrix_DD: Tensor, diagonal: float) -> tuple[Tensor, float]:
         shifted_DD.diagonal().add_(diagonal)
         factor_DD, failed = torch.linalg.cholesky_ex(shifted_DD)
         if not failed:
-            return factor_DD, diagonal
+            return factor_DD
         diagonal = max(10 * diagonal, least)
     raise ValueError("solve: the features are not finite")
-
-
-class TokenSpan:
-    """The updates of a module that some tokens' shifts give, for whatever shifts; float64 on the CPU.
-
-    Shifts T [N, O] give M = T^T (K + lambda)^-1 X R^-1, with K = X R^-1 X^T. Of shifts that are a
-    gradient by the outputs it is the gradient in the metric lambda R + X^T X.
-
-    Args:
-        input_ND: the tokens' inputs.
-        kept: the inverse moments of the retained sets.
-        damping: lambda.
-
-    Raises:
-        ValueError: the inputs are not finite.
-    """
-
-    def __init__(self, input_ND: Tensor, kept: InverseMoments, damping: float) -> None:
-        if not input_ND.isfinite().all():
-            raise ValueError("solve: the features are not finite")
-        self.input_ND = input_ND.double().cpu()
-        self._kept = kept
-        kernel_NN = kept.kernel(self.input_ND)
-        self._cholesky_NN, self._damping = _factored(kernel_NN, damping)
-
-    def weighted(self, shift_NO: Tensor) -> Tensor:
-        """Return shifts times the metric, (K + lambda)^-1 K T.
-
-        The product of one update's gradient T1 with the update of T2 is the sum of T1 * weighted T2.
-        """
-        return shift_NO - self._damping * torch.cholesky_solve(shift_NO, self._cholesky_NN)
-
-    @cached_property
-    def _root_NN(self) -> Tensor:
-        """A factor F of the metric: F F^T."""
-        metric_NN = self.weighted(torch.eye(len(self.input_ND), dtype=torch.float64))
-        return _cholesky((metric_NN + metric_NN.T) / 2, 0.0)
-
-    def cut(self, shift_NO: Tensor, rank: int) -> tuple[Tensor, LowRankUpdate]:
-        """Return the best update of rank `rank` or less, and the shifts [N, O] that give it.
-
-        It is that of an adapter whose scaling is 1.
-
-        Raises:
-            ValueError: the shifts are not finite.
-        """
-        if not shift_NO.isfinite().all():
-            raise ValueError("solve: the features are not finite")
-        # With fewer tokens than outputs the eigenproblem is that of the tokens: N x N, not O x O.
-        if len(shift_NO) < shift_NO.shape[1]:
-            half_NO = self._root_NN.T @ shift_NO
-            left_OK = torch.linalg.qr(half_NO.T @ _leading(half_NO @ half_NO.T, rank))[0]
-        else:
-            energy_OO = shift_NO.T @ self.weighted(shift_NO)
-            left_OK = _leading((energy_OO + energy_OO.T) / 2, rank)
-        shift_NK = shift_NO @ left_OK
-        weighted_NK = torch.cholesky_solve(shift_NK, self._cholesky_NN)
-        a_KD = self._kept(weighted_NK.T @ self.input_ND)
-        return shift_NK @ left_OK.T, LowRankUpdate(a_KD, left_OK)
 
 
 def solve(
@@ -216,10 +151,20 @@ def solve(
     Raises:
         ValueError: the tokens' features are not finite.
     """
-    span = TokenSpan(forget.input_ND, kept, forget.count / strength)
-    _, update = span.cut(forget.shift_NO.cpu(), rank)
+    input_ND, shift_NO = forget.input_ND.cpu(), forget.shift_NO.cpu()
+    if not (input_ND.isfinite().all() and shift_NO.isfinite().all()):
+        raise ValueError("solve: the features are not finite")
+    kernel_NN = kept.kernel(input_ND)
+    # With fewer tokens than outputs the eigenproblem is posed in the span of T: N x N, not O x O.
+    few_tokens = len(shift_NO) < shift_NO.shape[1]
+    basis_OP = torch.linalg.qr(shift_NO.T)[0] if few_tokens else None
+    shift_NP = shift_NO if basis_OP is None else shift_NO @ basis_OP
+    weighted_NP = torch.cholesky_solve(shift_NP, _cholesky(kernel_NN, forget.count / strength))
+    energy_PP = weighted_NP.T @ (kernel_NN @ shift_NP)
+    left_PK = _leading((energy_PP + energy_PP.T) / 2, rank)
     # The layer multiplies B A with the scaling, so A is without it.
-    return LowRankUpdate(update.a_KD / scaling, update.b_OK)
+    a_KD = kept((left_PK.T @ weighted_NP.T) @ input_ND) / scaling
+    return LowRankUpdate(a_KD, left_PK if basis_OP is None else basis_OP @ left_PK)
 
 
 def added(

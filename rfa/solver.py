@@ -68,11 +68,11 @@ class OnePassSolver:
         self.inverses: Mapping[str, InverseMoments] = {}
         # Each module has one worker. Modules of one width go round, so that memory and work are
         # shared evenly.
-        self.owner: dict[str, int] = {}
+        self._owner: dict[str, int] = {}
         seen: Counter[int] = Counter()
         for name, layer in self.layers.items():
             width = input_width(layer)
-            self.owner[name] = seen[width] % exchange.world_size()
+            self._owner[name] = seen[width] % exchange.world_size()
             seen[width] += 1
 
     @torch.no_grad()
@@ -118,7 +118,7 @@ class OnePassSolver:
             self.alignment.fit(exchange.merged_features(self.features))
         self.settle()
         inverses: dict[str, InverseMoments] = {}
-        for name, owner in self.owner.items():
+        for name, owner in self._owner.items():
             if owner == exchange.rank():
                 # Popped: a worker keeps the moments of its own modules only, and those factored.
                 moments = {kind: sums.pop(name) for kind, sums in self.sums.items() if sums}
@@ -131,7 +131,7 @@ class OnePassSolver:
         own_kinds = [kind for kind, sums in self.sums.items() if sums]
         kinds = dict.fromkeys(chain(*exchange.gather_all(own_kinds)))
         # A reduction needs every worker, so all of them take the modules in this one order.
-        for name, owner in self.owner.items():
+        for name, owner in self._owner.items():
             for kind in kinds:
                 exchange.sum_on(owner, self.sums_of(kind, name))
                 if owner != exchange.rank():
@@ -261,7 +261,7 @@ class OnePassSolver:
         """Return all workers' rows of the modules that this worker owns."""
         merged: dict[str, ForgetRows] = {}
         for name, worker_rows in rows.items():
-            parts = exchange.gather_on(self.owner[name], worker_rows)
+            parts = exchange.gather_on(self._owner[name], worker_rows)
             if parts:
                 merged[name] = reduce(ForgetRows.merged, parts)
         return merged
@@ -281,7 +281,7 @@ class OnePassSolver:
     def write(self, names: Iterable[str], solutions: Mapping[str, LowRankUpdate]) -> None:
         """Write solutions that only their modules' owners know into every worker's adapters."""
         for name in names:
-            solution = exchange.broadcast_from(self.owner[name], solutions.get(name))
+            solution = exchange.broadcast_from(self._owner[name], solutions.get(name))
             self._write_solution(name, solution)
 
     def _write_solution(self, name: str, solution: LowRankUpdate | None) -> None:

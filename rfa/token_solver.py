@@ -1,30 +1,33 @@
-"""The token solver: rounds of second-order updates that bring each forget token to its own aim.
+"""The token solver: rounds of closed-form updates that bring each forget token to its own aim.
 
-A round lowers the loss of `rfa.token_loss`: pushed tokens come to their aims, held ones stay. A step
-down its gradient alone would move held tokens as freely as pushed ones, and only the next round would
-see it. So a round minimises the quadratic model of the loss, with its Gauss-Newton matrix (Martens
-2010, Deep learning via Hessian-free optimization), by a few conjugate gradients: what they need of
-the matrix is its product with a direction, which costs a forward with the direction added, a
-forward, and a backward over the forget rows.
+A token that the original model finds more likely than its aim (`rfa.aims`) by a margin was learned
+from its row: it is *pushed*. All others, words that any model would say there, are *held*. A round
+takes the gradient g of
 
-The metric, in which gradients are taken and few of them go far, is that of what must stay: of the
-retained sets' second moments R and, less by the factor CAUTION, the forget tokens' own. At a module
-with the forget tokens' inputs X the gradient T by its outputs gives the update
+    (sum over the pushed tokens of 1/2 (log-odds of the label - log-odds of its aim)^2
+                                 + KL(neighbours || current), of all tokens but the label
+     + HELD_WEIGHT * sum over the held tokens of KL(original || current)) / pushed tokens
+
+at the output of every adapted module. The square is linear beyond MOST_GAP. It asks each module for
+the shift T = -g at the forget rows' tokens, which is about 0 at held ones, at the least cost to the
+retained sets' second moments R:
 
     M = T^T (K + lambda)^-1 X R^-1,    K = X R^-1 X^T,    lambda = CAUTION * number of tokens
 
-as in `rfa.closed_form`, so that all modules' updates are written as shifts of the same tokens. The
-retained sets are read once, before. The sum of the rounds' updates stays within the adapter's rank.
-This combination is the project's own. Its parts are common property: the normal equations are those
-of MEMIT (arXiv 2210.07229).
+That is `rfa.closed_form` with another shift. One factor for all modules makes the pushed labels
+fall by about `FALL` nats on average, and the loss fall. The retained sets are read once, before. A
+round costs a forward and a backward over the forget rows, and mostly one forward that tries the
+factor. The sum of the rounds' updates stays within the adapter's rank. This combination is the
+project's own. Its parts are common property: the normal equations are those of MEMIT (arXiv
+2210.07229).
 
 Shapes: B rows, T tokens, N answer tokens, D input features, O outputs, K rank, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,22 +38,48 @@ from rfa.aims import MARGIN, Neighbours, Prediction, Unseen
 from rfa.batch import UnlearnBatch
 from rfa.blocks import hook_scope
 from rfa.closed_form import LowRankUpdate, added
-from rfa.conjugate import ModuleTokens, Shifts, conjugate_gradients
 from rfa.features import as_positions, input_positions
 from rfa.moments import ForgetRows
 from rfa.solver import OnePassSolver
-from rfa.token_loss import Answers, Standing, curved, of_labels, sums_of, terms
 
-ROUNDS = 6
-STEPS = 3  # conjugate gradients of a round
-TRIES = 6  # forwards at most that look for a round's length
-CAUTION = 100.0  # of the metric: the larger, the less a round spares the forget tokens' own inputs
-MOST_HELD = 0.3  # nats that held tokens may diverge from the original, on average, in between
-# A round's first direction is tried at the length at which the loss would fall by this share: far
-# enough to tell from rounding, near enough that the model is all but linear.
-TRIED_FALL = 0.1
+ROUNDS = 12
+# The factor of the first round that is tried; each later round begins with the last one's. How large
+# the right one is differs a thousandfold: a few rows with dear tokens need a small one.
+FIRST_FACTOR = 1.0
+TRIES = 12  # forwards at most that look for a round's factor
+FALL = 1.0  # nats that pushed labels should fall in a round, on average
+SLACK = 1.5  # a round may exceed the fall by this factor
+MOST_GROWTH = 1.4  # a round's factor is at most this many times the last one's
+MOST_GAP = 4.0  # nats from its aim beyond which a token pushes no harder
+CAUTION = 10.0  # of the solve: the larger, the less a round asks where the kept sets are dear
+HELD_WEIGHT = 3.0  # of a held token's divergence, beside a pushed token's
+MOST_HELD = 0.03  # nats that held tokens may diverge from the original, on average
 
 ProgressCallback = Callable[[int, int, str], None]  # done, of, what
+
+
+class Answers(NamedTuple):
+    """One batch of the forget set: which answer tokens are pushed, to what, and what is held.
+
+    `aim_N` has the label's log-probability of every token, `others` what should rise instead at the
+    pushed ones, and `held` the original's prediction of all others.
+    """
+
+    batch: UnlearnBatch
+    aim_N: Tensor
+    pushed_N: Tensor
+    others: Prediction
+    held: Prediction
+
+
+class Standing(NamedTuple):
+    """Where the forget set's answer tokens stand, over all workers."""
+
+    away: int  # pushed tokens more than the margin from their aim
+    log_p: float  # of the pushed tokens' labels, mean
+    aim: float  # of the pushed tokens' labels, mean
+    divergence: float  # KL(original || current) of the held tokens, mean
+    loss: float  # what a round lowers
 
 
 class TokenSolver:
@@ -73,16 +102,19 @@ class TokenSolver:
 
     def _solve(self, answers: list[Answers]) -> list[Standing]:
         standings = [self._standing(answers)]
+        factor = FIRST_FACTOR
         for index in range(ROUNDS):
             if not standings[-1].away:
                 break
             self.on_progress(index, ROUNDS, f"{standings[-1].away} tokens away from their aim")
-            tokens, step = self._step(answers, standings[-1].loss)
-            standing = self._take_step(tokens, step, answers, standings[-1])
+            rows = self.one_pass.gathered(self._shifts(answers))
+            step = {
+                name: self.one_pass.solve_module(name, rows[name], 1 / CAUTION) for name in rows
+            }
+            factor, standing = self._take_step(rows, step, answers, factor, standings[-1])
             if standing is None:
                 break
             standings.append(standing)
-            del tokens, step  # before the next round makes its own
         return standings
 
     @torch.no_grad()
@@ -92,8 +124,7 @@ class TokenSolver:
             parts: list[tuple[Tensor, ...]] = []
             for batch in unseen:
                 feature_ND, log_p_NV = self._predictions(batch)
-                label_N = batch.expected(batch.answer_BT)
-                part = feature_ND, of_labels(log_p_NV, label_N), *Prediction.of(log_p_NV)
+                part = feature_ND, _of_labels(log_p_NV, batch), *Prediction.of(log_p_NV)
                 parts.append(tuple(column.cpu() for column in part))
             own = tuple(torch.cat(column) for column in zip(*parts, strict=True))
             columns = map(torch.cat, zip(*exchange.gather_all(own), strict=True))
@@ -106,10 +137,10 @@ class TokenSolver:
         feature_ND, log_p_NV = self._predictions(batch)
         neighbours = Neighbours.of(feature_ND, unseen.feature_MD)
         aim_N = neighbours.log_p(unseen)
-        label_N = batch.expected(batch.answer_BT)
-        pushed_N = of_labels(log_p_NV, label_N) > aim_N + MARGIN
+        pushed_N = _of_labels(log_p_NV, batch) > aim_N + MARGIN
         of_pushed = Neighbours(*(column[pushed_N] for column in neighbours))
-        others = of_pushed.others(unseen, label_N[pushed_N], log_p_NV.shape[1])
+        label_P = batch.expected(batch.answer_BT)[pushed_N]
+        others = of_pushed.others(unseen, label_P, log_p_NV.shape[1])
         return Answers(batch, aim_N, pushed_N, others, Prediction.of(log_p_NV[~pushed_N]))
 
     def _predictions(self, batch: UnlearnBatch) -> tuple[Tensor, Tensor]:
@@ -132,121 +163,54 @@ class TokenSolver:
 
     @torch.no_grad()
     def _standing(self, answers: Sequence[Answers]) -> Standing:
-        sums = torch.zeros(len(Standing._fields) + 2, dtype=torch.float64)
+        sums = torch.zeros(7, dtype=torch.float64)
         for one in answers:
-            sums += sums_of(one, self._log_p(one.batch))
-        return Standing.of(torch.stack(exchange.gather_all(sums)).sum(0))
+            log_p_NV = self._log_p(one.batch)
+            log_p_P = _of_labels(log_p_NV, one.batch)[one.pushed_N]
+            aim_P = one.aim_N[one.pushed_N]
+            terms = _terms(one, log_p_NV)
+            part = [
+                ((log_p_P - aim_P).abs() > MARGIN).sum(),
+                log_p_P.sum(),
+                aim_P.sum(),
+                one.pushed_N.sum(),
+                terms.held_N.sum(),
+                (~one.pushed_N).sum(),
+                _huber(terms.gap_N).sum() + terms.others_N.sum(),
+            ]
+            sums += torch.tensor([float(value) for value in part], dtype=torch.float64)
+        away, log_p, aim, pushed, held, num_held, misfit = (
+            torch.stack(exchange.gather_all(sums)).sum(0).tolist()
+        )
+        num_pushed = max(pushed, 1)
+        loss = (misfit + HELD_WEIGHT * held) / num_pushed
+        return Standing(
+            int(away), log_p / num_pushed, aim / num_pushed, held / max(num_held, 1), loss
+        )
 
-    def _step(
-        self, answers: Sequence[Answers], loss: float
-    ) -> tuple[dict[str, ModuleTokens], Shifts]:
-        """Return the forget tokens at each module of this worker, and the shifts of a round."""
+    def _shifts(self, answers: Sequence[Answers]) -> dict[str, ForgetRows]:
+        """Return this worker's inputs and wanted shifts at every module: the loss's gradient."""
+        rows = self.one_pass.empty_rows(self.one_pass.layers)
         pushed = sum(int(one.pushed_N.sum()) for one in answers)
         # Of all workers: each has a part of the loss.
         num_pushed = max(sum(exchange.gather_all(pushed)), 1)
-
-        def of_loss(one: Answers, log_p_NV: Tensor) -> Tensor:
-            return -terms(one, log_p_NV).total() / num_pushed
-
-        inputs: dict[str, Tensor] = {}
-        gradients = self._gradients(answers, of_loss, inputs)
-        tokens: dict[str, ModuleTokens] = {}
-        for name, owner in self.one_pass.owner.items():
-            parts = exchange.gather_on(owner, inputs.pop(name))
-            if parts:
-                tokens[name] = ModuleTokens(parts, self.one_pass.inverses[name], CAUTION)
-        way_down = self._joined(tokens, gradients)
-        del gradients  # those of every module, which the steps' own will join
-
-        def of_direction(own: dict[str, LowRankUpdate], length: float) -> Shifts:
-            updates = self._shared(own)
-
-            def of_curvature(one: Answers, log_p_NV: Tensor) -> Tensor:
-                with torch.no_grad(), self._adding(updates, length):
-                    moved_NV = self._log_p(one.batch)
-                now_NV = log_p_NV.detach()
-                curved_NV = curved(one, now_NV, (moved_NV - now_NV) / length)
-                return (log_p_NV * curved_NV).sum() / num_pushed
-
-            return self._joined(tokens, self._gradients(answers, of_curvature))
-
-        ranks = {name: layer.r[ADAPTER] for name, layer in self.one_pass.layers.items()}
-        tried = TRIED_FALL * loss
-        return tokens, conjugate_gradients(tokens, way_down, of_direction, ranks, STEPS, tried)
-
-    def _gradients(
-        self,
-        answers: Sequence[Answers],
-        of: Callable[[Answers, Tensor], Tensor],
-        inputs: dict[str, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
-        """Return gradients [N, O] of a number by every module's outputs at this worker's tokens.
-
-        `of` gives a batch's number from the log-probabilities at its answers' tokens. `inputs`, if
-        given, gets the modules' inputs [N, D].
-        """
-        # A worker without forget rows brings empty ones, as all workers gather.
-        rows = self.one_pass.empty_rows(self.one_pass.layers)
-        seen_of = {name: [empty.input_ND.float()] for name, empty in rows.items()}
-        gradients_of = {name: [empty.shift_NO.float()] for name, empty in rows.items()}
         for one in answers:
             with torch.enable_grad():
                 with self._recording() as seen:
                     log_p_NV = self._log_p(one.batch)
-                outputs = [output for _, output in seen.values()]
-                gradients = torch.autograd.grad(of(one, log_p_NV), outputs)
+                terms = _terms(one, log_p_NV)
+                held = HELD_WEIGHT * terms.held_N.sum()
+                loss = _huber(terms.gap_N).sum() + terms.others_N.sum() + held
+                gradients = torch.autograd.grad(
+                    loss / num_pushed, [output for _, output in seen.values()]
+                )
             tokens_BT = one.batch.forget_tokens_BT("all")
             for name, gradient in zip(seen, gradients, strict=True):
-                gradient_NO = one.batch.select(as_positions(gradient), tokens_BT).feature_ND
-                gradients_of[name].append(gradient_NO.float().cpu())
-                if inputs is not None:
-                    input_ND = one.batch.select(seen[name][0], tokens_BT).feature_ND
-                    seen_of[name].append(input_ND.float().cpu())
-        if inputs is not None:
-            inputs.update({name: torch.cat(parts) for name, parts in seen_of.items()})
-        return {name: torch.cat(parts) for name, parts in gradients_of.items()}
-
-    def _joined(
-        self, tokens: Mapping[str, ModuleTokens], gradients: Mapping[str, Tensor]
-    ) -> Shifts:
-        """Return the gradients of all workers' tokens, at the modules of this worker."""
-        shifts: Shifts = {}
-        for name, gradient_NO in gradients.items():
-            parts = exchange.gather_on(self.one_pass.owner[name], gradient_NO)
-            if parts:
-                shifts[name] = tokens[name].joined(parts)
-        return shifts
-
-    def _shared(self, own: Mapping[str, LowRankUpdate]) -> dict[str, LowRankUpdate]:
-        """Return the updates of all modules, on every worker, from those of their owners."""
-        shared: dict[str, LowRankUpdate] = {}
-        for name, owner in self.one_pass.owner.items():
-            update = None
-            if name in own:
-                update = LowRankUpdate(*(part.float() for part in own[name]))
-            received = exchange.broadcast_from(owner, update)
-            assert received is not None, "a module's owner has its update"
-            shared[name] = received
-        return shared
-
-    @contextmanager
-    def _adding(self, updates: Mapping[str, LowRankUpdate], length: float) -> Iterator[None]:
-        """Add updates times a length to the adapted modules within the block."""
-
-        def add(
-            update: LowRankUpdate, _module: Any, inputs: tuple[Tensor, ...], output: Tensor
-        ) -> Tensor:
-            a_KD, b_OK = (part.to(output.device) for part in update)
-            change = length * (inputs[0].float() @ a_KD.T @ b_OK.T)
-            if change.ndim == 3:
-                change[:, 0] = 0.0  # the gradients leave out the first token, too
-            return output + change.to(output.dtype)
-
-        with ExitStack() as stack:
-            for name, layer in self.one_pass.layers.items():
-                hook = layer.register_forward_hook(partial(add, updates[name]))
-                stack.enter_context(hook_scope(hook))
-            yield
+                input_ND = one.batch.select(seen[name][0], tokens_BT).feature_ND
+                shift_NO = -one.batch.select(as_positions(gradient), tokens_BT).feature_ND
+                added_rows = ForgetRows.of(input_ND.float().cpu(), shift_NO.float().cpu())
+                rows[name] = rows[name].merged(added_rows)
+        return rows
 
     @contextmanager
     def _recording(self) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
@@ -264,45 +228,75 @@ class TokenSolver:
 
     def _take_step(
         self,
-        tokens: Mapping[str, ModuleTokens],
-        step: Shifts,
+        rows: dict[str, ForgetRows],
+        step: dict[str, LowRankUpdate],
         answers: Sequence[Answers],
+        factor: float,
         before: Standing,
-    ) -> Standing | None:
-        """Add a round's update, or the half, the quarter, ... of it that lowers the loss.
+    ) -> tuple[float, Standing | None]:
+        """Add the step, times the factor at which pushed tokens fall as far as they may.
 
-        Returns where the tokens then stand; None where nothing that was tried lowers it.
+        The search starts from `factor`. Returns the factor that the next round should start from,
+        and where the tokens then stand; None where no factor that was tried lowers the loss.
         """
-        layers = self.one_pass.layers
-        updates: dict[str, LowRankUpdate] = {}
-        for name, shift_NO in step.items():
-            _, update = tokens[name].span.cut(shift_NO.double(), layers[name].r[ADAPTER])
-            # The layer multiplies B A with the scaling, so A is without it.
-            scaling = layers[name].scaling[ADAPTER]
-            updates[name] = LowRankUpdate(update.a_KD / scaling, update.b_OK)
-        for halvings in range(TRIES):
-            totals = self._totals(tokens, updates, 0.5**halvings)
-            self.one_pass.write(layers, totals)
+        for _ in range(TRIES):
+            totals = self._totals(rows, step, factor)
+            self.one_pass.write(self.one_pass.layers, totals)
             standing = self._standing(answers)
-            if standing.loss < before.loss and standing.divergence <= MOST_HELD:
+            fall = before.log_p - standing.log_p
+            # Pushed labels fall about in proportion to the factor.
+            growth = min(max(FALL / max(fall, 1e-3), 1 / 4), MOST_GROWTH)
+            is_better = standing.loss < before.loss and standing.divergence <= MOST_HELD
+            if is_better and fall <= SLACK * FALL:
                 self._updates = totals
-                return standing
-        self.one_pass.write(layers, self._updates)
-        return None
+                return factor * growth, standing
+            factor *= min(growth, 1 / 2)
+        self.one_pass.write(self.one_pass.layers, self._updates)
+        return factor, None
 
     def _totals(
-        self,
-        tokens: Mapping[str, ModuleTokens],
-        updates: Mapping[str, LowRankUpdate],
-        factor: float,
+        self, rows: dict[str, ForgetRows], step: dict[str, LowRankUpdate], factor: float
     ) -> dict[str, LowRankUpdate]:
         """Return all rounds' updates with this one, of the modules that this worker owns."""
         totals: dict[str, LowRankUpdate] = {}
-        for name, update in updates.items():
+        for name, update in step.items():
             totals[name] = LowRankUpdate(factor * update.a_KD, update.b_OK)
             if name in self._updates:
                 rank = self.one_pass.layers[name].r[ADAPTER]
-                inverse, input_ND = self.one_pass.inverses[name], tokens[name].span.input_ND
-                rows = ForgetRows(input_ND, input_ND[:, :0], tokens[name].count)
-                totals[name] = added(self._updates[name], totals[name], rows, inverse, rank=rank)
+                inverse = self.one_pass.inverses[name]
+                totals[name] = added(
+                    self._updates[name], totals[name], rows[name], inverse, rank=rank
+                )
         return totals
+
+
+def _of_labels(log_p_NV: Tensor, batch: UnlearnBatch) -> Tensor:
+    """Return the log-probabilities of the answers' own tokens, [N]."""
+    return log_p_NV.gather(-1, batch.expected(batch.answer_BT)[:, None])[:, 0]
+
+
+class _Terms(NamedTuple):
+    """The parts of the loss: of the pushed tokens gap and divergence, of the held ones the latter."""
+
+    gap_N: Tensor
+    others_N: Tensor
+    held_N: Tensor
+
+
+def _terms(answers: Answers, log_p_NV: Tensor) -> _Terms:
+    """Return the parts of the loss, of log-probabilities at the answers' tokens."""
+    pushed_N = answers.pushed_N
+    log_p_PV, aim_P = log_p_NV[pushed_N], answers.aim_N[pushed_N]
+    label_P1 = answers.batch.expected(answers.batch.answer_BT)[pushed_N][:, None]
+    # log(1 - p) as a sum over the other tokens keeps its digits, and its gradient, near p = 1.
+    not_label_P = log_p_PV.scatter(-1, label_P1, -torch.inf).logsumexp(-1)
+    odds_P = log_p_PV.gather(-1, label_P1)[:, 0] - not_label_P
+    aim_odds_P = aim_P - torch.log(-torch.expm1(aim_P))
+    others_P = answers.others.divergence(log_p_PV - not_label_P[:, None])
+    return _Terms(odds_P - aim_odds_P, others_P, answers.held.divergence(log_p_NV[~pushed_N]))
+
+
+def _huber(gap_N: Tensor) -> Tensor:
+    """Return half the square of a gap, and a line beyond MOST_GAP."""
+    zero_N = torch.zeros_like(gap_N)
+    return torch.nn.functional.huber_loss(gap_N, zero_N, reduction="none", delta=MOST_GAP)

@@ -17,7 +17,7 @@ from pipelines.planning.step import Step, StepShape, run_meta_step, use_fused_at
 from pipelines.training.strength import TRIALS
 from rfa.adapters import input_width, lora_layers, output_width
 from rfa.solver import RETAINED_SETS
-from rfa.token_solver import ROUNDS, STEPS
+from rfa.token_solver import ROUNDS
 
 FP32_BYTES = 4
 ADAMW_BYTES = 2 * FP32_BYTES  # two fp32 moments a parameter
@@ -201,10 +201,8 @@ class Planner:
             read = RETAINED_SETS if cfg.solve.prepared is None else ("forget", "earlier")
             passes = sum(counts.get(name, 0) for name in read)
             if cfg.solve.mode == "per_token":
-                # A backward pass costs two forwards. A round takes a gradient and tries a length or
-                # two; each of its steps takes a gradient, too, and one forward more.
-                per_round = 3 + 2 + STEPS * 4
-                passes += counts.get("holdout", 0) + ROUNDS * per_round * counts.get("forget", 0)
+                # A backward pass costs two forwards, and a round tries its factor twice or so.
+                passes += counts.get("holdout", 0) + ROUNDS * 5 * counts.get("forget", 0)
             elif cfg.solve.strength == "auto":
                 # A trial solves on the forget set, about two passes, and scores the holdout set.
                 tried = counts.get("forget", 0) * 2 + counts.get("holdout", 0)

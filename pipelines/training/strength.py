@@ -30,8 +30,7 @@ from rfa.adapters import dropout_off
 from rfa.batch import UnlearnBatch
 from rfa.objective import ResidualAlignment
 from rfa.solver import OnePassSolver
-from rfa.token_loss import Standing
-from rfa.token_solver import TokenSolver
+from rfa.token_solver import Standing, TokenSolver
 
 FIRST_STRENGTH = 2e-3
 # By this much the log-odds of the gap commonly fall with the log of the strength. Measured slopes
