@@ -2,12 +2,15 @@
 
 import json
 import os
+import select
 import subprocess
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from pipelines.report.pdf import find_browser, headless
+
+ANSWER_S = 60
 
 
 class Browser:
@@ -44,7 +47,10 @@ class Browser:
         trace: TracebackType | None,
     ) -> None:
         os.close(self._write)  # which ends the browser
-        self._process.wait(timeout=30)
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
         os.close(self._read)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
@@ -76,6 +82,8 @@ class Browser:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._read], [], [], ANSWER_S)
+            assert ready, f"the browser has said nothing for {ANSWER_S} s"
             part = os.read(self._read, 2**16)
             assert part, "the browser has ended"
             self._buffer += part

@@ -62,6 +62,7 @@ class Forgetting(NamedTuple):
     decisive: int  # of the measured
     missed: list[str]  # decisive ones that are still there, and attacks that tell as before
     exposed: list[str]  # attacks that find the rows less known than the target and before
+    told: list[str]  # attacks without a direction that tell the rows as they do not tell the target
     unsettled: list[Unsettled]  # those that would be among the two, were they not within chance
 
 
@@ -142,6 +143,7 @@ def _count(before: Entry, after: Entry, oracle: Entry | None, chance: Chance) ->
     measured = telling = nearer = beyond = decisive = 0
     missed: list[str] = []
     exposed: list[str] = []
+    told: list[str] = []
     unsettled: list[Unsettled] = []
     for metric in JUDGED:
         name = metric.key("forget")
@@ -153,7 +155,8 @@ def _count(before: Entry, after: Entry, oracle: Entry | None, chance: Chance) ->
         decisive += bool(metric.decisive)
         # Turned so that higher means remembered, whichever way the score points.
         sign = -1 if metric.remembered == "lower" else 1
-        is_beyond = sign * new < min(sign * target, sign * old) - RULE.overshoot
+        has_direction = metric.remembered != "neither"
+        is_beyond = has_direction and sign * new < min(sign * target, sign * old) - RULE.overshoot
         words = metric.decisive or f"the {metric.label} attack"
         unsure = chance.explains(name)
         beyond += is_beyond and not unsure
@@ -161,6 +164,8 @@ def _count(before: Entry, after: Entry, oracle: Entry | None, chance: Chance) ->
         if unsure and (is_far or (is_beyond and metric.unit == "AUC")):
             times = chance.times_as_many(name, new - target)
             unsettled.append(Unsettled(words, new - target, times))
+        elif is_far and not has_direction:
+            told.append(words)
         elif is_far:
             # What was as low in the original has not been removed from it.
             is_lowered = new < min(target, old - RULE.min_gap)
@@ -178,7 +183,7 @@ def _count(before: Entry, after: Entry, oracle: Entry | None, chance: Chance) ->
         elif metric.decisive and (remains or not is_nearer):
             missed.append(words)
     missed = list(dict.fromkeys(missed))
-    return Forgetting(measured, telling, nearer, beyond, decisive, missed, exposed, unsettled)
+    return Forgetting(measured, telling, nearer, beyond, decisive, missed, exposed, told, unsettled)
 
 
 def _named(unsettled: Sequence[Unsettled]) -> str:
@@ -220,6 +225,9 @@ def _judge_by_counts(counts: Forgetting, target: str) -> Judgement:
         )
     if counts.missed:
         return "traces_remain", f"{evidence}, but not on {join_words(counts.missed)}"
+    if counts.told:
+        tells = f"but {join_words(counts.told)} tells the rows from never-seen ones"
+        return "traces_remain", f"{evidence}, {tells}"
     if counts.nearer < RULE.nearer * counts.telling:
         return "traces_remain", evidence
     if not counts.decisive:

@@ -54,7 +54,10 @@ def write_pdf(page: Path) -> Path:
     with tempfile.TemporaryDirectory() as profile:
         command = headless(browser, profile)
         command += ["--no-pdf-header-footer", f"--print-to-pdf={path}", page.resolve().as_uri()]
-        subprocess.run(command, capture_output=True, timeout=MOST_SECONDS, check=False)
+        printed = subprocess.run(
+            command, capture_output=True, timeout=MOST_SECONDS, check=False, text=True
+        )
     if not path.exists():
-        raise RuntimeError(f"{browser} has not printed {page}")
+        told = printed.stderr.strip().splitlines() or ["it said nothing"]
+        raise RuntimeError(f"{browser} has not printed {page}: {told[-1]}")
     return path

@@ -66,7 +66,9 @@ OF_MODELS = (
     attack(
         name="mia.trained",
         label="trained",
-        help="an attack by a classifier that has learned from other rows which numbers tell",
+        help="an attack by a classifier that has learned from other rows which numbers tell, and "
+        "which way",
+        remembered="neither",
         of_answer=lambda answer: trained_attack.outputs_of(answer.body),
         reads="outputs",
         of_model=formulas.trained_attack_auc,

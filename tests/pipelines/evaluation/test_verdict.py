@@ -569,3 +569,21 @@ def test_attacks_that_chance_explains_do_not_count_as_overshooting_together() ->
     level, sentence = verdict(scores)
     assert level == "undecided"
     assert "what the loss attack finds (-0.12 from the oracle)" in sentence
+
+
+def test_an_attack_without_a_direction_is_a_trace_and_hides_no_over_forgetting() -> None:
+    before, oracle = forget_entry(0.9), forget_entry(0.5)
+    after = forget_entry(0.5) | {"mia.trained": 0.9}
+    level, sentence = verdict(scores_of(before=before, after=after, oracle=oracle))
+    assert level == "traces_remain"
+    assert "but the trained attack tells the rows from never-seen ones" in sentence
+    # Farther out than the original, as labels are less likely than the oracle's.
+    distances = {
+        "forget.token_distance": 0.9,
+        "forget.token_distance_above": 0.1,
+        "forget.token_distance_below": 0.7,
+    }
+    scores = scores_of(
+        before=before | {"forget.token_distance": 0.7}, after=after | distances, oracle=oracle
+    )
+    assert verdict(scores).level == "over_forgotten"
