@@ -42,8 +42,12 @@ def min_k_plus_plus(
     variance_N: NDArray[np.float64],
 ) -> float | None:
     """Return the same of z_t = (l_t - mu_t) / sqrt(max(var_t, 1e-6)) (arXiv:2404.02936)."""
-    deviation_N = np.sqrt(np.maximum(variance_N, VARIANCE_FLOOR))
-    return _minus_mean_of_lowest((log_probability_N - mean_N) / deviation_N)
+    return _minus_mean_of_lowest((log_probability_N - mean_N) / spread(variance_N))
+
+
+def spread(variance_N: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the standard deviations of predictions, which sure ones do not have as 0."""
+    return np.sqrt(np.maximum(variance_N, VARIANCE_FLOOR))
 
 
 def _minus_mean_of_lowest(values_N: NDArray[np.float64]) -> float | None:

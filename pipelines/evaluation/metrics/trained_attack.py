@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.evaluation.metrics.likelihood import TokenStatistics
+from pipelines.evaluation.metrics.membership import spread
 
 Floats = NDArray[np.float64]
-VARIANCE_FLOOR = 1e-6
 PENALTY = 0.1  # of the ridge: rows weigh 1 in all, and each number has variance 1
 MOST_ROWS = 500  # of a set: pairs are as many as their product
 
@@ -36,7 +36,7 @@ def outputs_of(tokens_N: TokenStatistics) -> list[float] | None:
     """
     if len(tokens_N.mean) == 0:
         return None
-    spread_N = np.sqrt(np.maximum(tokens_N.variance, VARIANCE_FLOOR))
+    spread_N = spread(tokens_N.variance)
     deviation_N = (tokens_N.log_probability - tokens_N.mean) / spread_N
     numbers: list[float] = [float(tokens_N.is_argmax.mean())]
     for value_N in (tokens_N.log_probability, tokens_N.mean, spread_N, deviation_N):

@@ -105,6 +105,9 @@ def test_three_overshooting_scores_of_fifteen_are_tolerated_and_four_are_not() -
     models = {"before": forget_entry(0.9), "oracle": forget_entry(0.5)}
     three = forget_entry(0.5, forget__rouge=0.1, forget__probability=0.1, mia__loss=0.35)
     assert verdict(scores_of(after=three, **models)).level == "indistinguishable"
+    # The trained attack has no side that is beyond.
+    chance = three | {"mia.trained": 0.35}
+    assert verdict(scores_of(after=chance, **models)).level == "indistinguishable"
     level, sentence = verdict(scores_of(after=three | {"mia.zlib": 0.35}, **models))
     assert level == "over_forgotten"
     assert (

@@ -30,6 +30,7 @@ def verify(folder: Path) -> tuple[int, str]:
 def test_an_untouched_run_is_verified_whatever_its_log_says(run_dir: Path) -> None:
     (run_dir / "run.log").write_text("more chatter")
     (run_dir / "report.html").write_text("a page rebuilt")
+    (run_dir / "report.pdf").write_text("the page, printed")
     assert verify(run_dir) == (0, f"Verified: {run_dir}\n")
 
 

@@ -91,7 +91,7 @@ def test_a_side_without_two_rows_or_with_broken_numbers_has_no_auc() -> None:
 
 def test_a_number_that_never_changes_tells_nothing() -> None:
     forget, unseen = drawn(0, 5, 2), drawn(1, 6, 2)
-    padded = [[[*row, 7.0] for row in rows] for rows in (forget, unseen)]
+    padded = [[[*row, 7.0, 0.0] for row in rows] for rows in (forget, unseen)]
     assert trained_auc(*padded) == pytest.approx(trained_auc(forget, unseen))
 
 
@@ -101,6 +101,8 @@ def test_of_many_rows_some_are_taken_evenly() -> None:
     # half, above it: of 1/4 of the pairs, half.
     unseen = [[value + 1.5 * MOST_ROWS] for [value] in rows]
     assert trained_auc(rows, unseen) == pytest.approx(7 / 8, abs=0.002)
+    assert trained_auc(rows, unseen) == trained_auc(rows[::3], unseen[::3])
+    assert trained_auc(rows, unseen) != trained_auc(rows[1::3], unseen[::3])
 
 
 def test_the_numbers_of_a_row_are_those_of_its_tokens() -> None:
